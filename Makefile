@@ -1,0 +1,70 @@
+# The everyday commands. The first that needs the environment sets it up (.ci/environment.py), from settings.ini alone.
+#   make leaderboard   run the embedded suite (goes on where it stopped), write leaderboard/, print the board
+#   make test          everything that must hold: export and clean in sync, every notebook, pytest
+#   make lab           JupyterLab on the notebooks
+#   make slow          the slow notebook cells and the slow tests
+#   make bench         time the library itself
+#   make docs          the chapters as web pages, in _docs
+#   make fix           after editing notebooks: export, clean, export
+#   make lint, make hooks, make clean (build output and caches), make distclean (.venv too)
+# Another environment: make VENV=path ...      Another interpreter for a new one: make PYTHON=python3.12 ...
+VENV    ?= .venv
+PYTHON  ?= python3
+JOBS    ?= 2
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+BIN := $(abspath $(VENV))/bin
+PY  := "$(BIN)/python"
+export PYTHONPATH := $(CURDIR)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+heading = @printf '\n== %s\n' "$(1)"
+
+.PHONY: leaderboard test lab slow bench docs fix lint hooks env clean distclean
+.DEFAULT_GOAL := leaderboard
+
+env:
+	@$(PYTHON) .ci/environment.py "$(VENV)"
+
+leaderboard: env
+	@$(PY) -m pruning_bench.bench.cli suite embedded --jobs $(JOBS)
+	@$(PY) -m pruning_bench.bench.cli board
+
+test: env
+	$(call heading,notebooks and modules in sync)
+	@$(PY) -m pytest -q tests/test_export.py
+	$(call heading,every notebook)
+	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers $(WORKERS) --do_print --timing
+	$(call heading,pytest)
+	@$(PY) -m pytest -q --durations 5
+
+lab: env
+	@"$(BIN)/jupyter" lab nbs
+
+slow: env
+	$(call heading,every notebook with its slow cells)
+	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --flags slow --n_workers $(WORKERS) --do_print --timing
+	$(call heading,slow tests)
+	@$(PY) -m pytest -q -m slow
+
+bench: env
+	@$(PY) -m pytest -q -s tests/benchmarks
+
+docs: env
+	@$(PY) .ci/docs.py
+
+fix: env
+	@"$(BIN)/nbdev_export" && "$(BIN)/nbdev_clean" && "$(BIN)/nbdev_export"
+
+lint: env
+	@"$(BIN)/ruff" check .
+
+hooks: env
+	@git config --local include.path ../.gitconfig
+	@"$(BIN)/pre-commit" install
+
+clean:
+	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
+	@find . -path "./$(VENV)" -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf .venv

@@ -1,0 +1,21 @@
+import os
+from pathlib import Path
+
+for name, value in {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "2"}.items():
+    os.environ.setdefault(name, value)   # before anything imports torch
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    "The folder of extra data sets, for tests that need more than the package embeds."
+    folder = os.environ.get("PRUNING_BENCH_DATA")
+    if not folder or not Path(folder).is_dir(): pytest.skip("PRUNING_BENCH_DATA names no folder")
+    return Path(folder).resolve()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+        if not torch.cuda.is_available(): pytest.skip("no CUDA device")
