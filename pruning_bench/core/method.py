@@ -22,7 +22,7 @@ from .allocate import ALLOCATORS, global_, settle, uniform
 from .pattern import Pattern, as_pattern, unstructured
 from .solve import SOLVERS, zero
 from .schedule import SCHEDULES, one_shot
-from .recover import RECOVERIES, at_once, go_on, none
+from .recover import RECOVERIES, at_once, endless, go_on, none
 from .plan import Plan
 
 # %% ../../nbs/core/11_method.ipynb #f4ec27cb
@@ -60,7 +60,8 @@ def drive(method:Method, # the record
     )->None:
     "Run a method: this loop is the same for every one of them."
     start = {k: v.clone() for k, v in space.model.state_dict().items()} if method.between is not go_on else {}
-    train = lambda part: method.recover(space.model, data, loss, part)
+    stream = data if data is None else endless(data)   # one stream for all steps: a later step sees later batches
+    train = lambda part: method.recover(space.model, stream, loss, part)
     method.prepare(space.model, train)
     steps = method.schedule(keep)
     for i, k in enumerate(tqdm(steps, desc="pruning", leave=False, delay=3)):
