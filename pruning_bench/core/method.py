@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from typing import Callable
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .inputs import BadInput, as_batches, as_loss, choose, device_of, first_batch, in_mode, seeded, size_of
 from .space import SPACES
 from .stats import PROVIDERS, collect

@@ -10,7 +10,7 @@ __all__ = ['RECOVERIES', 'OPTIMIZERS', 'recovery', 'none', 'endless', 'finetune'
 import itertools
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .inputs import BadInput, as_loss, in_mode
 
 # %% ../../nbs/core/09_recover.ipynb #5535d23b

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .inputs import BadInput, as_loss, choose, forward, in_mode
 
 # %% ../../nbs/core/03_stats.ipynb #3a83ac02
