@@ -1,4 +1,4 @@
-"Everything comes from settings.ini; an extra `x` is a line `x_requirements = ...` there."
+"Everything comes from settings.ini; an extra `x` is a line `x_requirements = ...` there. The benchmark notebooks travel inside the package."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -10,6 +10,7 @@ cfg = config["DEFAULT"]
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
 pythons = "3.10 3.11 3.12 3.13".split()
 suffix = "_requirements"
+package = cfg["lib_path"]
 
 setup(
     name=cfg["lib_name"],
@@ -22,13 +23,15 @@ setup(
     ],
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
-    packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
+    packages=[*find_packages(include=[package, f"{package}.*"]), f"{package}.benchmarks"],
+    package_dir={f"{package}.benchmarks": "nbs/benchmarks"},
+    package_data={f"{package}.benchmarks": ["*.ipynb"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix(suffix): v.split() for k, v in cfg.items() if k.endswith(suffix)},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
-        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "nbdev": [f"{package}={package}._modidx:d"],
     },
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

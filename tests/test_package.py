@@ -19,6 +19,7 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT/name, source)
     shutil.copytree(ROOT/"pruning_bench", source/"pruning_bench", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT/"nbs"/"benchmarks", source/"nbs"/"benchmarks", ignore=shutil.ignore_patterns(".*"))
     shutil.copytree(ROOT/"tests", source/"tests", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source], check=True)
     [path] = out.glob("*.whl")
@@ -33,6 +34,10 @@ def metadata(wheel):
 def test_every_module_is_in_the_wheel_and_nothing_else(wheel):
     packed = {str(p.relative_to(wheel)) for p in wheel.rglob("*.py")}
     assert packed == {str(p.relative_to(ROOT)) for p in (ROOT/"pruning_bench").rglob("*.py")}
+
+def test_benchmark_notebooks_travel_with_the_package(wheel):
+    templates = {p.name for p in (ROOT/"nbs"/"benchmarks").glob("*.ipynb")}
+    assert templates and {p.name for p in (wheel/"pruning_bench"/"benchmarks").iterdir()} == templates
 
 def test_requirements_come_from_settings_and_none_is_a_development_tool(metadata):
     cfg = settings()
