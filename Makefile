@@ -15,6 +15,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(abspath $(VENV))/bin
 PY  := "$(BIN)/python"
+PB  := $(PY) -c "from pruning_bench.bench.cli import main; main()"
 export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 heading = @printf '\n== %s\n' "$(1)"
@@ -26,8 +27,7 @@ env:
 	@$(PYTHON) .ci/environment.py "$(VENV)"
 
 leaderboard: env
-	@$(PY) -m pruning_bench.bench.cli suite embedded --jobs $(JOBS)
-	@$(PY) -m pruning_bench.bench.cli board
+	@$(PB) suite embedded --jobs $(JOBS); code=$$?; [ $$code -le 1 ] || exit $$code; $(PB) board && exit $$code
 
 test: env
 	$(call heading,notebooks and modules in sync)
@@ -47,7 +47,7 @@ slow: env
 	@$(PY) -m pytest -q -m slow
 
 bench: env
-	@$(PY) -m pytest -q -s tests/benchmarks
+	@$(PY) -m pytest -q -s --tb=short tests/benchmarks
 
 docs: env
 	@$(PY) .ci/docs.py
