@@ -70,7 +70,7 @@ def drive(method:Method, # the record
         shares = settle(method.allocate(scores, k, space), k, scores, space)
         space.apply({n: method.solve(space.w(n), stats[n], scores[n], shares[n], method.pattern) for n in scores})
         if i == len(steps) - 1: space.remove()
-        method.between(space.model, start, train, len(steps))
+        method.between(space.model, start, train, len(steps), len(steps) - 1 - i)
 
 # %% ../../nbs/core/11_method.ipynb #5aaaf378
 FAMILIES = ("weight", "structured", "diffusion", "data")
