@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CLASSIFIED', 'TEXT', 'TEXT_AGAIN', 'IMAGES', 'IMAGES_AGAIN', 'FIXED_STEPS', 'digits', 'digits_hash', 'mlp',
            'Residual', 'DigitsCNN', 'training_labels', 'examples', 'labelled', 'classify', 'digits_task', 'passages',
-           'tokenizer', 'tokens', 'windows', 'unigram_perplexity', 'llama', 'text', 'predict', 'unet', 'diffusion',
-           'noisy', 'denoising_loss', 'noised', 'generate', 'judge', 'phi', 'fixed_noise', 'dense_images', 'draw',
-           'noisy_labels']
+           'tokenizer', 'tokens', 'windows', 'unigram_perplexity', 'llama', 'text', 'predict', 'continuation', 'unet',
+           'diffusion', 'noisy', 'denoising_loss', 'noised', 'generate', 'judge', 'phi', 'fixed_noise', 'dense_images',
+           'draw', 'noisy_labels']
 
 # %% ../../nbs/bench/92_embedded.ipynb #361b065d
 import functools, itertools
@@ -19,7 +19,7 @@ from ..core.recover import finetune, none
 from .measure import accuracy, frechet, kid, logits_of, ssim, token_nll
 from .tasks import TASKS, Batches, Task, content_hash, digest, register
 
-# %% ../../nbs/bench/92_embedded.ipynb #2d245335
+# %% ../../nbs/bench/92_embedded.ipynb #caf3fe28
 @functools.cache
 def digits(split:str)->tuple: # images (n, 1, 8, 8) in [0, 1], labels (n,)
     "scikit-learn's handwritten digits; `split` is train (1,197), validation (200) or test (400), stratified by class."
@@ -35,7 +35,7 @@ def digits_hash()->str: # 64 hexadecimal digits
     "Content hash of the three splits."
     return content_hash(*digits("train"), *digits("validation"), *digits("test"))
 
-# %% ../../nbs/bench/92_embedded.ipynb #90a01b9a
+# %% ../../nbs/bench/92_embedded.ipynb #2b7bd9d5
 def mlp(width:int=128)->nn.Module: # 26,122 parameters at 128
     "Two hidden layers."
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
@@ -53,7 +53,7 @@ class Residual(nn.Module):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
-# %% ../../nbs/bench/92_embedded.ipynb #caf3fe28
+# %% ../../nbs/bench/92_embedded.ipynb #17d11b64
 class DigitsCNN(nn.Module):
     "A small residual network: a stem, three blocks, global pooling, one linear layer."
     def __init__(self, width:int=16):
@@ -65,7 +65,7 @@ class DigitsCNN(nn.Module):
     def features(self, x): return self.blocks(self.stem(x)).mean((2, 3))
     def forward(self, x): return self.head(self.features(x))
 
-# %% ../../nbs/bench/92_embedded.ipynb #b890bcdc
+# %% ../../nbs/bench/92_embedded.ipynb #b199c615
 def training_labels(labels=None)->Tensor: # (1197,)
     "The labels to train with: the true ones, or those `labels()` makes."
     return labels() if labels else digits("train")[1]
@@ -90,7 +90,7 @@ def classify(model:nn.Module, split:str)->dict: # {"accuracy", "loss"}
     logits = logits_of(model, x)
     return {"accuracy": accuracy(logits, y), "loss": F.cross_entropy(logits, y).item()}
 
-# %% ../../nbs/bench/92_embedded.ipynb #168c787d
+# %% ../../nbs/bench/92_embedded.ipynb #034c1740
 CLASSIFIED = {"metrics": "accuracy and mean cross-entropy, true labels", "split": "1197 / 200 / 400, stratified, random_state 0"}
 
 def digits_task(name:str, about:str, build, # as in `Task`
@@ -106,18 +106,18 @@ def digits_task(name:str, about:str, build, # as in `Task`
         fingerprint=lambda: digest(digits_hash(), content_hash(training_labels(labels))),
         recipe={"train": train, "recover": again, "batch": 64}, **{"track": "cnn", "protocol": CLASSIFIED, **more}))
 
-# %% ../../nbs/bench/92_embedded.ipynb #6bfa8edf
+# %% ../../nbs/bench/92_embedded.ipynb #534da337
 digits_task("digits-mlp", "handwritten digits, two hidden layers", mlp,
             dict(steps=600, lr=3e-3, weight_decay=1e-4), dict(steps=60, lr=1e-3, weight_decay=1e-4))
 digits_task("digits-cnn", "handwritten digits, residual network with batch norm", DigitsCNN,
             dict(steps=400, lr=4e-3, weight_decay=1e-4), dict(steps=40, lr=1e-3, weight_decay=1e-4), bound=.97);
 
-# %% ../../nbs/bench/92_embedded.ipynb #17d11b64
+# %% ../../nbs/bench/92_embedded.ipynb #fd7dbeb1
 @functools.cache
 def passages(split:str)->str: # passages joined by blank lines
     "The Python language reference of this interpreter, each paragraph once; `split` is train (85 %), validation (5 %) or test (10 %)."
     from pydoc_data.topics import topics
-    paragraphs = dict.fromkeys(p for name in sorted(topics) for p in topics[name].split("\n\n") if p.strip())
+    paragraphs = dict.fromkeys(p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n") if p.strip())
     parts, size = [[]], 0
     for p in paragraphs:
         if size > 2000: parts.append([]); size = 0
@@ -137,7 +137,7 @@ def tokenizer(): # byte-level BPE, 1,024 tokens
         vocab_size=1024, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return bpe
 
-# %% ../../nbs/bench/92_embedded.ipynb #584cb645
+# %% ../../nbs/bench/92_embedded.ipynb #1fede0ad
 @functools.cache
 def tokens(split:str)->Tensor: # (n,) token ids
     "The text of a split as one string of tokens."
@@ -153,7 +153,7 @@ def unigram_perplexity(split:str)->float: # what knowing only the word frequenci
     counts = torch.bincount(tokens("train"), minlength=1024) + 1.
     return (-(counts / counts.sum()).log()[windows(split)[:, 1:]].mean()).exp().item()
 
-# %% ../../nbs/bench/92_embedded.ipynb #22061dfe
+# %% ../../nbs/bench/92_embedded.ipynb #6b4937d1
 def llama()->nn.Module: # 1,017,472 parameters
     "LLaMA in small: six layers, four query heads on two key-value heads, gated FFN, tied embeddings."
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -172,7 +172,7 @@ def predict(model:nn.Module, split:str)->dict: # {"perplexity", "nll"}
     nll = torch.tensor(token_nll(model, windows(split)), dtype=torch.float64)
     return {"perplexity": nll.exp().item(), "nll": nll.item()}
 
-# %% ../../nbs/bench/92_embedded.ipynb #b199c615
+# %% ../../nbs/bench/92_embedded.ipynb #982fd1bd
 TEXT = dict(steps=600, lr=4e-3, weight_decay=.05, clip=1., warmup=.1)
 TEXT_AGAIN = dict(steps=60, lr=1e-3, weight_decay=.05, clip=1., warmup=.1)
 
@@ -184,7 +184,21 @@ register(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0
     protocol={"metrics": "exp of the mean cross-entropy per predicted token", "tokenizer": "byte-level BPE, 1,024 tokens, trained on the training passages",
               "bos": "none", "context": 128, "stride": 128, "windows": "all, remainder dropped", "dtype": "float32"}));
 
-# %% ../../nbs/bench/92_embedded.ipynb #534da337
+# %% ../../nbs/bench/92_embedded.ipynb #d70348a6
+@torch.no_grad()
+def continuation(model:nn.Module, prompt:str,
+                 n:int=60,   # tokens to add
+                 seed:int=0, # of the sampling
+    )->str:                  # the prompt and what follows
+    "What a language model writes next, at temperature 0.7."
+    ids, generator = torch.tensor([tokenizer().encode(prompt).ids]), torch.Generator().manual_seed(seed)
+    with in_mode(model, False):
+        for _ in range(n):
+            p = (model(input_ids=ids[:, -128:]).logits[0, -1] / .7).softmax(0)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)[None]], 1)
+    return tokenizer().decode(ids[0].tolist())
+
+# %% ../../nbs/bench/92_embedded.ipynb #4983bd99
 def unet()->nn.Module: # 176,849 parameters
     "The U-Net of `diffusers` in small: two levels, attention at the lower one."
     from diffusers import UNet2DModel
@@ -208,7 +222,7 @@ def denoising_loss(output, noise:Tensor)->Tensor: # scalar
     "Mean squared error of the predicted noise."
     return F.mse_loss(output.sample, noise)
 
-# %% ../../nbs/bench/92_embedded.ipynb #bff6fa7a
+# %% ../../nbs/bench/92_embedded.ipynb #dd411fa4
 def noised(seed:int, keep=None, size:int=32, steps:int=2500)->Batches: # batches ({"sample", "timestep"}, noise)
     "Digits at random timesteps."
     x = digits("train")[0]
@@ -227,7 +241,7 @@ def generate(model:nn.Module, noise:Tensor, # (n, 1, 8, 8)
         for t in sampler.timesteps: x = sampler.step(model(x, t).sample, t, x, eta=0.).prev_sample
     return ((x + 1) / 2).clamp(0, 1)
 
-# %% ../../nbs/bench/92_embedded.ipynb #d413e6b4
+# %% ../../nbs/bench/92_embedded.ipynb #28d0836e
 @functools.cache
 def judge()->nn.Module: # dense digits-cnn
     "The classifier whose features stand in for Inception's."
@@ -247,7 +261,7 @@ def dense_images(n:int, seed:int)->Tensor: # images of the dense model
     "What the dense model makes of `fixed_noise(n, seed)`."
     return generate(TASKS["digits-ddpm"].dense(0), fixed_noise(n, seed))
 
-# %% ../../nbs/bench/92_embedded.ipynb #171130d8
+# %% ../../nbs/bench/92_embedded.ipynb #21cbe8db
 def draw(model:nn.Module, split:str)->dict: # {metric: number}
     "Metrics of a generator of digits."
     x, seed = digits(split)[0], {"validation": 1, "test": 2}[split]
@@ -258,7 +272,7 @@ def draw(model:nn.Module, split:str)->dict: # {metric: number}
             "eps-mse": denoising_loss(model(**batch[0]), batch[1]).item(),
             "confidence": judge()(made).softmax(1).amax(1).mean().item()}
 
-# %% ../../nbs/bench/92_embedded.ipynb #8c8b0f0c
+# %% ../../nbs/bench/92_embedded.ipynb #7bd4fae8
 IMAGES = dict(steps=2500, lr=2e-3, optimizer="adam")
 IMAGES_AGAIN = dict(steps=125, lr=1e-3, optimizer="adam")
 
@@ -271,7 +285,7 @@ register(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Ne
               "kid-phi": "unbiased, cubic kernel, against the held-out digits", "similarity": "to the dense model at the same noise; SSIM window 5",
               "eps-mse": "held-out digits, timesteps evenly spread, fixed noise"}));
 
-# %% ../../nbs/bench/92_embedded.ipynb #a8a48d8e
+# %% ../../nbs/bench/92_embedded.ipynb #8f66f841
 @functools.cache
 def noisy_labels(rate:float=.2, seed:int=0)->Tensor: # (1197,)
     "Training labels of which exactly this share was replaced by another class, uniformly."
@@ -280,7 +294,7 @@ def noisy_labels(rate:float=.2, seed:int=0)->Tensor: # (1197,)
     y[ids] = (y[ids] + torch.randint(1, 10, (len(ids),), generator=g)) % 10
     return y
 
-# %% ../../nbs/bench/92_embedded.ipynb #8709987a
+# %% ../../nbs/bench/92_embedded.ipynb #3e24fda4
 FIXED_STEPS = {**CLASSIFIED, "budget": "1,500 steps of 64 examples, however many examples are kept"}
 
 digits_task("digits-data", "training on a part of the digits", mlp, dict(steps=1500, lr=1e-2), track="data", protocol=FIXED_STEPS)

@@ -17,31 +17,33 @@ from torch import nn
 from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_model, load_model
-from ..core.inputs import choose, in_mode, seeded, size_of
+from ..core.inputs import choose, in_mode, seeded
 
 # %% ../../nbs/bench/90_tasks.ipynb #a1182845
 class Batches:
     "A stream of shuffled batches that is the same at every pass."
     def __init__(self,
                  take:Callable, # (indices, generator) -> batch
-                 ids,           # indices of the examples to draw from
+                 ids,           # indices of the examples to draw from; a row per round when the subset changes on the way
                  size:int,      # examples per batch
                  steps:int,     # batches in one pass
                  seed:int,      # fixes the order
         ):
-        self.take, self.ids, self.size, self.steps, self.seed = take, torch.as_tensor(ids), size, steps, seed
+        self.take, self.size, self.steps, self.seed = take, size, steps, seed
+        self.rounds = torch.atleast_2d(torch.as_tensor(ids))
 
     def __len__(self): return self.steps
 
     def __iter__(self):
-        generator, pool = torch.Generator().manual_seed(self.seed), self.ids[:0]
-        for _ in range(self.steps):
+        generator, now = torch.Generator().manual_seed(self.seed), -1
+        for step in range(self.steps):
+            if now != (now := step * len(self.rounds) // self.steps): pool = self.rounds[now][:0]
             while len(pool) < self.size:
-                pool = torch.cat([pool, self.ids[torch.randperm(len(self.ids), generator=generator)]])
+                pool = torch.cat([pool, self.rounds[now][torch.randperm(self.rounds.shape[1], generator=generator)]])
             ids, pool = pool[:self.size], pool[self.size:]
             yield self.take(ids, generator)
 
-# %% ../../nbs/bench/90_tasks.ipynb #d9c41abf
+# %% ../../nbs/bench/90_tasks.ipynb #46dcc0f2
 def digest(*parts)->str: # 64 hexadecimal digits
     "SHA-256 of anything JSON can write."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -50,7 +52,7 @@ def content_hash(*tensors)->str: # 64 hexadecimal digits
     "SHA-256 of the values, shapes and types of tensors."
     return digest([(str(t.dtype), list(t.shape), hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()) for t in tensors])
 
-# %% ../../nbs/bench/90_tasks.ipynb #8fbdac9a
+# %% ../../nbs/bench/90_tasks.ipynb #dcb7318a
 def cache_folder()->Path: # not created yet, perhaps
     "Where dense models are kept: `PRUNING_BENCH_CACHE`, or the user's cache folder."
     if os.environ.get("PRUNING_BENCH_CACHE"): return Path(os.environ["PRUNING_BENCH_CACHE"]).expanduser()
@@ -58,7 +60,7 @@ def cache_folder()->Path: # not created yet, perhaps
     except ImportError: return Path.home() / ".cache" / "pruning_bench"
     return user_cache_path("pruning_bench")
 
-# %% ../../nbs/bench/90_tasks.ipynb #e65fc7e3
+# %% ../../nbs/bench/90_tasks.ipynb #0f76078b
 def cached(model:nn.Module, # untrained; receives the weights
            key:str,         # file name: whatever the weights depend on must be part of it
            train:Callable,  # `train(model)`, called when nothing is stored under `key`
@@ -78,7 +80,7 @@ def cached(model:nn.Module, # untrained; receives the weights
         load_model(model, path)
     with safe_open(path, "pt") as f: return json.loads(f.metadata()["about"])
 
-# %% ../../nbs/bench/90_tasks.ipynb #dbb203e3
+# %% ../../nbs/bench/90_tasks.ipynb #448e2d14
 @dataclass(frozen=True)
 class Task:
     "A world to prune in: a network, its data, its training, its retraining, and how it is measured."
@@ -100,11 +102,12 @@ class Task:
     recipe:dict=field(default_factory=dict)   # what the dense weights depend on
     protocol:dict=field(default_factory=dict) # what the metrics depend on
     varies:tuple=("dense model", "calibration", "random masks", "recovery order") # what a seed changes
+    threads:int=1        # CPU threads for training and measuring: sums have one order
     version:int=1        # raised when the code of the task changes its meaning
 
     @property
     def digest(self)->str: # two results are comparable when this agrees
-        return digest(self.name, self.version, self.fingerprint(), self.recipe, self.protocol, self.metric, self.varies)
+        return digest(self.name, self.version, self.fingerprint(), self.recipe, self.protocol, self.metric, self.varies, self.threads)
 
     def initial(self, seed:int=0)->nn.Module: return initial(self, seed)
     def trained(self, seed:int=0, keep=None)->nn.Module: return trained(self, seed, keep)
@@ -113,7 +116,7 @@ class Task:
     def evaluate(self, model:nn.Module, split:str="test")->dict: return evaluate(self, model, split)
     def accepts(self, value:float)->bool: return value >= self.bound if self.higher else value <= self.bound
 
-# %% ../../nbs/bench/90_tasks.ipynb #448e2d14
+# %% ../../nbs/bench/90_tasks.ipynb #7b9bb599
 def model_seed(task:Task, seed:int)->int: # seed of the dense model
     "The dense model behind a seed: its own, or number 0 when all seeds share one."
     return seed if "dense model" in task.varies else 0
@@ -131,30 +134,30 @@ def threads(n:int): # threads PyTorch may use inside the block
     finally: torch.set_num_threads(before)
 
 def trained(task:Task, seed:int=0, # fixes initial weights and order
-            keep=None,             # indices of the training examples to use; None = all
+            keep=None,             # indices of the training examples to use, or a row of them per round; None = all
     )->nn.Module:                  # trained by the dense recipe, not cached
     "Train from scratch, on a part of the examples if wanted: the number of steps stays the same."
     model, s = initial(task, seed), model_seed(task, seed)
-    with seeded(s), threads(task.recipe.get("threads", 1)): task.train(model, task.batches(s, keep), task.loss)
+    with seeded(s), threads(task.threads): task.train(model, task.batches(s, keep), task.loss)
     return model.eval()
 
-# %% ../../nbs/bench/90_tasks.ipynb #306cf983
+# %% ../../nbs/bench/90_tasks.ipynb #d6e2372f
 def dense(task:Task, seed:int=0)->tuple: # (model in evaluation mode, facts of its training)
     "The dense model of a seed: from the cache, or trained now."
     s, model = model_seed(task, seed), initial(task, seed)
-    what = digest(task.version, task.fingerprint(), task.recipe, torch.__version__)
+    what = digest(task.version, task.fingerprint(), task.recipe, task.threads, torch.__version__)
     def train(model): model.load_state_dict(trained(task, seed).state_dict())
     return model, cached(model, f"{task.name}-s{s}-{what[:16]}", train, task=task.name, seed=s, recipe=task.recipe)
 
-# %% ../../nbs/bench/90_tasks.ipynb #d6e2372f
+# %% ../../nbs/bench/90_tasks.ipynb #81d2dbe2
 SPLITS = {"validation": "for every choice", "test": "read once, at the end"}
 
 def evaluate(task:Task, model:nn.Module, split:str="test")->dict: # {metric: number}
     "Measure a model by the task's protocol; the model's mode and the random state are left as they were."
     choose(split, SPLITS, "split")
-    with in_mode(model, False), torch.no_grad(), seeded(0): return task.metrics(model, split)
+    with in_mode(model, False), torch.no_grad(), seeded(0), threads(task.threads): return task.metrics(model, split)
 
-# %% ../../nbs/bench/90_tasks.ipynb #7a110789
+# %% ../../nbs/bench/90_tasks.ipynb #acd4ce4b
 TASKS = {}                                # name -> Task
 HOMES = ["pruning_bench.bench.embedded"]  # modules that register tasks when they are imported
 
@@ -172,7 +175,7 @@ def task(name:str)->Task: # the task called `name`
     "Look a task up; a miss names the nearest."
     return choose(name, known(), "task")
 
-# %% ../../nbs/bench/90_tasks.ipynb #f61b0c7e
+# %% ../../nbs/bench/90_tasks.ipynb #7ff9800a
 def tasks(): # pandas table, one row per task
     "What there is to prune."
     import pandas as pd
