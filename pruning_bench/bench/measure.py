@@ -97,7 +97,7 @@ def macs(model:nn.Module, batch)->int: # multiply-accumulates of matrix products
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2 // size_of(batch)
 
-# %% ../../nbs/bench/91_measure.ipynb #6f231032
+# %% ../../nbs/bench/91_measure.ipynb #e90b35da
 @torch.no_grad()
 def nonzero_macs(model:nn.Module, batch)->int: # per example
     "Multiply-accumulates with a weight that is not zero: `macs` less those of the zero weights."
@@ -112,7 +112,7 @@ def nonzero_macs(model:nn.Module, batch)->int: # per example
     finally: [h.remove() for h in hooks]
     return macs(model, batch) - sum(skipped) // size_of(batch)
 
-# %% ../../nbs/bench/91_measure.ipynb #fd4c699d
+# %% ../../nbs/bench/91_measure.ipynb #aeef9cfa
 @contextmanager
 def clock(): # object whose `seconds` is set when the block ends
     "Wall-clock seconds of a block."
@@ -122,7 +122,7 @@ def clock(): # object whose `seconds` is set when the block ends
         if torch.cuda.is_available(): torch.cuda.synchronize()
         taken.seconds = time.perf_counter() - start
 
-# %% ../../nbs/bench/91_measure.ipynb #9e8c9d5b
+# %% ../../nbs/bench/91_measure.ipynb #4feb8bd4
 def interval(values,         # one number per seed
              level:float=.95, # of confidence
     )->dict:                 # {"n", "mean", "sd", "low", "high"}; spread is nan for one value
@@ -133,7 +133,7 @@ def interval(values,         # one number per seed
     half = float(t.ppf(.5 + level / 2, n - 1)) * sd / math.sqrt(n) if n > 1 else nan
     return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
 
-# %% ../../nbs/bench/91_measure.ipynb #9f600700
+# %% ../../nbs/bench/91_measure.ipynb #26b11d84
 def pareto(points,       # pairs (cost, quality)
            higher:bool=True, # whether more quality is better; less cost always is
     )->list:             # indices of the points no other dominates, cheapest first
