@@ -26,6 +26,6 @@ def test_a_method_can_be_added_as_described(tmp_path):
     def run(*command): subprocess.run([str(Path(sys.executable).parent/command[0]), *command[1:]], cwd=tmp_path, env=env, check=True)
     run("nbdev_export"); run("nbdev_clean"); run("nbdev_export")
     run("nbdev_test", "--path", path)
-    run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_export.py")
+    run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_export.py", "-k", "relative or modules or clean")
     use = "import pruning_bench as p; assert p.__file__.startswith(__import__('sys').argv[1]); assert len(p.methods('relative-importance'))"
     run("python", "-c", use, str(tmp_path))
