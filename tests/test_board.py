@@ -110,15 +110,15 @@ def test_the_front_holds_what_nothing_beats():
 
 
 def test_publishing_is_repeatable_and_keeps_what_people_wrote(tmp_path):
-    for m in ("magnitude", "random"): write_json(make_entry(m), entry_path(tmp_path / "entries", make_entry(m)))
-    readme = tmp_path / "README.md"
+    for m in ("magnitude", "random"): write_json(make_entry(m), entry_path(tmp_path / "board" / "entries", make_entry(m)))
+    readme, folder = tmp_path / "README.md", tmp_path / "board"
     readme.write_text(f"before\n{board.BEGIN}\n{board.END}\nafter\n")
-    board.publish(tmp_path, readme, index="")
+    board.publish(folder, readme, index="")
     first = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    board.publish(tmp_path, readme, index="")
+    board.publish(folder, readme, index="")
     assert first == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n") and "*random*" in readme.read_text()
-    assert json.loads((tmp_path / "schema" / "entry.v1.json").read_text()) == SCHEMA
+    assert json.loads((folder / "schema" / "entry.v1.json").read_text()) == SCHEMA
 
 
 def test_a_page_needs_no_network_and_escapes_names(tmp_path):
