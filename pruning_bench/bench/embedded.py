@@ -14,7 +14,7 @@ import functools, itertools
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.inputs import in_mode, seeded
+from ..core.inputs import in_mode
 from ..core.recover import finetune, none
 from .measure import accuracy, frechet, kid, logits_of, ssim, token_nll
 from .tasks import TASKS, Batches, Task, content_hash, digest, register
@@ -198,7 +198,7 @@ def continuation(model:nn.Module, prompt:str,
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)[None]], 1)
     return tokenizer().decode(ids[0].tolist())
 
-# %% ../../nbs/bench/92_embedded.ipynb #4983bd99
+# %% ../../nbs/bench/92_embedded.ipynb #70acc2e8
 def unet()->nn.Module: # 176,849 parameters
     "The U-Net of `diffusers` in small: two levels, attention at the lower one."
     from diffusers import UNet2DModel
@@ -222,7 +222,7 @@ def denoising_loss(output, noise:Tensor)->Tensor: # scalar
     "Mean squared error of the predicted noise."
     return F.mse_loss(output.sample, noise)
 
-# %% ../../nbs/bench/92_embedded.ipynb #dd411fa4
+# %% ../../nbs/bench/92_embedded.ipynb #0eeccf19
 def noised(seed:int, keep=None, size:int=32, steps:int=2500)->Batches: # batches ({"sample", "timestep"}, noise)
     "Digits at random timesteps."
     x = digits("train")[0]
@@ -241,7 +241,7 @@ def generate(model:nn.Module, noise:Tensor, # (n, 1, 8, 8)
         for t in sampler.timesteps: x = sampler.step(model(x, t).sample, t, x, eta=0.).prev_sample
     return ((x + 1) / 2).clamp(0, 1)
 
-# %% ../../nbs/bench/92_embedded.ipynb #28d0836e
+# %% ../../nbs/bench/92_embedded.ipynb #5938ea29
 @functools.cache
 def judge()->nn.Module: # dense digits-cnn
     "The classifier whose features stand in for Inception's."
@@ -261,7 +261,7 @@ def dense_images(n:int, seed:int)->Tensor: # images of the dense model
     "What the dense model makes of `fixed_noise(n, seed)`."
     return generate(TASKS["digits-ddpm"].dense(0), fixed_noise(n, seed))
 
-# %% ../../nbs/bench/92_embedded.ipynb #21cbe8db
+# %% ../../nbs/bench/92_embedded.ipynb #b29af6e6
 def draw(model:nn.Module, split:str)->dict: # {metric: number}
     "Metrics of a generator of digits."
     x, seed = digits(split)[0], {"validation": 1, "test": 2}[split]
@@ -272,7 +272,7 @@ def draw(model:nn.Module, split:str)->dict: # {metric: number}
             "eps-mse": denoising_loss(model(**batch[0]), batch[1]).item(),
             "confidence": judge()(made).softmax(1).amax(1).mean().item()}
 
-# %% ../../nbs/bench/92_embedded.ipynb #7bd4fae8
+# %% ../../nbs/bench/92_embedded.ipynb #28d0836e
 IMAGES = dict(steps=2500, lr=2e-3, optimizer="adam")
 IMAGES_AGAIN = dict(steps=125, lr=1e-3, optimizer="adam")
 
@@ -285,7 +285,7 @@ register(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Ne
               "kid-phi": "unbiased, cubic kernel, against the held-out digits", "similarity": "to the dense model at the same noise; SSIM window 5",
               "eps-mse": "held-out digits, timesteps evenly spread, fixed noise"}));
 
-# %% ../../nbs/bench/92_embedded.ipynb #8f66f841
+# %% ../../nbs/bench/92_embedded.ipynb #5669361b
 @functools.cache
 def noisy_labels(rate:float=.2, seed:int=0)->Tensor: # (1197,)
     "Training labels of which exactly this share was replaced by another class, uniformly."
@@ -294,7 +294,7 @@ def noisy_labels(rate:float=.2, seed:int=0)->Tensor: # (1197,)
     y[ids] = (y[ids] + torch.randint(1, 10, (len(ids),), generator=g)) % 10
     return y
 
-# %% ../../nbs/bench/92_embedded.ipynb #3e24fda4
+# %% ../../nbs/bench/92_embedded.ipynb #25b19d50
 FIXED_STEPS = {**CLASSIFIED, "budget": "1,500 steps of 64 examples, however many examples are kept"}
 
 digits_task("digits-data", "training on a part of the digits", mlp, dict(steps=1500, lr=1e-2), track="data", protocol=FIXED_STEPS)
