@@ -1,0 +1,257 @@
+"Coupled channels: a removed channel equals a channel nobody reads, on every model; what cannot be cut is reported."
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from pruning_bench import BadInput, load_plan, prune
+from pruning_bench.core.inputs import forward
+from pruning_bench.core.mask import masks_of
+from pruning_bench.structured.groups import Channels, components, coupling, cut, gone, kept_slices, tensors
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+    def forward(self, x): return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+def cnn(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), Residual(8), Residual(8), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+
+def vision(name, **kw): return lambda: (getattr(torchvision.models, name)(weights=None, **kw), IMAGE)
+
+def vit(): return torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128), IMAGE
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return LlamaForCausalLM(config), {"input_ids": torch.arange(24).view(2, 12)}
+
+def unet():
+    from diffusers import UNet2DModel
+    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4, attention_head_dim=8,
+                        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    return model, {"sample": torch.randn(2, 1, 8, 8), "timestep": torch.tensor([3, 500])}
+
+def conditional():
+    from diffusers import UNet2DConditionModel
+    model = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=2, cross_attention_dim=32, attention_head_dim=4,
+                                 norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    return model, {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 500]), "encoder_hidden_states": torch.randn(2, 7, 32)}
+
+SMALL = {"cnn": lambda: (cnn(), IMAGE), "resnet18": vision("resnet18"), "mobilenet_v2": vision("mobilenet_v2"), "shufflenet": vision("shufflenet_v2_x0_5"),
+         "vit": vit, "llama": llama, "unet": unet, "conditional unet": conditional}
+LARGE = {"vgg11_bn": vision("vgg11_bn"), "densenet121": vision("densenet121"), "efficientnet_b0": vision("efficientnet_b0"), "googlenet": vision("googlenet", init_weights=False),
+         "squeezenet": vision("squeezenet1_1"), "regnet": vision("regnet_y_400mf"), "convnext": vision("convnext_tiny"), "swin": vision("swin_t"), "vit_b_16": lambda: (torchvision.models.vit_b_16(weights=None, image_size=32), IMAGE)}
+models = [pytest.param(m, id=n) for n, m in SMALL.items()] + [pytest.param(m, id=n, marks=pytest.mark.slow) for n, m in LARGE.items()]
+
+def ready(make):
+    "In double precision and evaluation mode, with running statistics that are not the initial ones."
+    torch.manual_seed(0)
+    model, batch = make()
+    for m in model.modules():
+        if getattr(m, "running_var", None) is not None: m.running_var.uniform_(.5, 2); m.running_mean.normal_()
+    if hasattr(model, "heads"): nn.init.normal_(model.heads.head.weight)
+    double = lambda t: t.double() if t.is_floating_point() else t
+    return model.double().eval(), {k: double(v) for k, v in batch.items()} if isinstance(batch, dict) else double(batch)
+
+def out(model, batch):
+    with torch.no_grad(): return tensors(forward(model, batch))[0]
+
+def count(model): return sum(p.numel() for p in model.parameters())
+
+def lottery(space, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: (None, torch.rand(len(g), generator=generator).argsort() < max(1, len(g) // 2)) for n, g in space.groups.items()}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("make", models)
+def test_removed_equals_masked_equals_unread(make, stream):
+    model, batch = ready(make)
+    try: space = Channels(model, [batch], stream=stream)
+    except BadInput: pytest.skip("nothing to prune")
+    unread, dense, choice = copy.deepcopy(model), copy.deepcopy(model), lottery(space)
+    kept = {n: k for n, (_, k) in choice.items()}
+    for (p, d), lost in gone(space.groups, kept).items():
+        if any((p, d) in g.consumes for g in space.groups.values()): unread.get_parameter(p).data.index_fill_(d, torch.as_tensor(lost), 0)
+    reference = out(unread, batch)
+    scale = reference.abs().max()
+    space.apply(choice)
+    assert (out(model, batch) - reference).abs().max() <= 1e-10 * scale
+    before = count(model)
+    space.remove()
+    assert (out(model, batch) - reference).abs().max() <= 1e-10 * scale
+    assert not masks_of(model)
+    slices, shapes = space.slices(), {n: p.shape for n, p in dense.named_parameters()}
+    removed = sum(s.numel() - int(np.prod([len(slices[n].get(d, range(k))) for d, k in enumerate(s)])) for n, s in shapes.items() if n in slices)
+    assert count(model) == before - removed < before
+    model.train()
+    y = forward(model, batch)
+    sum(t.square().mean() for t in tensors(y) if t.requires_grad).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for n, p in model.named_parameters() if p.requires_grad and n in slices)
+
+@pytest.mark.parametrize("make", models)
+def test_no_group_loses_everything_and_none_is_changed_by_nothing(make):
+    model, batch = ready(make)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = prune(model, "l1-filter", 0., data=[batch])
+    assert plan.slices == {} and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    plan = prune(model, "l1-filter", .99, data=[batch])
+    assert all(m.sum() >= 1 for m in plan.masks.values()) and out(model, batch).isfinite().all()
+
+@pytest.mark.parametrize("make", models)
+def test_a_plan_rebuilds_the_model(make, tmp_path):
+    model, batch = ready(make)
+    fresh = copy.deepcopy(model)
+    plan = prune(model, "l1-filter", .5, data=[batch])
+    plan.save(tmp_path/"plan")
+    load_plan(tmp_path/"plan").apply(fresh)
+    assert torch.equal(out(fresh, batch), out(model, batch))
+    twin = copy.deepcopy(fresh)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(out(twin, batch), out(model, batch)) and {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+def test_attributes_follow():
+    model, batch = ready(SMALL["mobilenet_v2"])
+    prune(model, "l1-filter", .5, data=[batch])
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d): assert (m.out_channels, m.in_channels // m.groups) == m.weight.shape[:2]
+        if isinstance(m, nn.BatchNorm2d): assert m.num_features == len(m.weight) == len(m.running_mean)
+    assert any(m.groups == m.in_channels == 48 for m in model.modules() if isinstance(m, nn.Conv2d))
+
+def test_whole_norm_groups():
+    model, batch = ready(SMALL["unet"])
+    group = next(g for g in Channels(model, [batch]).groups.values() if g.name == "down_blocks.0.resnets.0.conv1.weight")
+    assert len(group) == 4 and (group.members[group.name, 0] == np.arange(16).reshape(4, 4)).all()
+    prune(model, "l1-filter", .5, data=[batch])
+    norm = model.down_blocks[0].resnets[0].norm2
+    assert (norm.num_groups, norm.num_channels) == (2, 8)
+
+def test_streams_only_on_request():
+    model, batch = ready(SMALL["cnn"])
+    assert sorted(Channels(model, [batch]).names()) == ["3.conv1.weight", "4.conv1.weight"]
+    assert sorted(Channels(model, [batch], stream=True).names()) == ["0.weight", "3.conv1.weight", "4.conv1.weight"]
+
+def test_skip_leaves_shapes_alone():
+    model, batch = ready(SMALL["cnn"])
+    assert Channels(model, [batch], skip="3").names() == ["4.conv1.weight"]
+    with pytest.raises(BadInput): Channels(model, [batch], skip=("3", "4"))
+
+def test_heads_and_norms_are_reported():
+    model, batch = ready(SMALL["vit"])
+    frozen = coupling(model, batch).frozen
+    assert "split by a view" in frozen["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"][1]
+    assert "layer norm" in frozen["conv_proj.weight"][1] and "output" in frozen["heads.head.weight"][1]
+
+def test_tied_weights_are_cut_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+            self.b.weight = self.a.weight
+        def forward(self, x): return self.c(self.a(x).relu() + self.b(x).relu())
+    model, batch = Tied().double(), torch.randn(3, 4).double()
+    space = Channels(model, [batch], stream=True)
+    space.apply({n: (None, torch.arange(6) < 2) for n in space.names()})
+    masked = out(model, batch)
+    space.remove()
+    assert torch.allclose(out(model, batch), masked) and model.b.weight is model.a.weight and model.a.weight.shape == (2, 4)
+
+def test_auxiliary_heads_are_heard_in_training_mode():
+    class Aux(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.aux = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+        def forward(self, x): h = self.a(x).relu(); return (self.b(h), self.aux(h)) if self.training else self.b(h)
+    model = Aux()
+    prune(model.eval(), "l1-filter", .5, data=[torch.randn(3, 4)])
+    assert model.aux.weight.shape == (3, 3) and len(model.train()(torch.randn(3, 4))) == 2
+
+@pytest.mark.parametrize("shortcut", [lambda a, b: a + b, lambda a, b: b + a, lambda a, b: nn.Identity()(a) + b])
+def test_writing_the_sum_differently_changes_no_unit(shortcut):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        def forward(self, x): h = self.a(x); return self.c(shortcut(h, self.b(h)))
+    [group] = coupling(Net(), torch.randn(4, 3)).groups
+    assert group.stream and set(group.members) == {("a.weight", 0), ("a.bias", 0), ("b.weight", 0), ("b.weight", 1), ("b.bias", 0), ("c.weight", 1)}
+
+def test_unknown_operations_freeze():
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        def forward(self, x): return self.b(self.a(x).sort(-1).values)
+    c = coupling(Odd(), torch.randn(3, 4))
+    assert not c.groups and c.frozen["a.weight"] == (6, "no rule for `sort`")
+
+def test_writing_into_a_part_freezes():
+    class Parts(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 6), nn.Linear(8, 2)
+        def forward(self, x):
+            h = x.new_zeros(len(x), 8)
+            h[:, :6] = self.a(x)
+            return self.b(h)
+    c = coupling(Parts(), torch.randn(3, 4))
+    assert not c.groups and "part of a tensor" in c.frozen["a.weight"][1]
+
+def test_a_baked_width_is_noticed_and_undone():
+    class Baked(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Conv2d(1, 8, 3), nn.Linear(128, 2)
+        def forward(self, x): return self.b(self.a(x).view(-1, 128))
+    model, x = Baked(), torch.randn(4, 1, 6, 6)
+    with pytest.raises(BadInput, match="skip="): prune(model, "l1-filter", .5, data=[x])
+    assert model.a.weight.shape[0] == 8 and model(x).shape == (4, 2)
+
+def test_earlier_masks_survive():
+    model, batch = ready(SMALL["cnn"])
+    prune(model, "magnitude", .5, skip="7")
+    zero = model[4].conv1.weight == 0
+    plan = prune(model, "l1-filter", .5, data=[batch])
+    rows, columns = (torch.tensor(plan.slices["4.conv1.weight"].get(d, range(8))) for d in (0, 1))
+    assert torch.equal(model[4].conv1.weight == 0, zero[rows][:, columns]) and "4.conv1.weight" in masks_of(model)
+
+def test_a_plan_for_another_width_is_refused():
+    model, batch = ready(SMALL["cnn"])
+    plan = prune(copy.deepcopy(model), "l1-filter", .25, data=[batch])
+    prune(model, "l1-filter", .75, data=[batch])
+    with pytest.raises(BadInput, match="does not fit"): plan.apply(model)
+
+def test_components():
+    generator = np.random.default_rng(0)
+    a, b = generator.integers(0, 300, (2, 250))
+    label = components(300, a, b)
+    parent = list(range(300))
+    def root(i):
+        while parent[i] != i: i = parent[i]
+        return i
+    for i, j in zip(a, b): parent[root(i)] = root(j)
+    assert all((label[i] == label[j]) == (root(i) == root(j)) for i in range(300) for j in range(0, 300, 7))
+
+def test_scores_are_sums_over_rows():
+    model, batch = ready(SMALL["cnn"])
+    plan = prune(copy.deepcopy(model), "l1-filter", .5, data=[batch])
+    order = model[3].conv1.weight.abs().sum((1, 2, 3)).argsort(descending=True)[:4].sort().values
+    assert plan.masks["3.conv1.weight"].nonzero().flatten().tolist() == order.tolist()
+
+def test_taylor_of_a_filter_is_the_sum_of_squares():
+    model, batch = ready(SMALL["cnn"])
+    y = torch.tensor([0, 1])
+    plan = prune(copy.deepcopy(model), "taylor-filter", .5, data=[(batch, y)], loss=F.cross_entropy)
+    F.cross_entropy(model(batch), y).backward()
+    w = model[3].conv1.weight
+    order = (w * w.grad).square().sum((1, 2, 3)).argsort(descending=True)[:4].sort().values
+    assert plan.masks["3.conv1.weight"].nonzero().flatten().tolist() == order.tolist()
+
+def test_groups_agree_with_torch_pruning():
+    tp = pytest.importorskip("torch_pruning")
+    model = torchvision.models.resnet18(weights=None).eval()
+    graph = tp.DependencyGraph().build_dependency(model, IMAGE)
+    name = {m: n for n, m in model.named_modules()}
+    groups = coupling(model, IMAGE).groups
+    assert len(groups) == 12
+    for group in groups:
+        theirs = graph.get_pruning_group(model.get_submodule(group.name.removesuffix(".weight")), tp.prune_conv_out_channels, [0])
+        layers = {(name[d.target.module], d.handler.__name__) for d, _ in theirs if isinstance(d.target.module, (nn.Conv2d, nn.Linear))}
+        assert layers == {(p.removesuffix(".weight"), f"prune_{'out' if d == 0 else 'in'}_channels") for p, d in group.produces + group.consumes}
