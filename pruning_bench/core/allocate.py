@@ -83,7 +83,8 @@ def settle(fractions:dict, # {name: fraction}, any allocator's answer
     "Round an allocation to whole units without losing the budget."
     size = {n: s.numel() for n, s in scores.items()}
     if len({space.cost(n) for n in size}) > 1 or space.unit != "weight":
-        return {n: max(1, math.floor(fractions[n] * size[n] + .5)) / size[n] for n in size}
+        row = {n: s.shape[-1] for n, s in scores.items()}   # a changing subset of examples has a row per round
+        return {n: max(1, math.floor(fractions[n] * row[n] + .5)) / row[n] for n in row}
     count = {n: math.floor(fractions[n] * size[n] + 1e-9) for n in size}
     left = math.floor(keep * sum(size.values()) + .5) - sum(count.values())
     for n in sorted(size, key=lambda n: count[n] - fractions[n] * size[n])[:left]: count[n] += 1

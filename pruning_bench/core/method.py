@@ -14,11 +14,11 @@ from typing import Callable
 import torch
 from torch import nn
 from tqdm import tqdm
-from .inputs import BadInput, as_batches, as_loss, choose, device_of, first_batch, in_mode, seeded, size_of
+from .inputs import BadInput, as_batches, as_loss, choose, first_batch, in_mode, seeded, size_of
 from .space import SPACES
 from .stats import PROVIDERS, collect
 from .score import SCORES, magnitude, random as random_score, unit_scores
-from .allocate import ALLOCATORS, global_, settle, uniform
+from .allocate import ALLOCATORS, settle, uniform
 from .pattern import Pattern, as_pattern, unstructured
 from .solve import SOLVERS, zero
 from .schedule import SCHEDULES, one_shot
@@ -40,6 +40,7 @@ class Method:
     between: Callable = go_on         # between two cuts
     recover: Callable = field(default_factory=none)        # how weights heal
     options: dict = field(default_factory=dict)            # further arguments of the space
+    readings: dict = field(default_factory=dict)           # {reading: its settings}, where it has some
 
     @property
     def needs(self)->frozenset: return self.score.needs | self.solve.needs
@@ -65,7 +66,7 @@ def drive(method:Method, # the record
     method.prepare(space.model, train)
     steps = method.schedule(keep)
     for i, k in enumerate(tqdm(steps, desc="pruning", leave=False, delay=3)):
-        stats = collect(space, calib, method.needs, loss)
+        stats = collect(space, calib, method.needs, loss, method.readings)
         scores = unit_scores(space, method.score, stats)
         shares = settle(method.allocate(scores, k, space), k, scores, space)
         space.apply({n: method.solve(space.w(n), stats[n], scores[n], shares[n], method.pattern) for n in scores})
@@ -140,6 +141,7 @@ def keep_of(sparsity, # fraction to remove, or a pattern such as "2:4"
     try: s = .5 if sparsity is None else float(sparsity)
     except (TypeError, ValueError): raise BadInput(f"sparsity {sparsity!r} is neither a fraction in [0, 1) nor a pattern such as '2:4'") from None
     if not 0 <= s < 1: raise BadInput(f"sparsity {s:g} is outside [0, 1): it is the fraction to remove, for instance 0.5")
+    if 1 - s > pattern.at_most + 1e-9: raise BadInput(f"pattern {pattern.name} keeps at most {pattern.at_most:g}, but sparsity {s:g} keeps {1 - s:g}: raise the sparsity or change the pattern")
     return 1 - s
 
 def check(method:Method, space, data, loss)->None: # raises BadInput
@@ -148,10 +150,12 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     for name, p in model.named_parameters() if model is not None else ():
         if not torch.isfinite(p).all(): raise BadInput(f"the weights of {name!r} are not all finite: repair the model before pruning it")
     for name, layer in space.layers.items() if space.unit == "weight" else (): method.pattern.check(name, layer)
+    if method.solve.unit not in ("any", space.unit): raise BadInput(f"solver {method.solve.__name__!r} repairs {method.solve.unit}s, but this space has {space.unit}s: choose another solver or space")
     trains = getattr(method.recover, "steps", 0)
     readers = [PROVIDERS[n] for n in method.needs]
     if data is None and (trains or readers):
         raise BadInput(f"method {method.name!r} {'trains' if trains else 'reads'} {'on' if trains else sorted(method.needs)[0] + ' from'} data: pass data=, a loader of batches")
+    if model is None and (trains or readers): raise BadInput(f"method {method.name!r} runs a model: pass one instead of None")
     if trains or any(r.reads_loss for r in readers):
         with torch.no_grad(), in_mode(model, False): as_loss(loss)(model, first_batch(data))
     if method.pattern.fixed is not None and method.allocate is not uniform:
@@ -224,9 +228,10 @@ def prune(model:nn.Module,   # pruned in place
     record, sparsity = resolve(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
     keep, data = keep_of(sparsity, record.pattern), as_batches(data)
     with seeded(seed):
-        units = SPACES[record.space](model, data, skip, **record.options)
+        units = SPACES[record.space](model, data, skip, loss, **record.options)
         check(record, units, data, loss)
-        with Ledger(model) as cost: drive(record, units, keep, data, take(data, calibration), loss)
+        calib = take(data, calibration)
+    with seeded(seed), Ledger(model) as cost: drive(record, units, keep, data, calib, loss)   # as if no loader had drawn a number
     masks = {n: units.alive(n).cpu() for n in units.names()}
     return Plan(record.space, masks, {**record.recipe, "seed": seed, "skip": list(skip), "settings": {k: repr(v) for k, v in settings.items()}}, keep, cost(), units.slices())
 

@@ -22,6 +22,7 @@ class Pattern:
     select: Callable                   # (scores, fraction) -> bool mask
     fixed: float = None                # the fraction the pattern dictates, if any
     divides: tuple = (1, 1)            # rows and input channels must be multiples of these
+    at_most: float = 1.                # the largest fraction it can keep
 
     def __call__(self, scores:Tensor, fraction:float)->Tensor: # bool; units scored -inf are gone and stay gone
         return self.select(scores, fraction) & (scores > -torch.inf)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from safetensors.numpy import load_file, save_file
-from .inputs import BadInput, choose
+from .inputs import BadInput, as_dataset, choose
 from .space import SPACES
 
 # %% ../../nbs/core/10_plan.ipynb #ebba2b65
@@ -47,8 +47,8 @@ class Plan:
     def diff(self, other): return diff_of(self, other)
     def save(self, folder)->Path: return save_plan(self, folder)
     def apply(self, model): return apply_plan(self, model)
-    def kept(self, name:str="examples")->Tensor: return kept_of(self, name)
-    def subset(self, dataset, row:int=0): return torch.utils.data.Subset(dataset, kept_of(self, "examples", row).tolist())
+    def kept(self, name:str="examples", row:int=0)->Tensor: return kept_of(self, name, row)
+    def subset(self, dataset, row:int=0): return torch.utils.data.Subset(as_dataset(dataset), kept_of(self, "examples", row).tolist())
 
 # %% ../../nbs/core/10_plan.ipynb #55677ab8
 def packed(mask:Tensor)->np.ndarray: # eight units per byte
@@ -133,7 +133,7 @@ def apply_plan(plan, model)->None: # changes the model in place
     "Carry out a decision on a fresh copy of the dense model."
     space = choose(plan.space, SPACES, "space")
     if plan.space != "examples":
-        names = dict(model.named_modules()) | dict(model.named_parameters())
+        names = dict(model.named_modules()) | dict(model.named_parameters()) | dict(model.named_buffers())
         lost = next((n for n in [*plan.slices, *(plan.masks if not plan.slices else ())] if n not in names), None)
         if lost: raise BadInput(f"this plan was made for another architecture: the model has no {lost!r}")
     space.restore(model, plan)

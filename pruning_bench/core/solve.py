@@ -11,10 +11,12 @@ from torch import Tensor
 # %% ../../nbs/core/07_solve.ipynb #dcffe3e6
 SOLVERS = {}   # name -> solver
 
-def solver(needs=()): # readings from `core.stats.PROVIDERS`
+def solver(needs=(),         # readings from `core.stats.PROVIDERS`
+           unit:str="any",   # the only unit it can solve for, e.g. "weight"
+    ): # a decorator
     "Register a solver `(w, stats, scores, fraction, pattern) -> (new w, mask)`."
     def mark(fn):
-        fn.needs = frozenset(needs)
+        fn.needs, fn.unit = frozenset(needs), unit
         SOLVERS[fn.__name__] = fn
         return fn
     return mark

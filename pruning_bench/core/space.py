@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 import torch
 from torch import nn, Tensor
-from .inputs import BadInput
-from .mask import hold, held_names
+from .inputs import BadInput, as_dataset
+from .mask import hold
 
 # %% ../../nbs/core/02_space.ipynb #36c6daf3
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def prunable(model:nn.Module, # any network
     return layers
 
 # %% ../../nbs/core/02_space.ipynb #5f4b109a
-SPACES = {}   # name -> class with the constructor `(model, data, skip)`
+SPACES = {}   # name -> class with the constructor `(model, data, skip, loss, **options)`
 
 def space(cls): # a space class
     "Register a space under its lower-case name."
@@ -83,7 +83,7 @@ class Weights:
     "Every weight of every prunable layer is a unit."
     unit = "weight"
 
-    def __init__(self, model, data=None, skip=()): self.model, self.layers = model, prunable(model, skip)
+    def __init__(self, model, data=None, skip=(), loss=None): self.model, self.layers = model, prunable(model, skip)
     def names(self): return list(self.layers)
     def w(self, name): return self.layers[name].read()
     def cost(self, name): return 1.
@@ -128,7 +128,7 @@ class Blocks:
     "Every residual block of the longest list of equal blocks is a unit."
     unit = "block"
 
-    def __init__(self, model, data=None, skip=()):
+    def __init__(self, model, data=None, skip=(), loss=None):
         self.model, self.layers = model, prunable(model, skip)
         self.path, self.blocks = block_list(model)
         self.all, self.hooks = list(self.blocks), {}
@@ -140,7 +140,7 @@ class Blocks:
     def alive(self, name): return self.kept.to(self.w(name).device)
 
     def reduce(self, name, leaf): # sum over all weights of each block
-        return torch.stack([sum(s.float().sum() for n, s in leaf.items() if n.startswith(f"{self.path}.{i}.")) for i in range(len(self.all))])
+        return torch.stack([sum(s.float().sum() for n, s in leaf.items() if n.startswith(f"{self.path}.{i}.".lstrip("."))) for i in range(len(self.all))])
 
     def apply(self, solved):
         self.kept = solved[self.path][1].cpu()
@@ -179,10 +179,9 @@ class Examples:
     "Every training example is a unit; a row per round for subsets that change."
     unit = "example"
 
-    def __init__(self, model, data=None, skip=(), rounds=1):
-        self.model, self.layers, self.dataset = model, {}, getattr(data, "dataset", data)
-        if not hasattr(self.dataset, "__getitem__") or not hasattr(self.dataset, "__len__"):
-            raise BadInput("choosing examples needs data=, a data set (or its loader) that can be indexed")
+    def __init__(self, model, data=None, skip=(), loss=None, rounds=1):
+        self.model, self.layers, self.dataset = model, {}, as_dataset(data)
+        self.collate = getattr(data, "collate_fn", None)   # how examples become a batch; None = the default of `DataLoader`
         if len(self.dataset) == 0: raise BadInput("the data set is empty: there is no example to choose")
         self.kept = torch.ones(rounds, len(self.dataset), dtype=torch.bool)
 

@@ -9,7 +9,7 @@ __all__ = ['aten', 'PROVIDERS', 'Overhear', 'features', 'spread', 'provider', 'l
 # %% ../../nbs/core/03_stats.ipynb #630e8d02
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from .inputs import BadInput, as_loss, choose, forward, in_mode
@@ -131,12 +131,14 @@ def init_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
     return grads
 
 # %% ../../nbs/core/03_stats.ipynb #f5162868
-def collect(space, batches, needs, loss=None)->dict: # {name: namespace with one field per reading}
+def collect(space, batches, needs, loss=None,
+            settings={}, # {reading: its keyword arguments}, for readings that have some
+    )->dict: # {name: namespace with one field per reading}
     "Gather the declared readings for every layer and group of a space."
     stats = {n: SimpleNamespace() for n in [*space.layers, *space.names()]}
     for need in sorted(needs):
         if batches is None: raise BadInput(f"this method reads {need!r} from calibration data: pass data=, a loader of batches")
-        for name, value in choose(need, PROVIDERS, "reading")(space, batches, loss).items(): setattr(stats[name], need, value)
+        for name, value in choose(need, PROVIDERS, "reading")(space, batches, loss, **settings.get(need, {})).items(): setattr(stats[name], need, value)
         missing = [n for n in space.layers if not any(hasattr(stats[m], need) for m in [n, *space.names()])]
         if missing: raise BadInput(f"no {need} was seen for {missing[0]!r}: the data never runs this layer; add it to skip=")
     return stats
