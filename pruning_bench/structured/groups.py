@@ -225,6 +225,7 @@ class Coupling:
     groups: list     # of Group
     frozen: dict     # {parameter: (channels, reason)}
     silent: list     # parameters that never ran
+    modules: list    # names, in the order of the model
 
     def __repr__(self): return f"Coupling({len(self.groups)} groups, {len(self.frozen)} layers fixed, {len(self.silent)} silent)"
     def table(self): return table_of(self)
@@ -249,7 +250,7 @@ def coupling(model:nn.Module, batch, # the example, as `core.inputs.forward` tak
         found.setdefault(tuple(owner[atoms]), []).append(atoms)
     first = np.cumsum([0] + [len(o) for o in g.owner])[1:]    # first atom of every dimension
     groups = [grouped(g, signature, np.stack(units), has, first) for signature, units in found.items()]
-    return Coupling(named(groups), frozen_of(g, label, has, reason, first), [n for n, p in model.named_parameters() if place(p) not in g.ran])
+    return Coupling(named(groups), frozen_of(g, label, has, reason, first), [n for n, p in model.named_parameters() if place(p) not in g.ran], [n for n, _ in model.named_modules()])
 
 # %% ../../nbs/structured/40_groups.ipynb #a2cdf3bf
 def grouped(g, signature, atoms, has, first)->Group:
@@ -293,7 +294,8 @@ def table_of(c:Coupling): # pandas DataFrame
 def plot_of(c:Coupling, ax=None): # a matplotlib axis
     "A row per group, a column per module: who writes (green), reads (blue) or carries (grey) its channels."
     import matplotlib.pyplot as plt
-    owners = list(dict.fromkeys(p.rpartition(".")[0] for g in c.groups for p, _ in g.members))
+    used = {p.rpartition(".")[0] for g in c.groups for p, _ in g.members}
+    owners = [n for n in c.modules if n in used]
     if ax is None: _, ax = plt.subplots(figsize=(6, max(1.2, .6 + .17 * len(c.groups))))
     for y, g in enumerate(c.groups):
         for key in g.members:
