@@ -201,8 +201,17 @@ def test_a_baked_width_is_noticed_and_undone():
         def __init__(self): super().__init__(); self.a, self.b = nn.Conv2d(1, 8, 3), nn.Linear(128, 2)
         def forward(self, x): return self.b(self.a(x).view(-1, 128))
     model, x = Baked(), torch.randn(4, 1, 6, 6)
+    before = model(x)
     with pytest.raises(BadInput, match="skip="): prune(model, "l1-filter", .5, data=[x])
-    assert model.a.weight.shape[0] == 8 and model(x).shape == (4, 2)
+    assert torch.equal(model(x), before) and model.a.out_channels == 8 and not masks_of(model)
+
+def test_a_cut_that_changes_the_function_is_undone():
+    class Counts(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        def forward(self, x): return self.b(self.a(x) * len(self.a.weight))
+    model, x = Counts(), torch.randn(3, 4)
+    with pytest.raises(BadInput, match="masked, not removed"): prune(model, "l1-filter", .5, data=[x])
+    assert model.a.weight.shape == (8, 4) and (model.a.weight == 0).all(1).sum() == 4 and model(x).shape == (3, 2)
 
 def test_earlier_masks_survive():
     model, batch = ready(SMALL["cnn"])

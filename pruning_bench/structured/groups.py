@@ -9,7 +9,7 @@ __all__ = ['RULES', 'fixed', 'place', 'tensors', 'Graph', 'rule', 'record', 'par
            'plot_of', 'contract', 'product', 'product_and_bias', 'permute', 'add', 'reduction', 'along', 'reshape',
            'regroup', 'cat', 'stack', 'split', 'pick', 'expand', 'pad', 'spatial', 'group_norm', 'layer_norm',
            'embedding', 'attention', 'cut', 'selected', 'refresh', 'gone', 'kept_slices', 'Channels', 'said', 'writers',
-           'mask_out', 'cut_and_compare', 'close', 'cut_if_it_fits']
+           'mask_out', 'state_of', 'put_back', 'outputs', 'rehearse', 'cut_and_compare', 'close', 'cut_if_it_fits']
 
 # %% ../../nbs/structured/40_groups.ipynb #25da8af0
 import math, re
@@ -567,6 +567,8 @@ class Channels:
         if not self.groups: raise BadInput(f"{type(model).__name__} has no channels to remove{' outside its residual streams' if not stream else ''}: coupling(model, batch).table() lists the reasons")
         self.kept = {n: torch.ones(len(g), dtype=torch.bool) for n, g in self.groups.items()}
         self.layers, self.cuts = writers(model, self.groups), {}
+        one = {n: torch.arange(len(g)) > 0 for n, g in self.groups.items()}
+        rehearse(model, kept_slices(model, self.groups, one), lambda: self.run(model, self.batch))
 
     def names(self): return list(self.groups)
     def cost(self, name): return 1.
@@ -611,18 +613,36 @@ def mask_out(model:nn.Module, slices:dict)->None:
         hold(module, attr, mask)
 
 # %% ../../nbs/structured/40_groups.ipynb #8b8985a6
-def cut_and_compare(model:nn.Module, slices:dict, run)->None: # `run()` -> outputs
-    "Cut, and compare with the masked model; on a difference put everything back and raise `BadInput`."
-    def outputs():
-        with seeded(0), in_mode(model, False), torch.no_grad(): return [t for t in tensors(run()) if t.is_floating_point()]
-    before, saved = outputs(), [(m, {**m.__dict__, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers)}) for m in model.modules()]
+def state_of(model:nn.Module)->list: # [(module, its attributes)]
+    "What a cut may change, by reference."
+    return [(m, {**m.__dict__, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers)}) for m in model.modules()]
+
+def put_back(state:list)->None:
+    "Undo a cut."
+    for m, attributes in state: m.__dict__.update(attributes)
+
+def outputs(model:nn.Module, run)->list: # `run()` -> outputs
+    "Floating-point outputs on the example, in evaluation mode."
+    with seeded(0), in_mode(model, False), torch.no_grad(): return [t for t in tensors(run()) if t.is_floating_point()]
+
+def rehearse(model:nn.Module, slices:dict, run)->None:
+    "Cut, run, and put everything back; raises `BadInput` when the model does not run."
+    state = state_of(model)
     try:
         cut(model, slices)
-        why = next(("its output changed" for a, b in zip(before, outputs()) if not close(a, b)), None)
-    except Exception as e: why = said(e)
-    if why:
-        for m, state in saved: m.__dict__.update(state)
-        raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({why}); channels are masked but not removed: name the layer in skip=")
+        outputs(model, run)
+    except Exception as e:
+        raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
+    finally: put_back(state)
+
+# %% ../../nbs/structured/40_groups.ipynb #9f74b03f
+def cut_and_compare(model:nn.Module, slices:dict, run)->None: # `run()` -> outputs
+    "Cut, and compare with the masked model; a difference undoes the cut and raises `BadInput`."
+    before, state = outputs(model, run), state_of(model)
+    cut(model, slices)
+    if not all(map(close, before, outputs(model, run))):
+        put_back(state)
+        raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes; they are masked, not removed: name the layers concerned in skip=")
     for m in model.modules():
         if held_names(m) and not list(m.children()) and all(getattr(m, f"{a}_mask").all() for a in held_names(m)): release(m)
 
