@@ -70,12 +70,13 @@ def test_a_failure_is_recorded_and_the_others_finish(cache, notebook, code, word
     record = runner.failures(bad)
     assert len(record) == 1 and record[0]["status"] == "error" and (bad.folder() / "log-1.txt").exists()
     assert word.lower() in (bad.folder() / "log-1.txt").read_text().lower()
-    run_jobs([bad], 1, console=QUIET)
-    assert len(runner.failures(bad)) == 2
-    run_jobs([bad], 1, console=QUIET)
-    assert len(runner.failures(bad)) == 2, "a job that failed twice waits for --retry"
-    run_jobs([bad], 1, retry=True, console=QUIET)
-    assert len(runner.failures(bad)) == 3
+
+
+def test_a_job_that_failed_twice_waits_to_be_asked(cache, notebook):
+    notebook("raise RuntimeError('again')")
+    for attempts, retry in ((1, False), (2, False), (2, False), (3, True)):
+        run_jobs([JOB], 1, retry=retry, console=QUIET)
+        assert len(runner.failures(JOB)) == attempts
 
 
 def test_a_job_that_takes_too_long_is_stopped(cache, notebook):

@@ -15,7 +15,7 @@ import matplotlib
 import pandas as pd
 import seaborn as sns
 from ..core.inputs import BadInput
-from .entry import SCHEMA, entry_path, read_entries, write_json
+from .entry import SCHEMA, read_entries, write_json
 from .tasks import known
 
 # %% ../../nbs/bench/96_board.ipynb #b9f77485
@@ -55,7 +55,7 @@ def row_of(e:dict, runs:list, when:str, dense:float): # a dict, or None when thi
 def label(row)->str: # as shown in tables
     "Method with its variant; controls are in italics."
     name = row.method if row.variant == "default" else f"{row.method} ({row.variant})"
-    return f"*{name}*" if row.method.startswith("random") else name
+    return f"*{name}*" if row.method.startswith("rand") else name
 
 def ordered(table:pd.DataFrame)->pd.DataFrame: # best first within each sparsity
     "Sort by the task's one metric; rows without a mean go last."
@@ -106,7 +106,7 @@ def pareto(table:pd.DataFrame, ax=None): # a matplotlib axis
     names = sorted(points.method.unique())
     for name, color, mark in zip(names, sns.color_palette("tab20", len(names)), "osv^D<>Pph*X" * 4):
         p = points[points.method == name]
-        ax.errorbar(p.left, p.value, p.sd.fillna(0), fmt=mark, color=color, ms=5, capsize=2, lw=1, label=name, mfc="none" if name.startswith("random") else color)
+        ax.errorbar(p.left, p.value, p.sd.fillna(0), fmt=mark, color=color, ms=5, capsize=2, lw=1, label=name, mfc="none" if name.startswith("rand") else color)
     line = front(points, bool(points.higher.iloc[0]))
     ax.plot(line.left, line.value, color="k", lw=.7, alpha=.6)
     ax.axhline(points.dense.iloc[0], color="grey", ls="--", lw=.8)
@@ -167,7 +167,7 @@ def page(table:pd.DataFrame)->str: # HTML
     sections = {}
     for task, name, part in boards(table):
         text, raw = columns(part), part[["sparsity", "method", "value", "value", "removed", "params", "nonzero", "macs", "prune_seconds", "steps", "seeds"]]
-        cells = [dict(control=m.startswith("random"), cells=[dict(text=t.strip("*"), value="" if v != v else v) for t, v in zip(texts, values)])
+        cells = [dict(control=m.startswith("rand"), cells=[dict(text=t.strip("*"), value="" if v != v else v) for t, v in zip(texts, values)])
                  for m, texts, values in zip(part.method, text.itertuples(index=False), raw.itertuples(index=False, name=None))]
         section = sections.setdefault(task, dict(id=task, task=task, track=TRACKS[part.track.iloc[0]], boards=[]))
         section["boards"].append(dict(name=name, about=heading(part), svg=svg(part), columns=list(text.columns), rows=cells))
@@ -196,7 +196,7 @@ def digest_board(table:pd.DataFrame)->str: # Markdown for the first page
         parts = [(name, part) for t, name, part in boards(table) if t == task]
         name, part = next(((n, p) for n, p in parts if n == STAGES["after_recover"]), parts[-1])
         part = part[part.sparsity == part.sparsity.max()]
-        chosen = pd.concat([part.dropna(subset=["value"]).head(3), part[part.method.str.startswith("random")].head(1)]).drop_duplicates(["method", "variant"])
+        chosen = pd.concat([part.dropna(subset=["value"]).head(3), part[part.method.str.startswith("rand")].head(1)]).drop_duplicates(["method", "variant"])
         lines += [dict(task=f"[{task}](leaderboard/README.md#{task})", board=name, sparsity=f"{r.sparsity:.3g}", method=label(r), result=f"{r.metric} {spread(r)}", dense=number(r.dense)) for r in chosen.itertuples()]
     return markdown(pd.DataFrame(lines))
 
@@ -234,5 +234,5 @@ def show(table:pd.DataFrame, console)->None:
         text = columns(part)
         shown = Table(title=f"{task}, {name}: {heading(part)}", title_justify="left", box=None, header_style="bold", title_style="bold cyan")
         for c in text.columns: shown.add_column(c, justify="left" if c == "method" else "right", no_wrap=c != "method")
-        for m, row in zip(part.method, text.itertuples(index=False)): shown.add_row(*[c.strip("*") for c in row], style="dim italic" if m.startswith("random") else None)
+        for m, row in zip(part.method, text.itertuples(index=False)): shown.add_row(*[c.strip("*") for c in row], style="dim italic" if m.startswith("rand") else None)
         console.print(shown); console.print()

@@ -174,7 +174,7 @@ def predict(model:nn.Module, split:str)->dict: # {"perplexity", "nll"}
 
 # %% ../../nbs/bench/92_embedded.ipynb #982fd1bd
 TEXT = dict(steps=600, lr=4e-3, weight_decay=.05, clip=1., warmup=.1)
-TEXT_AGAIN = dict(steps=60, lr=1e-3, weight_decay=.05, clip=1., warmup=.1)
+TEXT_AGAIN = dict(steps=25, lr=1e-3, weight_decay=.05, clip=1., warmup=.1)
 
 register(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0M parameters", build=llama, batches=text, metrics=predict,
     metric="perplexity", higher=False, bound=80., calibration=lambda seed: list(text(1000 + seed, size=8, steps=4)),
@@ -287,7 +287,7 @@ register(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Ne
 
 # %% ../../nbs/bench/92_embedded.ipynb #5669361b
 @functools.cache
-def noisy_labels(rate:float=.2, seed:int=0)->Tensor: # (1197,)
+def noisy_labels(rate:float=.2, seed:int=777)->Tensor: # (1197,)
     "Training labels of which exactly this share was replaced by another class, uniformly."
     y, g = digits("train")[1].clone(), torch.Generator().manual_seed(seed)
     ids = torch.randperm(len(y), generator=g)[:round(rate * len(y))]

@@ -8,7 +8,7 @@ __all__ = ['TEXT', 'NUMBER', 'COUNT', 'SHARE', 'SHA', 'METRICS', 'STATUS', 'SIZE
            'write_json', 'entry_path', 'read_entries']
 
 # %% ../../nbs/bench/94_entry.ipynb #9f2cbe42
-import functools, hashlib, json, os, platform, subprocess, sys, tempfile
+import functools, hashlib, json, os, platform, subprocess, tempfile
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,10 +62,10 @@ def validate(entry:dict)->dict: # the same entry
 # %% ../../nbs/bench/94_entry.ipynb #2e4e36e8
 @functools.cache
 def code_digest()->str: # 64 hexadecimal digits
-    "SHA-256 over every module of the installed package."
+    "SHA-256 over every module that can change a result: not the board, not the command line."
     root, h = Path(pruning_bench.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.name != "_modidx.py": h.update(str(path.relative_to(root)).encode()); h.update(path.read_bytes())
+        if path.name not in ("_modidx.py", "board.py", "cli.py"): h.update(str(path.relative_to(root)).encode()); h.update(path.read_bytes())
     return h.hexdigest()
 
 def notebook_digest(path)->str: # 64 hexadecimal digits

@@ -10,11 +10,11 @@ __all__ = ['SUITES', 'Job', 'template', 'finished', 'failures', 'allowed', 'exec
 import hashlib, json, os, signal, subprocess, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from ..core.inputs import BadInput, choose
-from ..core.method import CARDS
+import pruning_bench
+from ..core.inputs import BadInput
 from .entry import code_digest, notebook_digest, validate, write_json
 from .tasks import cache_folder, model_seed, task as find_task
 
@@ -41,7 +41,6 @@ class Job:
 def template(job)->Path: # a notebook
     "The benchmark notebook of a job's track: in the checkout, or the copy shipped with the package."
     name = f"{find_task(job.task).track}.ipynb"
-    import pruning_bench
     homes = [Path(pruning_bench.__file__).parents[1] / "nbs" / "benchmarks", Path(pruning_bench.__file__).parent / "benchmarks"]
     return next((h / name for h in homes if (h / name).exists()), homes[0] / name)
 
@@ -118,13 +117,15 @@ def steps_of(jobs:list)->list: # dense trainings that are missing, then the jobs
     return slow + steps
 
 # %% ../../nbs/bench/95_runner.ipynb #0a334ee4
-def start(step:Step, threads:int)->None:
+def start(step:Step)->None:
     "Launch the worker of a step, its output going to a log file."
     folder = Path(step.spec["folder"]) if step.job else cache_folder() / "dense-logs"
+    threads = find_task(step.job.task if step.job else step.spec["task"]).threads
     folder.mkdir(parents=True, exist_ok=True)
     name = "" if step.job else step.label.replace(" ", "-") + "-"
     spec = write_json(step.spec, folder / f"{name}job.json")
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "PYTHONHASHSEED": "0"}
+    home = str(Path(pruning_bench.__file__).parents[1])   # workers and kernels use the package of this process
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "PYTHONHASHSEED": "0"}
     with open(folder / f"{name}log.txt", "w") as log:
         step.process = subprocess.Popen([sys.executable, "-m", "pruning_bench.bench.runner", str(spec)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     step.since = time.monotonic()
@@ -170,14 +171,13 @@ def run_jobs(jobs:list,          # what should be finished afterwards
 def schedule(steps:list, workers:int, limit:float, console)->dict: # {job name: entry or message}
     "Keep the workers busy until every step is done."
     waiting, running, done, found = list(steps), [], set(), {}
-    threads = max(1, (os.cpu_count() or 1) // workers)
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}")]
     with Progress(*columns, console=console, refresh_per_second=2) as bar:
         total = bar.add_task("", total=sum(s.weight for s in steps))
         try:
             while waiting or running:
                 for step in [s for s in waiting if s.needs <= done][:workers - len(running)]:
-                    waiting.remove(step); running.append(step); start(step, threads)
+                    waiting.remove(step); running.append(step); start(step)
                 bar.update(total, description=", ".join(s.label for s in running))
                 for step in [s for s in running if s.process.poll() is not None or time.monotonic() - s.since > limit]:
                     running.remove(step)
@@ -215,9 +215,9 @@ def embedded()->list: # jobs
     return (jobs("pydoc-llama", ["random", "magnitude", "global-magnitude", "wanda", "sparsegpt"], (.5, .7))
         + jobs("pydoc-llama", ["random", "magnitude", "wanda", "sparsegpt"], (.5,), **two_four)
         + jobs("pydoc-llama", ["block-influence"], (1/6, 2/6)) + jobs("pydoc-llama", ["random"], (1/6, 2/6), blocks={"space": "blocks"})
-        + jobs("digits-ddpm", ["random", "magnitude"], (.5, .7)) + jobs("digits-ddpm", ["l1-filter", "taylor-filter"], (.25, .5)) + jobs("digits-ddpm", ["random"], (.25, .5), channels={"space": "channels"})
+        + jobs("digits-ddpm", ["random", "magnitude"], (.5, .7)) + jobs("digits-ddpm", ["rand-struct", "l1-filter", "taylor-filter"], (.25, .5))
         + jobs("digits-cnn", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude"], (.9, .95))
-        + jobs("digits-cnn", ["l1-filter", "taylor-filter"], (.5, .75)) + jobs("digits-cnn", ["random"], (.5, .75), channels={"space": "channels"})
+        + jobs("digits-cnn", ["rand-struct", "l1-filter", "taylor-filter"], (.5, .75))
         + jobs("digits-mlp", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude", "snip", "synflow", "imp"], (.9, .98))
         + jobs("digits-data", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9))
         + jobs("digits-data-noisy", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9)))

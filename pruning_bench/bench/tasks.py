@@ -99,7 +99,7 @@ class Task:
     fingerprint:Callable # () -> content hash of the data
     loss:Callable|None=None # criterion, `batch_loss`, or None for the model's own
     examples:Callable|None=None # () -> data set of the training examples, in the order `keep` counts them
-    recipe:dict=field(default_factory=dict)   # what the dense weights depend on
+    recipe:dict=field(default_factory=dict)   # how the dense weights are made, and the budget of retraining
     protocol:dict=field(default_factory=dict) # what the metrics depend on
     varies:tuple=("dense model", "calibration", "random masks", "recovery order") # what a seed changes
     threads:int=1        # CPU threads for training and measuring: sums have one order
@@ -145,9 +145,10 @@ def trained(task:Task, seed:int=0, # fixes initial weights and order
 def dense(task:Task, seed:int=0)->tuple: # (model in evaluation mode, facts of its training)
     "The dense model of a seed: from the cache, or trained now."
     s, model = model_seed(task, seed), initial(task, seed)
-    what = digest(task.version, task.fingerprint(), task.recipe, task.threads, torch.__version__)
+    recipe = {k: v for k, v in task.recipe.items() if k not in ("recover", "calibration")}   # what comes after training changes no weight
+    what = digest(task.version, task.fingerprint(), recipe, task.threads, torch.__version__)
     def train(model): model.load_state_dict(trained(task, seed).state_dict())
-    return model, cached(model, f"{task.name}-s{s}-{what[:16]}", train, task=task.name, seed=s, recipe=task.recipe)
+    return model, cached(model, f"{task.name}-s{s}-{what[:16]}", train, task=task.name, seed=s, recipe=recipe)
 
 # %% ../../nbs/bench/90_tasks.ipynb #81d2dbe2
 SPLITS = {"validation": "for every choice", "test": "read once, at the end"}

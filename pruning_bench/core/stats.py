@@ -132,13 +132,13 @@ def init_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
 
 # %% ../../nbs/core/03_stats.ipynb #f5162868
 def collect(space, batches, needs, loss=None,
-            settings={}, # {reading: its keyword arguments}, for readings that have some
+            settings=None, # {reading: its keyword arguments}, for readings that have some
     )->dict: # {name: namespace with one field per reading}
     "Gather the declared readings for every layer and group of a space."
     stats = {n: SimpleNamespace() for n in [*space.layers, *space.names()]}
     for need in sorted(needs):
         if batches is None: raise BadInput(f"this method reads {need!r} from calibration data: pass data=, a loader of batches")
-        for name, value in choose(need, PROVIDERS, "reading")(space, batches, loss, **settings.get(need, {})).items(): setattr(stats[name], need, value)
+        for name, value in choose(need, PROVIDERS, "reading")(space, batches, loss, **(settings or {}).get(need, {})).items(): setattr(stats[name], need, value)
         missing = [n for n in space.layers if not any(hasattr(stats[m], need) for m in [n, *space.names()])]
         if missing: raise BadInput(f"no {need} was seen for {missing[0]!r}: the data never runs this layer; add it to skip=")
     return stats

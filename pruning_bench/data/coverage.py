@@ -12,7 +12,7 @@ from ..core.inputs import BadInput
 from ..core.method import Method, register
 from ..core.pattern import Pattern, count_of, pattern
 from ..core.score import score
-from . import dynamics   # registers the reading that `aum` needs
+from . import dynamics   # noqa: F401, registers the reading that `aum` needs
 
 # %% ../../nbs/data/82_coverage.ipynb #a03b22c8
 def budgets(sizes:list, # examples in each stratum

@@ -7,7 +7,6 @@ __all__ = ['random_subset', 'subset_order', 'subset_batches', 'round_robin', 'rs
 
 # %% ../../nbs/data/80_examples.ipynb #81120819
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from ..core.inputs import BadInput, as_dataset
 from ..core.method import Method, register

@@ -326,11 +326,11 @@ def product_and_bias(g, outs, a):
     return broadcast(g, outs[0].shape, [outs[0], a.self])
 
 # %% ../../nbs/structured/40_groups.ipynb #f7242a23
-@rule("t", "transpose", "permute")
+@rule("t", "transpose", "permute", "numpy_T", "movedim")
 def permute(g, outs, a):
     x = g.of(a.self)
     order = list(getattr(a, "dims", range(len(x))))
-    if g.op == "t": order = order[::-1]
+    if g.op in ("t", "t_"): order = order[::-1]
     if hasattr(a, "dim0"): order[a.dim0], order[a.dim1] = order[a.dim1], order[a.dim0]
     return [x[d] for d in order]
 
@@ -387,14 +387,6 @@ def regroup(g, ins, sizes):
     return [fixed(n) for n in sizes]
 
 # %% ../../nbs/structured/40_groups.ipynb #8c21ce47
-@rule("t", "transpose", "permute", "numpy_T", "movedim")
-def permute(g, outs, a):
-    x = g.of(a.self)
-    order = list(getattr(a, "dims", range(len(x))))
-    if g.op in ("t", "t_"): order = order[::-1]
-    if hasattr(a, "dim0"): order[a.dim0], order[a.dim1] = order[a.dim1], order[a.dim0]
-    return [x[d] for d in order]
-
 @rule("cat")
 def cat(g, outs, a):
     parts = [g.of(t) for t in a.tensors if t.dim() == outs[0].dim()]
@@ -444,20 +436,6 @@ def pad(g, outs, a):
     return x
 
 # %% ../../nbs/structured/40_groups.ipynb #9abacd4b
-@rule("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "logsumexp", "linalg_vector_norm", "any", "all", "argmax")
-def reduction(g, outs, a):
-    x, dim = g.of(a.self), getattr(a, "dim", None)
-    dims = {d % len(x) for d in ([dim] if isinstance(dim, int) else dim or range(len(x)))}
-    for d in dims: g.freeze(x[d], f"`{g.op}` runs over it")
-    return [fixed(1) if d in dims else v for d, v in enumerate(x) if d not in dims or outs[0].dim() == len(x)]
-
-@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "flip", "roll")
-def along(g, outs, a):
-    x, dim = g.of(a.self), getattr(a, "dim", None)
-    dims = [dim] if isinstance(dim, int) else dim or a.dims
-    for d in dims: g.freeze(x[d], f"`{g.op}` runs along it")
-    return x
-
 @rule(*[f"{n}{d}d{s}" for d in "123" for n in ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "reflection_pad", "replication_pad",
         "upsample_nearest", "_upsample_nearest_exact") for s in ("", "_with_indices")], "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "upsample_trilinear3d")
 def spatial(g, outs, a):
