@@ -108,9 +108,9 @@ def digits_task(name:str, about:str, build, # as in `Task`
 
 # %% ../../nbs/bench/92_embedded.ipynb #534da337
 digits_task("digits-mlp", "handwritten digits, two hidden layers", mlp,
-            dict(steps=600, lr=3e-3, weight_decay=1e-4), dict(steps=60, lr=1e-3, weight_decay=1e-4))
+            dict(steps=600, lr=3e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4))
 digits_task("digits-cnn", "handwritten digits, residual network with batch norm", DigitsCNN,
-            dict(steps=400, lr=4e-3, weight_decay=1e-4), dict(steps=40, lr=1e-3, weight_decay=1e-4), bound=.97);
+            dict(steps=400, lr=4e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4), bound=.97);
 
 # %% ../../nbs/bench/92_embedded.ipynb #fd7dbeb1
 @functools.cache
