@@ -10,8 +10,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from pruning_bench import BadInput
-from pruning_bench.bench import runner
+from pruning_bench.bench import runner, worker
 from pruning_bench.bench.runner import Job, run_jobs
 
 
@@ -96,8 +95,8 @@ def test_half_a_result_does_not_count(cache, notebook):
 
 def test_names_of_parameters_cannot_carry_code(cache, notebook, tmp_path):
     notebook(GOOD)
-    with pytest.raises(BadInput, match="no parameter"):
-        runner.execute(tmp_path / "template.ipynb", tmp_path / "x", {"task": "a", "y = 1; import os; z": 1})
+    with pytest.raises(ValueError, match="no parameter"):
+        worker.execute(tmp_path / "template.ipynb", tmp_path / "x", {"task": "a", "y = 1; import os; z": 1})
 
 
 def test_the_digest_depends_on_everything_that_matters(notebook):

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NUMBER', 'COUNT', 'SHARE', 'SHA', 'METRICS', 'STATUS', 'SIZE', 'COST', 'RUN', 'DENSE', 'SCHEMA', 'LIBRARIES',
-           'record', 'maybe', 'validate', 'code_digest', 'notebook_digest', 'commit', 'release', 'provenance',
-           'write_json', 'entry_path', 'read_entries']
+           'record', 'maybe', 'checker', 'validate', 'code_digest', 'notebook_digest', 'commit', 'release',
+           'provenance', 'write_json', 'entry_path', 'read_entries']
 
 # %% ../../nbs/bench/94_entry.ipynb #9f2cbe42
 import functools, hashlib, json, os, platform, subprocess, tempfile
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-import jsonschema
+import fastjsonschema
 import torch
 import pruning_bench
 from ..core.inputs import BadInput
@@ -36,7 +36,7 @@ COST = record(prune_seconds=NUMBER, recover_seconds=NUMBER, forward=COUNT, backw
 RUN = record(sparsity=SHARE, seed=COUNT, status=STATUS, message=maybe(TEXT), plan=maybe(SHA), size=maybe(SIZE), cost=maybe(COST),
              quality=record(after_prune=maybe(METRICS), after_recover=maybe(METRICS)))
 DENSE = record(seed=COUNT, quality=METRICS, size=SIZE, train_seconds=maybe(NUMBER))
-SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "pruning_bench entry", **record(
+SCHEMA = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "pruning_bench entry", **record(
     schema={"const": "entry.v1"},
     task=record(name=TEXT, digest=SHA, track=TEXT, metric=TEXT, higher={"type": "boolean"}),
     method=record(name=TEXT, variant=TEXT, settings={"type": "object"}, recipe={"type": "object"}, family=TEXT, stage=TEXT, paper=TEXT, year=COUNT),
@@ -45,10 +45,15 @@ SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "p
     provenance={"type": "object", "required": ["package", "code", "notebook", "python", "libraries", "device", "threads", "date"]})}
 
 # %% ../../nbs/bench/94_entry.ipynb #42ec65e8
+@functools.cache
+def checker(): # function that raises for what the schema refuses
+    "The schema, compiled once."
+    return fastjsonschema.compile(SCHEMA)
+
 def validate(entry:dict)->dict: # the same entry
     "Check an entry against the schema and its own arithmetic; raises `BadInput` naming the place."
-    errors = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(entry), key=lambda e: list(map(str, e.path)))
-    if errors: raise BadInput(f"entry: {'/'.join(map(str, errors[0].path)) or 'top level'}: {errors[0].message[:200]}")
+    try: checker()(entry)
+    except fastjsonschema.JsonSchemaValueException as e: raise BadInput(f"entry: {e.message[:200]}") from None
     seen = set()
     for i, r in enumerate(entry["runs"]):
         key = r["sparsity"], r["seed"]
