@@ -99,7 +99,7 @@ def test_the_order_follows_the_direction_of_the_metric():
 
 
 def test_methods_that_start_untrained_have_a_board_of_their_own():
-    assert set(board.rows([make_entry(stage="init")]).board) == {"no retraining", "trained under the mask"}
+    assert set(board.rows([make_entry(stage="init")]).board) == {"trained under the mask"}
 
 
 def test_the_front_holds_what_nothing_beats():

@@ -34,6 +34,7 @@ def rows(entries:list)->pd.DataFrame: # one row per entry, sparsity and board
         for sparsity in sorted({r["sparsity"] for r in e["runs"]}):
             runs = [r for r in e["runs"] if r["sparsity"] == sparsity]
             for when in ("after_prune", "after_recover"):
+                if e["method"]["stage"] == "init" and when == "after_prune": continue   # an untrained network: nothing to compare
                 if row := row_of(e, runs, when, dense): out.append(dict(board=board_of(e, when), sparsity=sparsity, **row))
     return pd.DataFrame(out)
 

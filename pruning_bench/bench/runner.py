@@ -179,7 +179,7 @@ def embedded()->list: # jobs
     return (jobs("pydoc-llama", ["random", "magnitude", "global-magnitude", "wanda", "sparsegpt"], (.5, .7))
         + jobs("pydoc-llama", ["random", "magnitude", "wanda", "sparsegpt"], (.5,), **two_four)
         + jobs("pydoc-llama", ["block-influence"], (1/6, 2/6)) + jobs("pydoc-llama", ["random"], (1/6, 2/6), blocks={"space": "blocks"})
-        + jobs("digits-ddpm", ["random", "magnitude"], (.5, .7)) + jobs("digits-ddpm", ["rand-struct", "l1-filter", "taylor-filter"], (.25, .5))
+        + jobs("digits-ddpm", ["rand-struct", "l1-filter", "taylor-filter"], (.25, .5))
         + jobs("digits-cnn", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude"], (.5, .9))
         + jobs("digits-cnn", ["rand-struct", "l1-filter", "taylor-filter"], (.5, .75))
         + jobs("digits-mlp", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude", "snip", "synflow", "imp"], (.8, .95))
