@@ -138,7 +138,7 @@ def test_digests_are_the_same_in_another_process():
 @each
 def test_retraining_is_a_fraction_of_training(name):
     t = task(name)
-    assert getattr(t.recover, "steps", 0) <= .1 * t.train.steps
+    assert getattr(t.recover, "steps", 0) <= .25 * t.train.steps
 
 def test_splits_are_disjoint_and_stratified():
     images = [embedded.digits(s)[0].flatten(1) for s in ("train", "validation", "test")]
@@ -156,7 +156,10 @@ def test_calibration_comes_from_the_training_split():
 
 def test_exactly_a_fifth_of_the_labels_is_wrong_and_tests_stay_clean():
     wrong = embedded.noisy_labels() != embedded.digits("train")[1]
-    assert wrong.sum() == 239 and torch.equal(embedded.noisy_labels(), embedded.noisy_labels(.2, 0))
+    assert wrong.sum() == 239 and torch.equal(embedded.noisy_labels(), embedded.noisy_labels(.2, 777))
+    for seed in (0, 1, 2):   # the order of the batches does not know which labels are wrong
+        first = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:239]
+        assert .1 < wrong[first].float().mean() < .3
     assert torch.equal(task("digits-data-noisy").examples().tensors[1], embedded.noisy_labels())
     assert torch.equal(task("digits-data").examples().tensors[1], embedded.digits("train")[1])
 
