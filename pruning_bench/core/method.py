@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'FAMILIES', 'STAGES', 'CARDS', 'Method', 'drive', 'Card', 'register', 'build', 'methods', 'cite', 'keep_of',
            'check', 'Ledger', 'resolve', 'unknown', 'take', 'prune', 'magnitude_', 'random']
 
-# %% ../../nbs/core/11_method.ipynb #8f64e8fe
+# %% ../../nbs/core/11_method.ipynb #859b2e5e
 import inspect, time, warnings
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 from torch import nn
 from tqdm import tqdm
-from .inputs import BadInput, as_batches, as_loss, choose, first_batch, in_mode, seeded, size_of
+from .inputs import BadInput, as_batches, as_loss, choose, device_of, first_batch, in_mode, seeded, size_of
 from .space import SPACES
 from .stats import PROVIDERS, collect
 from .score import SCORES, magnitude, random as random_score, unit_scores
@@ -23,9 +23,10 @@ from .pattern import Pattern, as_pattern, unstructured
 from .solve import SOLVERS, zero
 from .schedule import SCHEDULES, one_shot
 from .recover import RECOVERIES, at_once, endless, go_on, none
+from .memory import peak_memory
 from .plan import Plan
 
-# %% ../../nbs/core/11_method.ipynb #f4ec27cb
+# %% ../../nbs/core/11_method.ipynb #fe48692a
 @dataclass(frozen=True)
 class Method:
     "A pruning method: one answer to each question."
@@ -52,7 +53,7 @@ class Method:
 
 PARTS = ("score", "allocate", "pattern", "solve", "schedule", "prepare", "between", "recover")
 
-# %% ../../nbs/core/11_method.ipynb #45966285
+# %% ../../nbs/core/11_method.ipynb #f3553f27
 def drive(method:Method, # the record
           space,         # where the units live
           keep:float,    # fraction to keep at the end
@@ -73,7 +74,7 @@ def drive(method:Method, # the record
         if i == len(steps) - 1: space.remove()
         method.between(space.model, start, train, len(steps), len(steps) - 1 - i)
 
-# %% ../../nbs/core/11_method.ipynb #5aaaf378
+# %% ../../nbs/core/11_method.ipynb #15d81dfe
 FAMILIES = ("weight", "structured", "diffusion", "data")
 STAGES = ("init", "trained")   # does the method start from untrained or from trained weights?
 CARDS = {}
@@ -101,7 +102,7 @@ def register(title:str,  # title of the paper
         return fn
     return mark
 
-# %% ../../nbs/core/11_method.ipynb #5228f524
+# %% ../../nbs/core/11_method.ipynb #01e147ac
 def build(name:str, # slug of a registered method
           **settings # arguments of the function that builds it
     )->Method:
@@ -130,7 +131,7 @@ def cite(*names:str)->str: # markdown list
     link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
     return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (choose(n, CARDS, "method") for n in names))
 
-# %% ../../nbs/core/11_method.ipynb #5a4df803
+# %% ../../nbs/core/11_method.ipynb #30b0a423
 def keep_of(sparsity, # fraction to remove, or a pattern such as "2:4"
             pattern:Pattern)->float: # fraction to keep
     "The budget as a fraction to keep."
@@ -161,12 +162,14 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     if method.pattern.fixed is not None and method.allocate is not uniform:
         warnings.warn(f"pattern {method.pattern.name} fixes the density of every layer: the allocation has no effect", stacklevel=3)
 
-# %% ../../nbs/core/11_method.ipynb #cae486c2
+# %% ../../nbs/core/11_method.ipynb #c18b7ae2
 class Ledger:
-    "Seconds, forward and backward passes, and samples, counted without the method's help."
+    "Seconds, peak memory, forward and backward passes, and samples, counted without the method's help."
     def __init__(self, model): self.model, self.forward, self.backward, self.samples = model, 0, 0, 0
 
     def __enter__(self):
+        self.meter = peak_memory("cpu" if self.model is None else device_of(self.model))
+        self.memory = self.meter.__enter__()
         self.since = time.perf_counter()
         self.hook = self.model.register_forward_pre_hook(self.count, with_kwargs=True) if self.model is not None else None
         return self
@@ -174,6 +177,7 @@ class Ledger:
     def __exit__(self, *error):
         if self.hook: self.hook.remove()
         self.seconds = time.perf_counter() - self.since
+        self.meter.__exit__(None, None, None)
 
     def __deepcopy__(self, memo): return self   # copies of the model report to the same ledger
 
@@ -182,9 +186,10 @@ class Ledger:
         self.backward += torch.is_grad_enabled()
         self.samples += size_of(args[0] if args else kwargs)
 
-    def __call__(self)->dict: return dict(seconds=self.seconds, forward=self.forward, backward=self.backward, samples=self.samples)
+    def __call__(self)->dict: # JSON values; `peak_bytes` is None where nobody can measure it
+        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, forward=self.forward, backward=self.backward, samples=self.samples)
 
-# %% ../../nbs/core/11_method.ipynb #c33e3787
+# %% ../../nbs/core/11_method.ipynb #5a1a9489
 def resolve(method, parts:dict, settings:dict, sparsity)->tuple: # (Method, sparsity)
     "Read names, records and overrides into one record."
     record = method if isinstance(method, Method) else build(method, **settings) if method else Method(**settings and unknown(settings))
@@ -211,7 +216,7 @@ def take(data, n:int)->list: # batches with about n examples in all
         if got >= n: break
     return batches
 
-# %% ../../nbs/core/11_method.ipynb #9c0c8f51
+# %% ../../nbs/core/11_method.ipynb #a30042b6
 def prune(model:nn.Module,   # pruned in place
           method=None,       # a registered name, a `Method`, or nothing: magnitude unless parts say otherwise
           sparsity=None,     # fraction of units to remove, or a pattern such as "2:4"; 0.5 if not given
@@ -235,7 +240,7 @@ def prune(model:nn.Module,   # pruned in place
     masks = {n: units.alive(n).cpu() for n in units.names()}
     return Plan(record.space, masks, {**record.recipe, "seed": seed, "skip": list(skip), "settings": {k: repr(v) for k, v in settings.items()}}, keep, cost(), units.slices())
 
-# %% ../../nbs/core/11_method.ipynb #853627c8
+# %% ../../nbs/core/11_method.ipynb #ed8c8a30
 @register("Comparing Biases for Minimal Network Construction with Back-Propagation", "NeurIPS 1988", 1988, "weight")
 def magnitude_():
     "The smallest weights of every layer go."
