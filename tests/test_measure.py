@@ -1,13 +1,15 @@
 "Measurement against numbers derived by hand."
-import copy, math
+import copy, json, math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning_bench.bench.measure import (accuracy, clock, densities, frechet, interval, kid, logits_of, macs, nonzero_macs, nonzeros, parameters,
-                                         pareto, ssim, token_nll)
+from safetensors.torch import load_file
+
+from pruning_bench.bench.measure import (FORMATS, accuracy, clock, densities, disk_bytes, load_sparse, logits_of, macs, nonzero_macs, nonzeros, parameters,
+                                         save_sparse, token_nll)
 from pruning_bench.core.inputs import BadInput
 from pruning_bench.core.mask import hold
 
@@ -37,10 +39,90 @@ def test_macs(name):
     model, x, by_hand = CASES[name]
     assert macs(model, x) == by_hand
 
-def test_macs_of_resnet20():
-    widths = [(3, 16, 1)] + [(16, 16, 1)] * 6 + [(16, 32, 2)] + [(32, 32, 1)] * 5 + [(32, 64, 2)] + [(64, 64, 1)] * 5
-    chain = nn.Sequential(*[nn.Conv2d(i, o, 3, s, 1, bias=False) for i, o, s in widths], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    assert macs(chain, torch.randn(2, 3, 32, 32)) == 40_551_040
+class Block(nn.Module):
+    "Two 3 x 3 convolutions and a shortcut without weights (option A of He et al., 2015)."
+    def __init__(self, i, o):
+        super().__init__()
+        self.stride = o // i
+        self.a, self.na = nn.Conv2d(i, o, 3, self.stride, 1, bias=False), nn.BatchNorm2d(o)
+        self.b, self.nb = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
+    def forward(self, x):
+        short = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, *[(self.b.in_channels - x.shape[1]) // 2] * 2))
+        return F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + short)
+
+def resnet(depth):
+    n = (depth - 2) // 6
+    widths = [16] * (n + 1) + [32] * n + [64] * n
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *[Block(i, o) for i, o in zip(widths, widths[1:])],
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+@pytest.mark.parametrize("depth,by_hand", [(20, 40_551_040), (32, 68_862_592), (44, 97_174_144), (56, 125_485_696)])
+def test_macs_of_residual_networks(depth, by_hand):
+    net, x = resnet(depth), torch.randn(2, 3, 32, 32)
+    assert macs(net, x) == nonzero_macs(net, x) == by_hand
+
+@pytest.mark.slow
+def test_stable_diffusion_on_the_meta_device():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    assert parameters(unet) == 859_520_964
+    with pytest.raises(BadInput, match="meta device"): disk_bytes(unet)
+
+class First(nn.Module):
+    "A recurrent network that returns its outputs only."
+    def __init__(self, kind, *args, **settings): super().__init__(); self.inner = getattr(nn, kind)(*args, batch_first=True, **settings)
+    def forward(self, x): return self.inner(x)[0]
+
+@pytest.mark.parametrize("kind,gates", [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_macs_of_recurrent_networks(kind, gates):
+    x = torch.randn(3, 5, 4)
+    assert macs(First(kind, 4, 8), x) == gates * 8 * (4 + 8) * 5
+    both = gates * 8 * (4 + 8) * 5 * 2 + gates * 8 * (16 + 8) * 5 * 2   # two directions; the second layer reads both
+    assert macs(First(kind, 4, 8, bidirectional=True, num_layers=2), x) == both
+    empty = First(kind, 4, 8)
+    empty.inner.weight_hh_l0.data.zero_()
+    assert nonzero_macs(empty, x) == gates * 8 * 4 * 5
+    empty.inner.weight_ih_l0.data.view(-1)[::2] = 0
+    assert nonzero_macs(empty, x) == gates * 8 * 2 * 5
+
+def test_macs_of_a_projected_lstm_and_of_cells():
+    assert macs(First("LSTM", 4, 8, proj_size=3), torch.randn(2, 5, 4)) == 5 * (4 * 8 * (4 + 3) + 8 * 3)
+    assert macs(nn.GRUCell(4, 8), torch.randn(2, 4)) == 3 * 8 * (4 + 8)
+
+def test_counting_leaves_the_back_ends_as_they_were():
+    before = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    for wrong in (False, True):
+        with pytest.raises(BadInput) if wrong else torch.no_grad(): macs(nn.Sequential(First("LSTM", 4, 4), *[nn.Flatten(0, 1), Bilinear()] * wrong), torch.randn(2, 5, 4))
+        assert before == (torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(), torch.backends.cuda.flash_sdp_enabled())
+
+class Bilinear(nn.Bilinear):
+    def __init__(self): super().__init__(4, 4, 2)
+    def forward(self, x): return super().forward(x, x)
+
+class Vector(nn.Module):
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.arange(12.).view(3, 4))
+    def forward(self, x): return torch.stack([self.w @ v for v in x])
+
+def test_products_without_a_formula_are_refused_and_vectors_are_counted():
+    with pytest.raises(BadInput, match="_trilinear"): macs(Bilinear(), torch.randn(2, 4))
+    assert macs(Vector(), torch.randn(5, 4)) == 12 and nonzero_macs(Vector(), torch.randn(5, 4)) == 11
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_resampling_is_not_taken_for_a_product(mode):
+    assert macs(nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(1, 2, 1), nn.GELU()), torch.randn(1, 1, 4, 4)) == 2 * 64
+
+def test_nonzero_macs_of_attention():
+    model, x, by_hand = CASES["encoder layer"]
+    model = copy.deepcopy(model).eval()
+    assert nonzero_macs(model, x) == by_hand
+    model.self_attn.in_proj_weight.data[:16] = 0      # no queries
+    model.self_attn.out_proj.weight.data[:, :4] = 0
+    assert nonzero_macs(model, x) == by_hand - 5 * 16 * 16 - 5 * 16 * 4
+    for p in model.parameters(): p.data.zero_()
+    assert nonzero_macs(model, x) == 2 * 25 * 16      # scores and values of attention have no weights
 
 @pytest.mark.parametrize("name", ["linear", "conv", "depthwise", "transposed", "conv1d"])
 def test_nonzero_macs_are_zero_without_weights_and_all_with_them(name):
@@ -71,39 +153,66 @@ def test_tied_weights_count_once():
     net[1].weight = net[0].weight
     assert parameters(net) == 16 + 10 and nonzeros(net) == 26
 
+def written(model, tmp_path):
+    save_sparse(model, tmp_path/"sparse")
+    raw = (tmp_path/"sparse").read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    about = json.loads(json.loads(raw[8:8 + header])["__metadata__"]["tensors"])
+    return len(raw) - 8 - header, about
+
+@pytest.mark.parametrize("left,best,data", [(4096, "dense", 4096 * 4), (1024, "mask", 4096 // 8 + 1024 * 4), (40, "rows", 40 * (2 + 4) + 65 * 4)])
+def test_bytes_by_hand(left, best, data, tmp_path):
+    net = nn.Linear(64, 64, bias=False)
+    net.weight.data.view(-1)[torch.randperm(4096)[left:]] = 0
+    size, about = written(net, tmp_path)
+    assert about["weight"][0] == best and size == data
+    both = disk_bytes(net)
+    assert both["sparse"] == (tmp_path/"sparse").stat().st_size and 4096 * 4 < both["dense"] < 4096 * 4 + 200
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 1), (3, 4, 2, 2), (2, 40000)])
+def test_every_format_restores_every_bit(name, dtype, shape):
+    pack, read = FORMATS[name]
+    g = torch.Generator().manual_seed(0)
+    t = torch.randint(-3, 4, shape, generator=g).to(dtype) * (torch.rand(shape, generator=g) < .4)
+    for x in (t, torch.zeros_like(t), torch.ones_like(t)):
+        again = read(pack(x), list(x.shape))
+        assert again.dtype == x.dtype and torch.equal(again.view(torch.uint8), x.view(torch.uint8))
+
+def test_saved_models_come_back_bit_for_bit(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(40, 40), nn.Linear(40, 40))
+    net[3].weight = net[2].weight
+    net[2].weight.data[:30] = 0
+    net[2].weight.data[1, :4] = torch.tensor([-0., math.nan, math.inf, 1e-45])
+    net.register_buffer("nothing", torch.zeros(0, 3))
+    save_sparse(net, tmp_path/"net")
+    again, state = load_sparse(tmp_path/"net"), net.state_dict()
+    assert list(again) == list(state) and all(again[n].dtype == t.dtype and again[n].shape == t.shape for n, t in state.items())
+    assert all(again[n].numpy().tobytes() == t.numpy().tobytes() for n, t in state.items())
+    assert len([k for k in load_file(tmp_path/"net") if k.startswith("3.weight")]) == 0   # tied: stored once
+
+def test_sparse_files_are_never_much_longer_and_shrink_with_sparsity():
+    net = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 4))
+    sizes = []
+    for keep in (1., .9, .5, .2, .05, .01, 0.):
+        for layer in net: layer.weight.data[torch.rand(layer.weight.shape) >= keep] = 0
+        sizes.append(disk_bytes(net))
+    assert len({s["dense"] for s in sizes}) == 1 and all(s["sparse"] <= s["dense"] + 400 for s in sizes)
+    assert [s["sparse"] for s in sizes] == sorted((s["sparse"] for s in sizes), reverse=True) and sizes[-1]["sparse"] < sizes[0]["sparse"] / 20
+
+def test_a_negative_zero_costs_what_a_number_costs(tmp_path):
+    net = nn.Linear(64, 64, bias=False)
+    net.weight.data.zero_(); net.weight.data[0] = -0.
+    assert written(net, tmp_path)[0] == 64 * (2 + 4) + 65 * 4
+
 def test_quality():
     assert accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == .75
+    assert not logits_of(nn.Linear(2, 3), torch.ones(4, 2)).requires_grad
     assert torch.equal(logits_of(nn.Identity(), torch.arange(10.).view(5, 2), size=2), torch.arange(10.).view(5, 2))
     class Even(nn.Module):
         def forward(self, input_ids): return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 11)})
     assert math.exp(token_nll(Even(), torch.randint(11, (5, 8)), size=2)) == pytest.approx(11)
-
-def test_distances():
-    assert kid(torch.ones(2, 1), torch.zeros(2, 1)) == pytest.approx(7)
-    assert frechet(torch.tensor([[0.], [2.]]), torch.tensor([[1.], [5.]])) == pytest.approx(6)
-    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
-    assert frechet(x, x) == pytest.approx(0, abs=1e-6) and frechet(x, x + 2) == pytest.approx(24, abs=1e-4)
-    assert kid(x, x + 2) > 1 > abs(kid(x[:150], x[150:]))
-
-def test_kid_is_unbiased():
-    x = torch.randn(40, 20, 3, generator=torch.Generator().manual_seed(0))
-    values = torch.tensor([kid(a[:10], a[10:]) for a in x])
-    assert values.mean().abs() < 3 * values.std() / 40**.5
-
-def test_ssim():
-    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert ssim(x, x) == pytest.approx(1, abs=1e-5) and ssim(x, 1 - x) < 0 and ssim(x, x.flip(3)) < .9
-    assert ssim(torch.full((1, 1, 8, 8), .5), torch.full((1, 1, 8, 8), .25)) == pytest.approx(.2501 / .3126, abs=1e-5)
-
-def test_interval():
-    r = interval([1, 2, 3])
-    assert (r["mean"], r["sd"], r["n"]) == (2, 1, 3) and r["high"] - 2 == pytest.approx(4.302653 / 3**.5) == pytest.approx(2 - r["low"])
-    one = interval([5.])
-    assert one["mean"] == 5 and math.isnan(one["sd"]) and math.isnan(one["low"])
-
-def test_pareto():
-    points = [(1, .7), (2, .9), (2, .8), (3, .85), (4, .95), (4, .95)]
-    assert pareto(points) == [0, 1, 4, 5] and pareto([(1, 30), (2, 20), (3, 25)], higher=False) == [0, 1] and pareto([]) == []
 
 def test_clock():
     with clock() as taken: sum(range(1000))
