@@ -43,7 +43,7 @@ def reset(device:torch.device, folder:Path)->int: # bytes held now
     rewind(folder)
     return resident(folder, "VmRSS")
 
-# %% ../../nbs/core/12_memory.ipynb #ad746d58
+# %% ../../nbs/core/12_memory.ipynb #3a075449
 @contextmanager
 def peak_memory(device="cpu",      # "cpu", or a CUDA device
                 folder:Path=PROC,  # only tests change it
@@ -59,5 +59,5 @@ def peak_memory(device="cpu",      # "cpu", or a CUDA device
     finally:
         if start is not None:
             read_all(folder)
-            OPEN.remove(meter)
+            OPEN[:] = [m for m in OPEN if m is not meter]
             meter.bytes = max(0, meter.top - start)
