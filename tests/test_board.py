@@ -5,25 +5,23 @@ import math
 
 import pytest
 
+from entries import COST, SIZE, SPEED
 from pruning_bench import BadInput
 from pruning_bench.bench import board
 from pruning_bench.bench.entry import SCHEMA, code_digest, entry_path, notebook_digest, read_entries, validate, write_json
 
-SIZE = {"mask_density": .5, "params": 100, "nonzero": 50, "macs": 1000}
-COST = {"prune_seconds": .1, "recover_seconds": .2, "forward": 1, "backward": 0, "samples": 8, "recover_steps": 60}
-
 
 def make_run(sparsity=.5, seed=0, before=.8, after=.9, **changes):
-    return {"sparsity": sparsity, "seed": seed, "status": "ok", "message": None, "plan": "a" * 64, "size": SIZE, "cost": COST,
+    return {"sparsity": sparsity, "seed": seed, "status": "ok", "message": None, "plan": "a" * 64, "size": SIZE, "cost": COST, "speed": SPEED,
             "quality": {"after_prune": {"accuracy": before}, "after_recover": {"accuracy": after}}, **changes}
 
 
 def failed(sparsity=.5, seed=0, status="diverged"):
-    return make_run(sparsity, seed, status=status, message="loss is nan", plan=None, size=None, cost=None, quality={"after_prune": None, "after_recover": None})
+    return make_run(sparsity, seed, status=status, message="loss is nan", plan=None, size=None, cost=None, speed=None, quality={"after_prune": None, "after_recover": None})
 
 
 def make_entry(method="magnitude", runs=None, higher=True, stage="trained", variant="default"):
-    return {"schema": "entry.v1", "task": {"name": "toy", "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": higher},
+    return {"schema": "entry.v2", "task": {"name": "toy", "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": higher},
             "method": {"name": method, "variant": variant, "settings": {}, "recipe": {}, "family": "weight", "stage": stage, "paper": "p", "year": 2020},
             "dense": [{"seed": 0, "quality": {"accuracy": .95}, "size": SIZE, "train_seconds": None}],
             "runs": runs or [make_run(seed=s, after=.9 + s / 100) for s in range(3)],
@@ -118,7 +116,7 @@ def test_publishing_is_repeatable_and_keeps_what_people_wrote(tmp_path):
     board.publish(folder, readme, index="")
     assert first == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n") and "*random*" in readme.read_text()
-    assert json.loads((folder / "schema" / "entry.v1.json").read_text()) == SCHEMA
+    assert json.loads((folder / "schema" / "entry.v2.json").read_text()) == SCHEMA
 
 
 def test_a_page_needs_no_network_and_escapes_names(tmp_path):

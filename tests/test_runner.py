@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
+from entries import COST, SIZE
 from pruning_bench.bench import runner, worker
 from pruning_bench.bench.runner import Job, run_jobs
 
@@ -34,11 +35,10 @@ def notebook(tmp_path, monkeypatch):
 
 QUIET = Console(quiet=True)
 JOB = Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(0,))
-GOOD = """
+GOOD = f"SIZE, COST = {SIZE}, {COST}" + """
 import json, pathlib
-run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None, "size": {"mask_density": .5, "params": 1, "nonzero": 1, "macs": None},
-       "cost": {"prune_seconds": 0., "recover_seconds": 0., "forward": 0, "backward": 0, "samples": 0, "recover_steps": 0}, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
-entry = {"schema": "entry.v1", "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True}, "runs": [run],
+run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None, "size": SIZE, "cost": COST, "speed": None, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
+entry = {"schema": "entry.v2", "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True}, "runs": [run],
          "method": {"name": method, "variant": variant, "settings": settings, "recipe": {}, "family": "weight", "stage": "trained", "paper": "p", "year": 1},
          "dense": [{"seed": 0, "quality": {"accuracy": .9}, "size": run["size"], "train_seconds": None}],
          "provenance": dict.fromkeys(["package", "code", "notebook", "python", "libraries", "device", "threads", "date"])}

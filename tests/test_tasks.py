@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pruning_bench.bench import embedded
-from pruning_bench.bench.tasks import Batches, cache_folder, cached, content_hash, task, tasks
+from pruning_bench.bench.tasks import Batches, Task, cache_folder, cached, content_hash, dense_outputs, narrower, page, task, tasks
 from pruning_bench.core.inputs import BadInput, as_batches, as_loss, forward
 from pruning_bench.core.recover import finetune
 
@@ -111,8 +111,12 @@ def test_content_hash_sees_shape_type_and_values():
     a = torch.arange(6.)
     assert len({content_hash(a), content_hash(a.view(2, 3)), content_hash(a.double()), content_hash(a + 1), content_hash(a, a)}) == 5
 
+def test_narrower_counts_parameters():
+    full, half = (sum(p.numel() for p in narrower(embedded.mlp, 128)(f).parameters()) for f in (1, .5))
+    assert full == 26122 and abs(half / full - .5) < .02
+
 def test_names():
-    assert list(tasks().index) == NAMES and set(tasks().track) == {"cnn", "llm", "diffusion", "data"}
+    assert list(tasks().index)[:len(NAMES)] == NAMES and set(tasks().track) == {"cnn", "llm", "diffusion", "data"}
     with pytest.raises(BadInput, match="did you mean digits-cnn"): task("digit-cnn")
     with pytest.raises(BadInput, match="unknown split 'train'"): task("digits-mlp").evaluate(nn.Identity(), "train")
 
@@ -131,9 +135,9 @@ def test_batches_and_calibration_are_deterministic_and_fit_model_and_loss(name):
     forward(model, batch)
 
 def test_digests_are_the_same_in_another_process():
-    code = "from pruning_bench.bench.tasks import known; print(*(t.digest for t in known().values()))"
+    code = f"from pruning_bench.bench.tasks import task; print(*(task(n).digest for n in {NAMES}))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert [task(n).digest for n in NAMES] == other[-6:]
+    assert [task(n).digest for n in NAMES] == other
 
 @each
 def test_retraining_is_a_fraction_of_training(name):
@@ -195,5 +199,5 @@ def test_dense_llama_beats_frequencies():
 
 def test_dense_ddpm_draws_digits():
     t = task("digits-ddpm")
-    result = t.evaluate(t.dense())
+    result = t.evaluate(t.dense(), dense=dense_outputs(t, 0, "test"))
     assert result["confidence"] >= .8 and t.accepts(result["kid-phi"]) and result["mse"] == 0

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIED', 'TEXT', 'TEXT_AGAIN', 'IMAGES', 'IMAGES_AGAIN', 'FIXED_STEPS', 'digits', 'digits_hash', 'mlp',
-           'Residual', 'DigitsCNN', 'training_labels', 'examples', 'labelled', 'classify', 'digits_task', 'passages',
-           'tokenizer', 'tokens', 'windows', 'unigram_perplexity', 'llama', 'text', 'predict', 'continuation', 'unet',
-           'diffusion', 'noisy', 'denoising_loss', 'noised', 'generate', 'judge', 'phi', 'fixed_noise', 'dense_images',
-           'draw', 'noisy_labels']
+           'Residual', 'DigitsCNN', 'training_labels', 'examples', 'labelled', 'answers', 'graded', 'differs',
+           'digits_task', 'passages', 'tokenizer', 'tokens', 'windows', 'unigram_perplexity', 'llama', 'text',
+           'surprise', 'perplexed', 'continuation', 'unet', 'diffusion', 'noisy', 'denoising_loss', 'noised',
+           'generate', 'judge', 'phi', 'fixed_noise', 'draw', 'judged', 'likeness', 'noisy_labels']
 
-# %% ../../nbs/bench/92_embedded.ipynb #361b065d
-import functools, itertools
+# %% ../../nbs/bench/92_embedded.ipynb #19d031c2
+import functools, itertools, math
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.inputs import in_mode
 from ..core.recover import finetune, none
-from .measure import accuracy, frechet, kid, logits_of, ssim, token_nll
-from .tasks import TASKS, Batches, Task, content_hash, digest, register
+from .behaviour import classified, compared
+from .measure import frechet, kid, logits_of, ssim, token_nll
+from .tasks import TASKS, Batches, Task, content_hash, digest, narrower, register
 
-# %% ../../nbs/bench/92_embedded.ipynb #caf3fe28
+# %% ../../nbs/bench/92_embedded.ipynb #215f01ad
 @functools.cache
 def digits(split:str)->tuple: # images (n, 1, 8, 8) in [0, 1], labels (n,)
     "scikit-learn's handwritten digits; `split` is train (1,197), validation (200) or test (400), stratified by class."
@@ -35,7 +36,7 @@ def digits_hash()->str: # 64 hexadecimal digits
     "Content hash of the three splits."
     return content_hash(*digits("train"), *digits("validation"), *digits("test"))
 
-# %% ../../nbs/bench/92_embedded.ipynb #2b7bd9d5
+# %% ../../nbs/bench/92_embedded.ipynb #903be241
 def mlp(width:int=128)->nn.Module: # 26,122 parameters at 128
     "Two hidden layers."
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
@@ -53,7 +54,7 @@ class Residual(nn.Module):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
-# %% ../../nbs/bench/92_embedded.ipynb #17d11b64
+# %% ../../nbs/bench/92_embedded.ipynb #2e47c3d5
 class DigitsCNN(nn.Module):
     "A small residual network: a stem, three blocks, global pooling, one linear layer."
     def __init__(self, width:int=16):
@@ -65,7 +66,7 @@ class DigitsCNN(nn.Module):
     def features(self, x): return self.blocks(self.stem(x)).mean((2, 3))
     def forward(self, x): return self.head(self.features(x))
 
-# %% ../../nbs/bench/92_embedded.ipynb #b199c615
+# %% ../../nbs/bench/92_embedded.ipynb #960bbe68
 def training_labels(labels=None)->Tensor: # (1197,)
     "The labels to train with: the true ones, or those `labels()` makes."
     return labels() if labels else digits("train")[1]
@@ -84,14 +85,20 @@ def labelled(labels=None, # () -> training labels; None = the true ones
         return Batches(lambda ids, generator: (x[ids], y[ids]), range(len(y)) if keep is None else keep, size, steps, seed)
     return batches
 
-def classify(model:nn.Module, split:str)->dict: # {"accuracy", "loss"}
-    "Metrics of a classifier of digits."
-    x, y = digits(split)
-    logits = logits_of(model, x)
-    return {"accuracy": accuracy(logits, y), "loss": F.cross_entropy(logits, y).item()}
+def answers(model:nn.Module, split:str)->Tensor: # (n, 10) logits
+    "What a classifier says to a split of the digits."
+    return logits_of(model, digits(split)[0])
 
-# %% ../../nbs/bench/92_embedded.ipynb #034c1740
-CLASSIFIED = {"metrics": "accuracy and mean cross-entropy, true labels", "split": "1197 / 200 / 400, stratified, random_state 0"}
+def graded(logits:Tensor, split:str)->dict: # {"accuracy", "loss", ...}
+    "Metrics of a classifier of digits."
+    return classified(logits, digits(split)[1])
+
+def differs(logits:Tensor, dense:Tensor, split:str)->dict: # {"flips", "kl"}
+    "How far the answers are from those of the dense model."
+    return compared(logits, dense)
+
+# %% ../../nbs/bench/92_embedded.ipynb #91c89981
+CLASSIFIED = {"metrics": "accuracy, cross-entropy, worst class, calibration error; true labels", "split": "1197 / 200 / 400, stratified, random_state 0"}
 
 def digits_task(name:str, about:str, build, # as in `Task`
                 train:dict, again:dict|None=None, # arguments of `finetune` for dense training and for retraining
@@ -100,19 +107,19 @@ def digits_task(name:str, about:str, build, # as in `Task`
     )->Task:                                # registered
     "A task of classifying digits."
     batches = labelled(labels, steps=train["steps"])
-    return register(Task(name, about=about, build=build, batches=batches, metrics=classify, metric="accuracy", higher=True, bound=bound,
+    return register(Task(name, about=about, build=build, batches=batches, outputs=answers, metrics=graded, behaviour=differs, metric="accuracy", higher=True, bound=bound,
         calibration=lambda seed: list(itertools.islice(batches(1000 + seed), 4)), loss=F.cross_entropy, examples=examples(labels),
         train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **again) if again else none(),
         fingerprint=lambda: digest(digits_hash(), content_hash(training_labels(labels))),
         recipe={"train": train, "recover": again, "batch": 64}, **{"track": "cnn", "protocol": CLASSIFIED, **more}))
 
-# %% ../../nbs/bench/92_embedded.ipynb #534da337
+# %% ../../nbs/bench/92_embedded.ipynb #9de59b93
 digits_task("digits-mlp", "handwritten digits, two hidden layers", mlp,
-            dict(steps=600, lr=3e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4))
+            dict(steps=600, lr=3e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4), smaller=narrower(mlp, 128))
 digits_task("digits-cnn", "handwritten digits, residual network with batch norm", DigitsCNN,
-            dict(steps=400, lr=4e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4), bound=.97);
+            dict(steps=400, lr=4e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4), bound=.97, smaller=narrower(DigitsCNN, 16));
 
-# %% ../../nbs/bench/92_embedded.ipynb #fd7dbeb1
+# %% ../../nbs/bench/92_embedded.ipynb #fa7ea6a4
 @functools.cache
 def passages(split:str)->str: # passages joined by blank lines
     "The Python language reference of this interpreter, each paragraph once; `split` is train (85 %), validation (5 %) or test (10 %)."
@@ -137,7 +144,7 @@ def tokenizer(): # byte-level BPE, 1,024 tokens
         vocab_size=1024, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return bpe
 
-# %% ../../nbs/bench/92_embedded.ipynb #1fede0ad
+# %% ../../nbs/bench/92_embedded.ipynb #230a35f4
 @functools.cache
 def tokens(split:str)->Tensor: # (n,) token ids
     "The text of a split as one string of tokens."
@@ -153,7 +160,7 @@ def unigram_perplexity(split:str)->float: # what knowing only the word frequenci
     counts = torch.bincount(tokens("train"), minlength=1024) + 1.
     return (-(counts / counts.sum()).log()[windows(split)[:, 1:]].mean()).exp().item()
 
-# %% ../../nbs/bench/92_embedded.ipynb #6b4937d1
+# %% ../../nbs/bench/92_embedded.ipynb #f1364e44
 def llama()->nn.Module: # 1,017,472 parameters
     "LLaMA in small: six layers, four query heads on two key-value heads, gated FFN, tied embeddings."
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -167,16 +174,19 @@ def text(seed:int, keep=None, size:int=12, steps:int=600)->Batches: # batches {"
     return Batches(lambda ids, generator: {"input_ids": t[ids[:, None] + torch.arange(128)]},
                    range(len(t) - 127) if keep is None else keep, size, steps, seed)
 
-def predict(model:nn.Module, split:str)->dict: # {"perplexity", "nll"}
-    "Held-out perplexity."
-    nll = torch.tensor(token_nll(model, windows(split)), dtype=torch.float64)
-    return {"perplexity": nll.exp().item(), "nll": nll.item()}
+def surprise(model:nn.Module, split:str)->float: # nats per token
+    "Held-out negative log-likelihood."
+    return token_nll(model, windows(split))
 
-# %% ../../nbs/bench/92_embedded.ipynb #982fd1bd
+def perplexed(nll:float, split:str)->dict: # {"perplexity", "nll"}
+    "Its exponential: among how many words the model hesitates."
+    return {"perplexity": math.exp(nll), "nll": nll}
+
+# %% ../../nbs/bench/92_embedded.ipynb #39ef1ef9
 TEXT = dict(steps=600, lr=4e-3, weight_decay=.05, clip=1., warmup=.1)
 TEXT_AGAIN = dict(steps=25, lr=1e-3, weight_decay=.05, clip=1., warmup=.1)
 
-register(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0M parameters", build=llama, batches=text, metrics=predict,
+register(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0M parameters", build=llama, batches=text, outputs=surprise, metrics=perplexed,
     metric="perplexity", higher=False, bound=80., calibration=lambda seed: list(text(1000 + seed, size=8, steps=4)),
     train=finetune(label="training pydoc-llama", **TEXT), recover=finetune(label="retraining pydoc-llama", **TEXT_AGAIN),
     fingerprint=lambda: content_hash(*map(tokens, ("train", "validation", "test"))), varies=("calibration", "random masks", "recovery order"),
@@ -184,7 +194,7 @@ register(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0
     protocol={"metrics": "exp of the mean cross-entropy per predicted token", "tokenizer": "byte-level BPE, 1,024 tokens, trained on the training passages",
               "bos": "none", "context": 128, "stride": 128, "windows": "all, remainder dropped", "dtype": "float32"}));
 
-# %% ../../nbs/bench/92_embedded.ipynb #d70348a6
+# %% ../../nbs/bench/92_embedded.ipynb #eb9a8b92
 @torch.no_grad()
 def continuation(model:nn.Module, prompt:str,
                  n:int=60,   # tokens to add
@@ -198,7 +208,7 @@ def continuation(model:nn.Module, prompt:str,
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)[None]], 1)
     return tokenizer().decode(ids[0].tolist())
 
-# %% ../../nbs/bench/92_embedded.ipynb #70acc2e8
+# %% ../../nbs/bench/92_embedded.ipynb #b794945b
 def unet()->nn.Module: # 176,849 parameters
     "The U-Net of `diffusers` in small: two levels, attention at the lower one."
     from diffusers import UNet2DModel
@@ -222,7 +232,7 @@ def denoising_loss(output, noise:Tensor)->Tensor: # scalar
     "Mean squared error of the predicted noise."
     return F.mse_loss(output.sample, noise)
 
-# %% ../../nbs/bench/92_embedded.ipynb #0eeccf19
+# %% ../../nbs/bench/92_embedded.ipynb #31303e86
 def noised(seed:int, keep=None, size:int=32, steps:int=2500)->Batches: # batches ({"sample", "timestep"}, noise)
     "Digits at random timesteps."
     x = digits("train")[0]
@@ -241,7 +251,7 @@ def generate(model:nn.Module, noise:Tensor, # (n, 1, 8, 8)
         for t in sampler.timesteps: x = sampler.step(model(x, t).sample, t, x, eta=0.).prev_sample
     return ((x + 1) / 2).clamp(0, 1)
 
-# %% ../../nbs/bench/92_embedded.ipynb #5938ea29
+# %% ../../nbs/bench/92_embedded.ipynb #9d65393a
 @functools.cache
 def judge()->nn.Module: # dense digits-cnn
     "The classifier whose features stand in for Inception's."
@@ -256,28 +266,29 @@ def fixed_noise(n:int, seed:int)->Tensor: # (n, 1, 8, 8)
     "The noise every model is given."
     return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
-@functools.cache
-def dense_images(n:int, seed:int)->Tensor: # images of the dense model
-    "What the dense model makes of `fixed_noise(n, seed)`."
-    return generate(TASKS["digits-ddpm"].dense(0), fixed_noise(n, seed))
-
-# %% ../../nbs/bench/92_embedded.ipynb #b29af6e6
-def draw(model:nn.Module, split:str)->dict: # {metric: number}
-    "Metrics of a generator of digits."
+# %% ../../nbs/bench/92_embedded.ipynb #bca395a0
+def draw(model:nn.Module, split:str)->dict: # {"images", "eps-mse"}
+    "Images from the fixed noise, and the error on held-out digits."
     x, seed = digits(split)[0], {"validation": 1, "test": 2}[split]
-    made, dense = generate(model, fixed_noise(400, seed)), dense_images(400, seed)
     batch = noisy(x, torch.arange(len(x)) * 1000 // len(x), fixed_noise(len(x), seed + 2))
-    return {"kid-phi": kid(phi(made), phi(x)), "fid-phi": frechet(phi(made), phi(x)),
-            "ssim": ssim(made, dense), "mse": F.mse_loss(made, dense).item(),
-            "eps-mse": denoising_loss(model(**batch[0]), batch[1]).item(),
-            "confidence": judge()(made).softmax(1).amax(1).mean().item()}
+    return {"images": generate(model, fixed_noise(400, seed)), "eps-mse": denoising_loss(model(**batch[0]), batch[1]).item()}
 
-# %% ../../nbs/bench/92_embedded.ipynb #28d0836e
+def judged(made:dict, split:str)->dict: # {metric: number}
+    "Metrics of a generator of digits."
+    images, x = made["images"], digits(split)[0]
+    return {"kid-phi": kid(phi(images), phi(x)), "fid-phi": frechet(phi(images), phi(x)), "eps-mse": made["eps-mse"],
+            "confidence": judge()(images).softmax(1).amax(1).mean().item()}
+
+def likeness(made:dict, dense:dict, split:str)->dict: # {"ssim", "mse"}
+    "How near the images are to those the dense model makes of the same noise."
+    return {"ssim": ssim(made["images"], dense["images"]), "mse": F.mse_loss(made["images"], dense["images"]).item()}
+
+# %% ../../nbs/bench/92_embedded.ipynb #327709e9
 IMAGES = dict(steps=2500, lr=2e-3, optimizer="adam")
 IMAGES_AGAIN = dict(steps=125, lr=1e-3, optimizer="adam")
 
-register(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Net of 0.18M parameters", build=unet, batches=noised, metrics=draw,
-    metric="kid-phi", higher=False, bound=.5, calibration=lambda seed: list(noised(1000 + seed, size=64, steps=8)), loss=denoising_loss,
+register(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Net of 0.18M parameters", build=unet, batches=noised, outputs=draw, metrics=judged, behaviour=likeness,
+    metric="kid-phi", higher=False, bound=.5, calibration=lambda seed: list(noised(1000 + seed, size=64, steps=8)), loss=denoising_loss, needs=("digits-cnn",),
     train=finetune(label="training digits-ddpm", **IMAGES), recover=finetune(label="retraining digits-ddpm", **IMAGES_AGAIN),
     fingerprint=digits_hash, varies=("calibration", "random masks", "recovery order"),
     recipe={"train": IMAGES, "recover": IMAGES_AGAIN, "batch": 32, "timesteps": "uniform over 1,000", "betas": "linear"},
@@ -285,7 +296,7 @@ register(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Ne
               "kid-phi": "unbiased, cubic kernel, against the held-out digits", "similarity": "to the dense model at the same noise; SSIM window 5",
               "eps-mse": "held-out digits, timesteps evenly spread, fixed noise"}));
 
-# %% ../../nbs/bench/92_embedded.ipynb #5669361b
+# %% ../../nbs/bench/92_embedded.ipynb #78e998ff
 @functools.cache
 def noisy_labels(rate:float=.2, seed:int=777)->Tensor: # (1197,)
     "Training labels of which exactly this share was replaced by another class, uniformly."
@@ -294,7 +305,7 @@ def noisy_labels(rate:float=.2, seed:int=777)->Tensor: # (1197,)
     y[ids] = (y[ids] + torch.randint(1, 10, (len(ids),), generator=g)) % 10
     return y
 
-# %% ../../nbs/bench/92_embedded.ipynb #25b19d50
+# %% ../../nbs/bench/92_embedded.ipynb #76c5d2ff
 FIXED_STEPS = {**CLASSIFIED, "budget": "1,500 steps of 64 examples, however many examples are kept"}
 
 digits_task("digits-data", "training on a part of the digits", mlp, dict(steps=1500, lr=1e-2), track="data", protocol=FIXED_STEPS)

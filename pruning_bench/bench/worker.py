@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['allowed', 'execute', 'leave_with', 'work']
 
-# %% ../../nbs/bench/98_worker.ipynb #b20f136c
+# %% ../../nbs/bench/98_worker.ipynb #27d3eab5
 import ast, importlib, json, os, signal, sys, threading, time
 from pathlib import Path
 from filelock import FileLock
 
-# %% ../../nbs/bench/98_worker.ipynb #5eb90a6f
+# %% ../../nbs/bench/98_worker.ipynb #0a424ba7
 def allowed(path)->set: # parameter names
     "Names assigned in the cell tagged `parameters`."
     cells = json.loads(Path(path).read_text())["cells"]
@@ -26,7 +26,7 @@ def execute(template, folder, parameters:dict, seconds_per_cell:int=3600)->None:
     papermill.execute_notebook(str(template), str(Path(folder) / "notebook.ipynb"), parameters, kernel_name="python3", language="python",
                                progress_bar=False, execution_timeout=seconds_per_cell, autosave_cell_every=0, cwd=str(folder))
 
-# %% ../../nbs/bench/98_worker.ipynb #a479fb79
+# %% ../../nbs/bench/98_worker.ipynb #40203f28
 def leave_with(parent:int)->None: # process id
     "End this process, and the group it leads, when its parent is gone."
     def watch():
@@ -36,15 +36,15 @@ def leave_with(parent:int)->None: # process id
 
 def work(spec:str)->None: # path of a job file: {"kind": "job" | "dense", ...}
     "Body of a worker process."
-    leave_with(os.getppid())
     signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))
     todo = json.loads(Path(spec).read_text())
+    leave_with(todo["parent"])
     if todo["kind"] == "dense": return print(importlib.import_module("pruning_bench.bench.tasks").task(todo["task"]).record(todo["seed"]))
     folder = Path(todo["folder"])
     with FileLock(f"{folder}.lock"):
         if not (folder / "result.json").exists(): execute(todo["template"], folder, {**todo["parameters"], "out": str(folder / "result.json")})
 
-# %% ../../nbs/bench/98_worker.ipynb #b940faa6
+# %% ../../nbs/bench/98_worker.ipynb #d547a3f1
 if __name__ == "__main__" and Path(sys.argv[0]).name == "worker.py":
     sys.path.pop(0)   # this folder is not a place to import from
     work(sys.argv[1])
