@@ -61,6 +61,11 @@ def test_macs_of_residual_networks(depth, by_hand):
     net, x = resnet(depth), torch.randn(2, 3, 32, 32)
     assert macs(net, x) == nonzero_macs(net, x) == by_hand
 
+def test_macs_of_the_networks_of_the_suite():
+    cifar = pytest.importorskip("pruning_bench.bench.cifar")
+    x = torch.randn(1, 3, 32, 32)
+    assert {d: macs(cifar.ResNet(d), x) for d in (20, 56)} == {20: 40_551_040, 56: 125_485_696}
+
 @pytest.mark.slow
 def test_stable_diffusion_on_the_meta_device():
     diffusers = pytest.importorskip("diffusers")
@@ -109,6 +114,24 @@ class Vector(nn.Module):
 def test_products_without_a_formula_are_refused_and_vectors_are_counted():
     with pytest.raises(BadInput, match="_trilinear"): macs(Bilinear(), torch.randn(2, 4))
     assert macs(Vector(), torch.randn(5, 4)) == 12 and nonzero_macs(Vector(), torch.randn(5, 4)) == 11
+
+class Harmless(nn.Module):
+    "Names that look like products and are none."
+    def forward(self, x): return x.cummax(1).values + torch.lgamma(x.abs() + 1) + torch.linspace(0, 1, x.shape[1]) + x.to_sparse_csr().to_dense()
+
+def test_names_that_look_like_products(): assert macs(nn.Sequential(Harmless(), nn.Linear(4, 2)), torch.randn(3, 4)) == 8
+
+def test_macs_of_a_mixture_of_experts():
+    from transformers import MixtralConfig, MixtralForCausalLM
+    T, d = 12, 32
+    net = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=d, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                                           num_local_experts=4, num_experts_per_tok=2))
+    layer = T * (4 * d * d + d * 4 + 2 * 3 * d * 48) + 2 * T * T * d        # projections, router, two experts per token; attention
+    ids = {"input_ids": torch.arange(2 * T).view(2, T)}
+    assert macs(net, ids) == nonzero_macs(net, ids) == 2 * layer + T * d * 64
+    for n, p in net.named_parameters():
+        if "down_proj" in n: p.data.zero_()
+    assert nonzero_macs(net, ids) == 2 * (layer - T * 2 * d * 48) + T * d * 64
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
 def test_resampling_is_not_taken_for_a_product(mode):

@@ -48,7 +48,7 @@ class Extractor:
         device = device_of(self.network)
         with in_mode(self.network, False): return torch.cat([self.look(x.to(device)).flatten(1).float().cpu() for x in images.split(size)])
 
-# %% ../../nbs/bench/86_images.ipynb #f4371d8b
+# %% ../../nbs/bench/86_images.ipynb #0bc597d6
 def inception():
     "The Inception-v3 conversion that published Frechet distances use; 2048 features."
     from torchmetrics.image.fid import NoTrainInceptionV3
@@ -63,6 +63,7 @@ def clip(name:str="openai/clip-vit-base-patch32"):
 
 EXTRACTORS = {"inception": inception, "clip": clip}
 
+# %% ../../nbs/bench/86_images.ipynb #9f31a2e5
 def as_bytes(images:Tensor)->list: # what image processors of `transformers` take
     "Images in [0, 1] as a list of 8-bit colour images."
     return list((images.detach().cpu().expand(-1, 3, -1, -1).clamp(0, 1) * 255).round().byte())

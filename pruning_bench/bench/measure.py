@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCOPES', 'FORMATS', 'PRODUCT', 'NO_PRODUCT', 'VECTORS', 'logits_of', 'accuracy', 'token_nll', 'parameters',
            'nonzeros', 'densities', 'occupied', 'to_mask', 'from_mask', 'to_rows', 'from_rows', 'save_sparse',
-           'load_sparse', 'disk_bytes', 'NothingUnseen', 'splits', 'plain', 'raw_formula', 'counted', 'macs',
+           'load_sparse', 'disk_bytes', 'NothingUnseen', 'splits', 'plain', 'raw_formula', 'grouped', 'counted', 'macs',
            'nonzero_macs', 'clock']
 
 # %% ../../nbs/bench/91_measure.ipynb #86bcf087
@@ -73,7 +73,7 @@ def densities(model:nn.Module, # pruned
     return {"mask": (parameters(model, scope) - hidden) / total, "nonzero": nonzeros(model, scope) / total,
             "structure": parameters(model, scope) / total}
 
-# %% ../../nbs/bench/91_measure.ipynb #6e0780c5
+# %% ../../nbs/bench/91_measure.ipynb #a03d1126
 def occupied(t:Tensor)->Tensor: # bool, flat
     "The places where at least one bit is set."
     return t.reshape(-1).view(torch.uint8).view(t.numel(), t.element_size()).any(1).bool()
@@ -88,6 +88,7 @@ def from_mask(parts:dict, shape:list)->Tensor:
     keep = torch.from_numpy(np.unpackbits(parts["mask"].numpy(), count=math.prod(shape))).bool()
     return torch.zeros(math.prod(shape), dtype=parts["values"].dtype).masked_scatter(keep, parts["values"]).view(shape)
 
+# %% ../../nbs/bench/91_measure.ipynb #c6cdadcc
 def to_rows(t:Tensor)->dict: # {part: tensor}
     "Compressed rows: the column of every value, and where each row starts."
     keep = occupied(t).view(len(t), -1)
@@ -103,7 +104,7 @@ def from_rows(parts:dict, shape:list)->Tensor:
 
 FORMATS = {"dense": (lambda t: {"values": t}, lambda parts, shape: parts["values"].view(shape)), "mask": (to_mask, from_mask), "rows": (to_rows, from_rows)}
 
-# %% ../../nbs/bench/91_measure.ipynb #3031403a
+# %% ../../nbs/bench/91_measure.ipynb #56a709b8
 def save_sparse(model:nn.Module, path)->None: # raises `BadInput` for a model without weights
     "Write everything in a model's `state_dict`, each tensor in its cheapest format; tied tensors once."
     if any(t.is_meta for t in model.state_dict().values()): raise BadInput(f"{type(model).__name__} is on the meta device and has no weights to write: load them first")
@@ -117,6 +118,7 @@ def save_sparse(model:nn.Module, path)->None: # raises `BadInput` for a model wi
         table[name] = [best, list(t.shape)]; parts |= packed[best]
     save_file(parts, path, metadata={"tensors": json.dumps(table)})
 
+# %% ../../nbs/bench/91_measure.ipynb #f8dc7eac
 def load_sparse(path)->dict: # {name: tensor}, every bit as it was
     "Read what `save_sparse` wrote."
     out = {}
@@ -126,7 +128,6 @@ def load_sparse(path)->dict: # {name: tensor}, every bit as it was
             out[name] = out[what] if how == "same as" else FORMATS[how][1](parts, what)
     return out
 
-# %% ../../nbs/bench/91_measure.ipynb #65fef006
 def disk_bytes(model:nn.Module)->dict: # {"dense", "sparse"}
     "Length of two files that were really written: plain, and with the zeros left out."
     with tempfile.TemporaryDirectory() as folder:
@@ -134,8 +135,8 @@ def disk_bytes(model:nn.Module)->dict: # {"dense", "sparse"}
         save_sparse(model, sparse); save_model(model, str(dense))
         return {"dense": dense.stat().st_size, "sparse": sparse.stat().st_size}
 
-# %% ../../nbs/bench/91_measure.ipynb #c917649f
-PRODUCT = re.compile(r"(?<!ga)mm|mv|dot|bilinear|conv|linear|rnn|lstm|gru|attention|encoder")   # in the name of an operation that multiplies
+# %% ../../nbs/bench/91_measure.ipynb #1fdbf503
+PRODUCT = re.compile(r"(mm|mv|dot)(?![a-z])|conv(?!ert)|linear|rnn|lstm|gru|attention|encoder")   # in the name of an operation that multiplies
 NO_PRODUCT = re.compile(r"upsample|_thnn_fused|_fused_sdp_choice|_nnpack|prepack")              # in spite of its name
 
 class NothingUnseen(TorchDispatchMode):
@@ -153,7 +154,7 @@ def splits(func)->bool: # whether PyTorch builds this operation from smaller one
     "Composite operations are seen again as their parts."
     return isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
-# %% ../../nbs/bench/91_measure.ipynb #5a96a7c5
+# %% ../../nbs/bench/91_measure.ipynb #a7112e86
 @contextmanager
 def plain(model:nn.Module): # its recurrent layers decide whether the fused ones are switched off
     "Inside the block PyTorch uses implementations made of countable products."
@@ -167,10 +168,18 @@ def plain(model:nn.Module): # its recurrent layers decide whether the fused ones
             yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
+# %% ../../nbs/bench/91_measure.ipynb #f78fc357
 def raw_formula(fn): # a formula of tensors instead of shapes
     "Mark a formula for PyTorch's counter."
     fn._get_raw = True
     return fn
+
+def grouped(left): # count of the useful numbers of a tensor -> {operation: formula}
+    "Mixtures of experts: each token meets the matrix of its expert; older versions of PyTorch do not have the operation."
+    def experts(a, b, offs=None, *rest, out_val=None, **how):
+        if a.dim() != 2 or b.dim() != 3: raise BadInput(f"macs has no formula for a grouped product of {a.dim()} and {b.dim()} dimensions")
+        return 2 * sum(n * left(w) for n, w in zip(offs.diff(prepend=offs.new_zeros(1)).tolist(), b))
+    return {torch.ops.aten._grouped_mm: raw_formula(experts)} if hasattr(torch.ops.aten, "_grouped_mm") else {}
 
 VECTORS = {torch.ops.aten.mv: raw_formula(lambda a, b, out_val=None: 2 * a.numel()), torch.ops.aten.dot: raw_formula(lambda a, b, out_val=None: 2 * a.numel())}
 
@@ -183,9 +192,9 @@ def counted(model:nn.Module, batch, formulas:dict)->int: # per example
 
 def macs(model:nn.Module, batch)->int: # multiply-accumulates per example, the first dimension of the batch being examples
     "Work of one forward pass, counted and not estimated; norms and element-wise steps are free."
-    return counted(model, batch, VECTORS)
+    return counted(model, batch, {**VECTORS, **grouped(Tensor.numel)})
 
-# %% ../../nbs/bench/91_measure.ipynb #7a314eed
+# %% ../../nbs/bench/91_measure.ipynb #08f549c3
 def nonzero_macs(model:nn.Module, batch)->int: # per example
     "Multiply-accumulates with a weight that is not zero; products of two activations count in full."
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -197,7 +206,7 @@ def nonzero_macs(model:nn.Module, batch)->int: # per example
     two, three = raw_formula(lambda a, b, out_val=None, **how: matrices(a, b)), raw_formula(lambda c, a, b, out_val=None, **how: matrices(a, b))
     vectors = raw_formula(lambda a, b, out_val=None: 2 * min(left(a), left(a) if not mine(b) else left(b) * (a.numel() // b.numel())))
     aten = torch.ops.aten
-    return counted(model, batch, {aten.mm: two, aten.bmm: two, aten.addmm: three, aten.baddbmm: three, aten.mv: vectors, aten.dot: vectors, aten.convolution: raw_formula(images)})
+    return counted(model, batch, {aten.mm: two, aten.bmm: two, aten.addmm: three, aten.baddbmm: three, aten.mv: vectors, aten.dot: vectors, aten.convolution: raw_formula(images), **grouped(left)})
 
 # %% ../../nbs/bench/91_measure.ipynb #d9c09e81
 @contextmanager
