@@ -108,7 +108,7 @@ def codec_task(name:str, train:dict)->Task: # not registered: nobody prunes it
         metrics=lambda again, split: {"mse": (again - padded(pictures("fashion", split)[0][:500])).square().mean().item() / 4}, metric="mse", higher=False,
         fingerprint=functools.partial(pictures_hash, "fashion"), loss=coding_loss, recipe={"train": train, "batch": 32, "loss": "L1 + MSE + 0.001 KL"}, varies=("calibration",))
 
-# %% ../../nbs/bench/75_text_to_image.ipynb #1f10393d
+# %% ../../nbs/bench/75_text_to_image.ipynb #3a003862
 class Prompted(nn.Module):
     "Text encoder and denoising network as one model: token ids, noisy latents and times in, noise out."
     def __init__(self, text_encoder:nn.Module, unet:nn.Module):
@@ -118,7 +118,7 @@ class Prompted(nn.Module):
     def forward(self, input_ids, sample, timestep):
         return self.unet(sample, timestep, encoder_hidden_states=self.text_encoder(input_ids)[0])
 
-def small(widths=(48, 64), words:int=64)->Prompted: # 1.6M parameters
+def small(widths=(48, 64), words:int=64)->Prompted: # 1.5M parameters
     "CLIP's text encoder with two layers, and the conditional U-Net of `diffusers` with two levels."
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -221,10 +221,10 @@ def t2i_task(name:str, about:str, network:dict, train:dict, again:dict, # as in 
                   "kid-phi": "features of judge-fashion, against 2,000 real images of the split", "similarity": "to the dense model at the same noise; SSIM window 5"},
         sources=("Fashion-MNIST (Xiao, Rasul, Vollgraf): MIT", "weights: made by this recipe"), **more))
 
-# %% ../../nbs/bench/75_text_to_image.ipynb #728ac660
+# %% ../../nbs/bench/75_text_to_image.ipynb #a732d9ba
 TOGETHER, AGAIN = dict(steps=1500, lr=1e-3, weight_decay=0., warmup=.05, clip=1.), dict(steps=60, lr=3e-4, weight_decay=0., clip=1.)
 
-t2i_task("t2i-tiny", "text to image: a complete Stable Diffusion pipeline of 2.3M weights, clothing", dict(widths=(48, 64), words=64), TOGETHER, AGAIN, bound=.55)
+t2i_task("t2i-tiny", "text to image: a complete Stable Diffusion pipeline of 2.1M weights, clothing", dict(widths=(48, 64), words=64), TOGETHER, AGAIN, bound=.55)
 t2i_task("t2i-tiny@smoke", "the same pipeline, hardly trained", dict(widths=(16, 32), words=32), {**TOGETHER, "steps": 10}, {**AGAIN, "steps": 2},
          each=2, errors=50, steps=4, size=8, images=500)
 t2i_task("t2i-tiny@full", "the same with 128 and 256 channels, for a GPU", dict(widths=(128, 256), words=128), {**TOGETHER, "steps": 20000, "lr": 3e-4}, {**AGAIN, "steps": 1000},
