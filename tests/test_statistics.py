@@ -139,6 +139,14 @@ def test_a_better_method_never_ranks_lower(seed):
         before = after
     assert before == (1, 1)
 
+def test_better_is_transitive_and_never_mutual():
+    g, chains = np.random.default_rng(0), 0
+    for _ in range(1500):
+        a, b, c = g.normal(size=(3, 4)) * .4 + [[2.], [1.], [0.]]
+        assert not (better(a, b) and better(b, a))
+        if better(a, b) and better(b, c): chains += 1; assert better(a, c)
+    assert chains > 100
+
 def test_unpaired_seeds_are_refused():
     with pytest.raises(BadInput, match="3 and 4 seeds|4 and 3 seeds"): rank_intervals({"a": [1, 2, 3], "b": [1, 2, 3, 4]})
     with pytest.raises(BadInput, match="one number per seed"): rank_intervals({"a": [1, 2, 3], "b": [1, 2, math.nan]})
