@@ -35,7 +35,7 @@ def notebook(tmp_path, monkeypatch):
 
 QUIET = Console(quiet=True)
 JOB = Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(0,))
-GOOD = f"SIZE, COST = {SIZE}, {COST}" + """
+GOOD = f"\nSIZE, COST = {SIZE}, {COST}" + """
 import json, pathlib
 run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None, "size": SIZE, "cost": COST, "speed": None, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
 entry = {"schema": "entry.v2", "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True}, "runs": [run],

@@ -20,7 +20,7 @@ from .entry import SCHEMA, read_entries, write_json
 from .statistics import rank_intervals
 from .tasks import known
 
-# %% ../../nbs/bench/96_board.ipynb #6073b238
+# %% ../../nbs/bench/96_board.ipynb #48431efe
 STAGES = {"after_prune": "no retraining", "after_recover": "retrained", "from_scratch": "trained under the mask"}
 
 def board_of(entry:dict, when:str)->str: # which of the three boards a number belongs to
@@ -41,14 +41,15 @@ def rows(entries:list)->pd.DataFrame: # one row per entry, sparsity and board
     return ranked(pd.DataFrame(out))
 
 def ranked(table:pd.DataFrame)->pd.DataFrame: # with the columns `best` and `worst`
-    "The ranks a method may hold on its board at its sparsity: who cannot be told apart by the paired seeds shares them."
+    "The ranks a method may hold: who cannot be told apart by the paired seeds shares them; a row with other seeds than most cannot be paired and has none."
     ranks = {}
     for _, group in table.groupby(["task", "board", "sparsity"]):
-        fit = {i: r.values_ for i, r in zip(group.index, group.itertuples()) if r.status == "ok"}
+        usual = group.seeds_.mode().iloc[0]
+        fit = {i: r.values_ for i, r in zip(group.index, group.itertuples()) if r.status == "ok" and r.seeds_ == usual}
         ranks |= rank_intervals(fit, bool(group.higher.iloc[0])) if fit else {}
     return table.assign(best=[ranks.get(i, (math.nan,) * 2)[0] for i in table.index], worst=[ranks.get(i, (math.nan,) * 2)[1] for i in table.index])
 
-# %% ../../nbs/bench/96_board.ipynb #cf05ad90
+# %% ../../nbs/bench/96_board.ipynb #44e8f913
 def row_of(e:dict, runs:list, when:str, dense:float): # a dict, or None when this stage was not measured
     "One row of a board."
     bad = [r for r in runs if r["status"] != "ok"]
@@ -58,7 +59,7 @@ def row_of(e:dict, runs:list, when:str, dense:float): # a dict, or None when thi
     mean = lambda f: sum(map(f, runs)) / len(runs) if not bad else math.nan
     shown = pd.Series(values, dtype=float)
     return dict(task=e["task"]["name"], track=e["task"]["track"], metric=e["task"]["metric"], higher=e["task"]["higher"], method=e["method"]["name"],
-        variant=e["method"]["variant"], control=e["method"]["name"].startswith("rand") or "control" in e["method"]["settings"], values_=values, value=shown.mean() if not bad else math.nan, sd=shown.std() if not bad else math.nan, seeds=len(values), dense=dense,
+        variant=e["method"]["variant"], control=e["method"]["name"].startswith("rand") or "control" in e["method"]["settings"], values_=values, seeds_=tuple(r["seed"] for r in fine), value=shown.mean() if not bad else math.nan, sd=shown.std() if not bad else math.nan, seeds=len(values), dense=dense,
         status="ok" if not bad else f"{len(bad)} of {len(runs)} {bad[0]['status']}", removed=mean(lambda r: 1 - r["size"]["mask_density"]),
         params=mean(lambda r: r["size"]["params"]), nonzero=mean(lambda r: r["size"]["nonzero"]), macs=mean(lambda r: r["size"]["macs"]), bytes=mean(lambda r: r["size"]["bytes_sparse"]), speedup=speedup(runs),
         prune_seconds=mean(lambda r: r["cost"]["prune_seconds"]), steps=mean(lambda r: r["cost"]["recover_steps"] if when == "after_recover" else 0))

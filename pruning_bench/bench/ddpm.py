@@ -255,7 +255,7 @@ for data, anchor in (("mnist", .0289062), ("fashion", .0489466)):
     ddpm_task(f"ddpm-{data}@full", f"{about}; all test images, 2,000 made", train={**SCRATCH, "steps": 8600}, again={**AGAIN, "steps": 2000},
               errors=10000, images=2000, steps=50, size=128, **facts)
 
-# %% ../../nbs/bench/74_ddpm.ipynb #78df8632
+# %% ../../nbs/bench/74_ddpm.ipynb #aa5c865d
 def fashion_unet(widths=(16, 32, 48))->nn.Module: # UNet2DModel for 28 x 28 pixels
     "The U-Net of `diffusers`: three levels, attention at the lowest."
     from diffusers import UNet2DModel
@@ -264,7 +264,7 @@ def fashion_unet(widths=(16, 32, 48))->nn.Module: # UNet2DModel for 28 x 28 pixe
 
 LONG = dict(steps=1200, lr=2e-3, optimizer="adam", warmup=.05, clip=1.)
 
-ddpm_task("ddpm-fashion-unet", "generating clothing, a U-Net of diffusers", "fashion", fashion_unet, LONG, AGAIN, size=32, network=dict(widths=(16, 32, 48)), bound=.08)
+ddpm_task("ddpm-fashion-unet", "generating clothing, a U-Net of diffusers", "fashion", fashion_unet, LONG, AGAIN, size=32, network=dict(widths=(16, 32, 48)), bound=.06)
 ddpm_task("ddpm-fashion-unet@smoke", "the same for some seconds: it has learned little", "fashion", fashion_unet, {**LONG, "steps": 20}, {**AGAIN, "steps": 5},
           errors=100, images=20, steps=10, size=16)
 ddpm_task("ddpm-fashion-unet@full", "the same with 64 to 256 channels, for a GPU", "fashion", fashion_unet, {**LONG, "steps": 40000, "lr": 2e-4},

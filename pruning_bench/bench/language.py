@@ -10,19 +10,18 @@ __all__ = ['STORIES', 'READING', 'STORY', 'STORY_AGAIN', 'LEFT_OUT', 'CODE', 'RA
            'article_windows', 'tokenizer_of', 'config_of', 'precision', 'published', 'article_outputs',
            'article_batches', 'lm', 'harness']
 
-# %% ../../nbs/bench/73_language.ipynb #1dbe7f48
-import functools, gzip, hashlib, math, os, sysconfig
+# %% ../../nbs/bench/73_language.ipynb #3e1c0766
+import functools, gzip, hashlib, math, os, re, sysconfig
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from tokenizers import Tokenizer
 from tqdm import tqdm
 from ..core.inputs import BadInput, device_of
 from ..core.recover import finetune, none
 from .embedded import passages
-from .sources import Source, data_folder, fetch
-from .tasks import FAMILIES, TASKS, Batches, Task, digest, family, register, restore
+from .sources import Source, fetch
+from .tasks import FAMILIES as FAMILIES, TASKS as TASKS, Batches, Task, digest, family, register, restore
 
 # %% ../../nbs/bench/73_language.ipynb #061120fa
 @torch.no_grad()
@@ -75,10 +74,11 @@ def story_weights(model:nn.Module)->dict: # facts
     restore(model, fetch(STORIES["weights"]))
     return {"source": str(STORIES["weights"]), "sha256": STORIES["weights"].sha256}
 
-# %% ../../nbs/bench/73_language.ipynb #fcf3ca77
+# %% ../../nbs/bench/73_language.ipynb #be7833a7
 @functools.cache
 def story_tokenizer(): # sentencepiece vocabulary, 512 tokens
     "The tokenizer that stories260K was trained with."
+    from tokenizers import Tokenizer
     return Tokenizer.from_file(str(fetch(STORIES["tokenizer"])))
 
 @functools.cache
@@ -156,11 +156,11 @@ def documents(split:str, few:bool=False)->list: # texts; `few` = the first 12 fi
     files = [t for p, t in library().items() if split_of(p) == split and t.strip()]
     return files[:12] if few else [*files, passages(split)]
 
-# %% ../../nbs/bench/73_language.ipynb #a5059d7a
+# %% ../../nbs/bench/73_language.ipynb #5fc9a1fd
 @functools.cache
 def library_tokenizer(vocabulary:int, few:bool=False): # byte-level BPE
     "Byte pair encoding trained on the training files; token 0 begins a file."
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(documents("train", few), trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, special_tokens=["<|endoftext|>"],
@@ -215,7 +215,7 @@ library_task("@smoke", "a LLaMA of 0.1M parameters", dict(width=48, layers=2, he
 library_task("@full", "a LLaMA of 14.6M parameters, for a GPU", dict(width=384, layers=8, heads=6, kv=3, ffn=1024, vocabulary=4096, context=256),
              {**CODE, "steps": 2500, "lr": 1e-3, "weight_decay": .1}, {**CODE, "steps": 250, "lr": 3e-4}, 32, bound=40.);
 
-# %% ../../nbs/bench/73_language.ipynb #f864b6dc
+# %% ../../nbs/bench/73_language.ipynb #de60daf2
 RAW = "wikitext-2-raw-v1 of Salesforce/wikitext: raw text, lines joined by blank lines"
 WORDS = "WikiText-2 in tokenised words with <unk>, another data set than wikitext-2-raw-v1: perplexities are not comparable"
 ARTICLES = {s: Source(f"wikitext2/{f}.txt.gz", h, about=f"WikiText-2 {s} in tokenised words; from pytorch/examples@77f55b9 word_language_model/data/wikitext-2/{f}.txt", licence="CC BY-SA 3.0")
@@ -235,7 +235,7 @@ def articles(split:str)->str: # text
     "WikiText-2: raw from the hub, else in words; then one half of the validation text stands in for the training text."
     if raw := raw_articles(): return raw[split]
     text = gzip.open(fetch(ARTICLES["test" if split == "test" else "validation"]), "rt", encoding="utf-8").read()
-    half = text.index("\n = ", len(text) // 2)
+    half = re.compile("\n = (?!=)").search(text, len(text) // 2).start()
     return {"test": text, "train": text[:half], "validation": text[half:]}[split]
 
 # %% ../../nbs/bench/73_language.ipynb #d5306052

@@ -92,7 +92,7 @@ def cached(model:nn.Module, # untrained; receives the weights
         load_model(model, path)
     return facts_of(path)
 
-# %% ../../nbs/bench/90_tasks.ipynb #69ac92ad
+# %% ../../nbs/bench/90_tasks.ipynb #b5cc67fd
 @dataclass(frozen=True, eq=False)
 class Task:
     "A world to prune in: a network, its data, its training, its retraining, and how it is measured."
@@ -132,16 +132,7 @@ class Task:
     @property
     def tier(self)->str: return self.name.partition("@")[2] or "small"
 
-    def initial(self, seed:int=0)->nn.Module: return initial(self, seed)
-    def trained(self, seed:int=0, keep=None, part:float=1.)->nn.Module: return trained(self, seed, keep, part)
-    def dense(self, seed:int=0)->nn.Module: return dense(self, seed)[0]
-    def record(self, seed:int=0)->dict: return dense(self, seed)[1]
-    def evaluate(self, model:nn.Module, split:str="test", dense=None)->dict: return evaluate(self, model, split, dense)
-    def accepts(self, value:float)->bool: return accepts(self, value)
-    def page(self)->dict: return page(self)
-    from_parts = staticmethod(lambda *args, **more: from_parts(*args, **more))
-
-# %% ../../nbs/bench/90_tasks.ipynb #3fe7464a
+# %% ../../nbs/bench/90_tasks.ipynb #e9ae544d
 def model_seed(task:Task, seed:int)->int: # seed of the dense model
     "The dense model behind a seed: its own, or number 0 when all seeds share one."
     return seed if "dense model" in task.varies else 0
@@ -167,7 +158,9 @@ def trained(task:Task, seed:int=0, # fixes initial weights and order
     with seeded(s), threads(task.threads): task.train(model, task.batches(s, keep), task.loss, part)
     return model.eval()
 
-# %% ../../nbs/bench/90_tasks.ipynb #ef2d3220
+Task.initial, Task.trained = initial, trained
+
+# %% ../../nbs/bench/90_tasks.ipynb #856b784a
 def weights_key(task:Task, seed:int, *more)->str: # file name without ending
     "Under which name the dense weights of a seed are stored: what comes after training changes no weight."
     recipe = {k: v for k, v in task.recipe.items() if k not in ("recover", "calibration")}
@@ -181,6 +174,8 @@ def dense(task:Task, seed:int=0)->tuple: # (model in evaluation mode, facts of i
     if ready.exists(): return restore(model, ready), facts_of(ready)
     def train(model): model.load_state_dict(trained(task, seed).state_dict())
     return model, cached(model, weights_key(task, s, torch.__version__), train, task=task.name, seed=s, recipe=task.recipe)
+
+Task.dense, Task.record = lambda task, seed=0: dense(task, seed)[0], lambda task, seed=0: dense(task, seed)[1]
 
 def slug(name:str)->str: # usable as a file name
     "A name without the characters that folders and shells trip over."
@@ -200,7 +195,7 @@ def ship(task:Task, seed:int=0)->Path: # the file
     save_model(model.half(), str(path), metadata={"about": json.dumps({**facts, "precision": "float16"}, default=str)})
     return path
 
-# %% ../../nbs/bench/90_tasks.ipynb #4322186e
+# %% ../../nbs/bench/90_tasks.ipynb #e5b0de51
 SPLITS = {"validation": "for every choice", "test": "read once, at the end"}
 
 def outputs(task:Task, model:nn.Module, split:str="test"): # whatever `task.outputs` returns
@@ -221,7 +216,9 @@ def evaluate(task:Task, model:nn.Module, split:str="test",
     compared = task.behaviour(made, dense, split) if task.behaviour and dense is not None else {}
     return {**task.metrics(made, split), **compared}
 
-# %% ../../nbs/bench/90_tasks.ipynb #29903940
+Task.evaluate = evaluate
+
+# %% ../../nbs/bench/90_tasks.ipynb #f0ee843c
 def accepts(task:Task, value:float)->bool: # of the dense model's metric on the test split
     "Whether a dense model is what the task says it is."
     if task.anchor: return abs(value - task.anchor[0]) <= task.anchor[1]
@@ -237,6 +234,8 @@ def page(task:Task)->dict: # {line: text}
     return {"task": task.name, "tier": task.tier, "track": task.track, "about": task.about, "metric": f"{task.metric} ({'high' if task.higher else 'low'} is good)",
             f"dense {task.metric}": wanted(task), "a seed changes": ", ".join(task.varies), **task.protocol, **task.recipe, "threads": task.threads,
             **{f"source {i}": s for i, s in enumerate(task.sources, 1)}, "data": task.fingerprint(), "digest": task.digest}
+
+Task.accepts, Task.page = accepts, page
 
 # %% ../../nbs/bench/90_tasks.ipynb #b1dc7b0b
 def collated(data, size:int, steps:int): # fn(seed, keep=None) -> Batches
@@ -259,7 +258,7 @@ def sample_hash(data, n:int=64)->str: # 64 hexadecimal digits
     for i in range(0, len(data), max(1, len(data) // n)): gather(data[i])
     return content_hash(*tensors)
 
-# %% ../../nbs/bench/90_tasks.ipynb #0a9eb126
+# %% ../../nbs/bench/90_tasks.ipynb #cbe57ca9
 def from_parts(model,  # a trained network, or a function () -> network
                train,  # data set of training examples: (input, target) pairs, or dicts
                test,   # data set of test examples, read once per run
@@ -292,6 +291,8 @@ def from_parts(model,  # a trained network, or a function () -> network
         fingerprint=lambda: digest(len(data), *[len(l.dataset) for l in loaders.values()], sample_hash(data)), loss=loss, examples=lambda: data,
         varies=("calibration", "random masks", "recovery order"), threads=threads, **own)
     return Task(name, track, about="a task made from parts", **{**made, **more})
+
+Task.from_parts = staticmethod(from_parts)
 
 # %% ../../nbs/bench/90_tasks.ipynb #f79e7c80
 def narrower(build, # (width) -> network
