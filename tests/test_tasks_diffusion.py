@@ -183,6 +183,17 @@ def test_published_error_is_met(name, published):
     assert abs(found - published) < 5.1e-6 and world.accepts(found)
 
 @needs_data
+def test_images_must_fit_the_model():
+    with pytest.raises(BadInput, match="have 1 channels and the model wants 3"): ddpm.images_for("mnist", "test", 28, 3)
+    with pytest.raises(BadInput, match="28 pixels a side and the model wants 64"): ddpm.images_for("mnist", "test", 64, 1)
+    assert ddpm.images_for("mnist", "test", 32, 1).shape == (10000, 1, 32, 32)
+
+@needs_data
+@pytest.mark.slow
+def test_cifar_serves_three_channels():
+    assert ddpm.images_for("cifar10", "test", 32, 3).shape == (10000, 3, 32, 32)
+
+@needs_data
 def test_training_streams_replay():
     stream = task("ddpm-mnist@smoke").batches(3)
     (a, noise), (b, again) = next(iter(stream)), next(iter(stream))

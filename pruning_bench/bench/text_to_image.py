@@ -204,9 +204,9 @@ def changed(made:dict, dense:dict, split:str)->dict: # {"ssim", "mse", "flips"}
     see = lambda images: judge("fashion")(images).argmax(1)
     return {**likeness(made, dense, split), "flips": (see(made["images"]) != see(dense["images"])).float().mean().item()}
 
-# %% ../../nbs/bench/75_text_to_image.ipynb #7188889d
+# %% ../../nbs/bench/75_text_to_image.ipynb #de437696
 def t2i_task(name:str, about:str, network:dict, train:dict, again:dict, # as in `Task`; arguments of `small` and of `finetune`
-             each:int=20, errors:int=500, steps:int=20, # images per prompt, real images, network calls per image
+             each:int=15, errors:int=500, steps:int=20, # images per prompt, real images, network calls per image
              size:int=48, images:int=10000, **more,     # of a training batch; training images; further fields
     )->Task:                                            # registered
     "A task of painting what a prompt asks for."
