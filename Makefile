@@ -35,7 +35,7 @@ test: env
 	$(call heading,every notebook)
 	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers $(WORKERS) --do_print --timing
 	$(call heading,pytest)
-	@$(PY) -m pytest -q --durations 5
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --durations 8
 
 lab: env
 	@"$(BIN)/jupyter" lab nbs
@@ -44,7 +44,7 @@ slow: env
 	$(call heading,every notebook with its slow cells)
 	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --flags slow --n_workers $(WORKERS) --do_print --timing
 	$(call heading,slow tests)
-	@$(PY) -m pytest -q -m slow
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
 
 bench: env
 	@$(PY) -m pytest -q -s --tb=short tests/benchmarks

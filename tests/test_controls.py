@@ -1,0 +1,89 @@
+"Arms of a run: controls keep what they promise to keep, and only that."
+import dataclasses
+
+import pytest
+import torch
+
+from pruning_bench import BadInput
+from pruning_bench.bench.run import ARMS, attempt, by_method, longer
+from pruning_bench.bench.suites import with_controls
+from pruning_bench.bench.runner import Job
+from pruning_bench.bench.tasks import task
+from pruning_bench.core.method import CARDS
+from pruning_bench.core.recover import finetune
+
+
+@pytest.fixture(scope="module")
+def world():
+    "digits-cnn with a short training."
+    t = task("digits-cnn")
+    return dataclasses.replace(t, name="brief", train=finetune(60, lr=4e-3), recover=finetune(6, lr=1e-3), recipe={"steps": 60})
+
+
+def same_counts(a, b): return all(int(a.masks[n].sum()) == int(b.masks[n].sum()) for n in a.masks)
+
+
+@pytest.mark.parametrize("method, settings", [("global-magnitude", {}), ("wanda", {}), ("magnitude", {"pattern": "2:4", "skip": ["stem*"]}), ("snip", {}), ("gradual-magnitude", {})])
+def test_lots_keep_the_count_of_every_layer(world, method, settings):
+    _, plan, _, _ = by_method(world, method, .5, 0, settings, "cpu")
+    for control in ("random", "shuffled"):
+        model, lot, recipe, _ = ARMS[control](world, method, .5, 0, settings, "cpu")
+        assert same_counts(plan, lot) and lot != plan and recipe.steps in (6, 60)
+    assert lot == ARMS[control](world, method, .5, 0, settings, "cpu")[1] != ARMS[control](world, method, .5, 1, settings, "cpu")[1]
+
+
+def test_the_lottery_repairs_nothing(world):
+    dense = world.dense(0)
+    model, lot, _, _ = ARMS["random"](world, "sparsegpt", .5, 0, {}, "cpu")
+    weights = dict(dense.named_parameters())
+    assert all(torch.equal(p[p != 0], weights[n][p != 0]) for n, p in model.named_parameters())
+
+
+def test_lots_of_channels_keep_the_widths(world):
+    small, plan, _, _ = by_method(world, "taylor-filter", .5, 0, {}, "cpu")
+    other, lot, _, _ = ARMS["random"](world, "taylor-filter", .5, 0, {}, "cpu")
+    assert same_counts(plan, lot) and lot != plan and [p.shape for p in small.parameters()] == [p.shape for p in other.parameters()]
+    with pytest.raises(BadInput, match="use control 'random'"): ARMS["shuffled"](world, "l1-filter", .5, 0, {}, "cpu")
+
+
+def test_scratch_has_the_architecture_and_not_the_weights(world):
+    pruned, plan, _, _ = by_method(world, "l1-filter", .5, 0, {}, "cpu")
+    fresh, same, recipe, measurable = ARMS["scratch"](world, "l1-filter", .5, 0, {}, "cpu")
+    assert same == plan and not measurable and recipe.steps == 66 == longer(world).steps
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in pruned.parameters()]
+    assert not torch.equal(fresh.blocks[0].conv1.weight, pruned.blocks[0].conv1.weight)
+
+
+def test_the_smaller_network_has_about_as_many_parameters(world):
+    full = sum(p.numel() for p in world.build().parameters())
+    model, plan, recipe, _ = ARMS["smaller"](world, "magnitude", .5, 0, {}, "cpu")
+    assert plan is None and abs(sum(p.numel() for p in model.parameters()) / full - .5) < .1 and recipe.steps == 66
+
+
+@pytest.mark.parametrize("control", [c for c in ARMS if c])
+def test_every_control_is_a_run_like_any_other(world, control):
+    run, model, _ = attempt(world, "global-magnitude", .8, 0, {"control": control})
+    assert run["status"] == "ok" and set(run) == set(attempt(world, "global-magnitude", .8, 0)[0])
+    assert run["cost"]["recover_steps"] == (6 if control in ("random", "shuffled") else 66)
+    again = attempt(world, "global-magnitude", .8, 0, {"control": control})[0]
+    assert again["quality"] == run["quality"]
+
+
+def test_skip_reaches_the_method_and_its_lottery(world):
+    for control in ("", "random"):
+        _, plan, _, _ = ARMS[control](world, "magnitude", .5, 0, {"skip": ["blocks*"]}, "cpu")
+        assert plan.masks and not any(n.startswith("blocks") for n in plan.masks)
+
+
+def test_refusals(world):
+    assert "did you mean random" in attempt(world, "magnitude", .5, 0, {"control": "randon"})[0]["message"]
+    assert "random-subset" in attempt(task("digits-data"), "el2n", .5, 0, {"control": "random"})[0]["message"]
+    with pytest.raises(BadInput, match="unknown control"): with_controls(Job("digits-mlp", "magnitude"), "chance")
+    assert len({j.name for j in with_controls(Job("digits-mlp", "magnitude", "2:4", settings={"pattern": "2:4"}), "random")}) == 2
+
+
+@pytest.mark.parametrize("method", [m for m, c in CARDS.items() if c.family == "weight" and m != "imp"])
+def test_every_weight_method_has_its_lottery(world, method):
+    sparsity = .5
+    _, lot, _, _ = ARMS["random"](world, method, sparsity, 0, {}, "cpu")
+    assert abs(lot.sparsity - sparsity) < .02
