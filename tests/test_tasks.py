@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pruning_bench.bench import embedded
-from pruning_bench.bench.tasks import Batches, Task, cache_folder, cached, content_hash, dense_outputs, narrower, page, task, tasks
+from pruning_bench.bench.tasks import Batches, cache_folder, cached, content_hash, dense_outputs, narrower, task, tasks
 from pruning_bench.core.inputs import BadInput, as_batches, as_loss, forward
 from pruning_bench.core.recover import finetune
 

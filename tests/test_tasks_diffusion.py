@@ -7,7 +7,6 @@ import torch
 from pruning_bench import prune
 from pruning_bench.bench import ddpm, text_to_image as t2i
 from pruning_bench.bench.measure import parameters
-from pruning_bench.bench.sources import Source
 from pruning_bench.bench.tasks import task
 from pruning_bench.core.inputs import BadInput
 from pruning_bench.core.space import prunable

@@ -18,8 +18,8 @@ from ..core.inputs import BadInput, device_of
 from ..core.recover import finetune, none
 from ..structured.reshape import reshape
 from .behaviour import classified, compared
-from .sources import Source, data_folder, fetch, local, same_content, strips
-from .tasks import FAMILIES, TASKS, Batches, Task, cache_folder, content_hash, digest, register
+from .sources import Source, data_folder, fetch, same_content, strips
+from .tasks import Batches, Task, cache_folder, digest, register
 
 # %% ../../nbs/bench/71_cifar.ipynb #fd01f6e3
 CIFAR10 = {"train": "7cbf3400da2b07dac2f1a0ff0035db9407900941b616fb2fb9dd91faf72eca67", "test": "38fa480347072f30992349b834b33ab92f1db655d7a69e9e4e66eb22c61bcee1"}

@@ -6,8 +6,8 @@
 __all__ = ['FILES', 'SITE', 'SOURCES', 'GARMENTS', 'PARTS', 'garments', 'FashionCNN', 'stream', 'answers', 'graded', 'differs',
            'fashion_task']
 
-# %% ../../nbs/bench/72_fashion.ipynb #354e61aa
-import functools, itertools
+# %% ../../nbs/bench/72_fashion.ipynb #3ddb9329
+import functools
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -16,7 +16,7 @@ from ..core.recover import finetune, none
 from .behaviour import classified, compared
 from .embedded import Residual
 from .sources import Source, fetch, idx
-from .tasks import TASKS, Batches, Task, digest, narrower, register
+from .tasks import Batches, Task, digest, narrower, register
 
 # %% ../../nbs/bench/72_fashion.ipynb #5c7cfb3b
 FILES = {"train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84", "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",

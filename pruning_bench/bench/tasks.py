@@ -304,7 +304,7 @@ def narrower(build, # (width) -> network
     def make(fraction): return build(min(range(1, width + 1), key=lambda w: abs(count(w) - fraction * count(width))))
     return make
 
-# %% ../../nbs/bench/90_tasks.ipynb #3d53ab98
+# %% ../../nbs/bench/90_tasks.ipynb #5b40b383
 TASKS = {}     # name -> Task
 FAMILIES = {}  # prefix -> function(rest of the name) -> Task
 HOMES = [f"pruning_bench.bench.{m}" for m in ("embedded", "cifar", "language", "ddpm", "text_to_image", "encoder", "fashion")] # modules that register tasks when they are imported
@@ -323,7 +323,9 @@ def family(prefix:str): # decorator
 
 def known()->dict: # {name: Task}
     "All registered tasks."
-    for home in map(importlib.import_module, HOMES): TASKS.update(home.TASKS); FAMILIES.update(getattr(home, "FAMILIES", {}))
+    for home in HOMES: importlib.import_module(home)
+    shared = importlib.import_module("pruning_bench.bench.tasks")   # where the homes register, also when this is the notebook
+    TASKS.update(shared.TASKS); FAMILIES.update(shared.FAMILIES)
     return TASKS
 
 def task(name:str)->Task: # the task called `name`
