@@ -270,7 +270,7 @@ ddpm_task("ddpm-fashion-unet@smoke", "the same for some seconds: it has learned 
 ddpm_task("ddpm-fashion-unet@full", "the same with 64 to 256 channels, for a GPU", "fashion", fashion_unet, {**LONG, "steps": 40000, "lr": 2e-4},
           {**AGAIN, "steps": 2000}, errors=10000, images=2000, steps=50, size=128, network=dict(widths=(64, 128, 256)));
 
-# %% ../../nbs/bench/74_ddpm.ipynb #8c5d4984
+# %% ../../nbs/bench/74_ddpm.ipynb #88baa332
 @functools.cache
 def folder_images(folder:str, side:int, channels:int)->Tensor: # (n, channels, side, side) uint8
     "All images of a folder, cropped to squares and resized; raises `BadInput` when there are too few."
@@ -284,8 +284,8 @@ def images_for(source:str, split:str, side:int, channels:int)->Tensor: # (n, cha
     "Real images of a split by name: of a data set, or of a folder (every tenth for the test, every tenth for validation)."
     if source in IMAGES: x = pictures(source, split)[0]
     elif source == "cifar10":
-        from pruning_bench.bench.cifar import images as cifar
-        x = cifar(split)[0]
+        from pruning_bench.bench.cifar import part
+        x = part(split)[0]
     else:
         x = folder_images(source, side, channels)
         place = torch.arange(len(x)) % 10
