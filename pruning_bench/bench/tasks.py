@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'TASKS', 'FAMILIES', 'HOMES', 'Batches', 'digest', 'content_hash', 'cache_folder', 'facts_of', 'shipped',
            'cached', 'Task', 'model_seed', 'initial', 'threads', 'trained', 'weights_key', 'dense', 'slug', 'restore',
-           'ship', 'outputs', 'dense_outputs', 'evaluate', 'accepts', 'wanted', 'page', 'collated', 'sample_hash',
-           'from_parts', 'narrower', 'register', 'family', 'known', 'task', 'tasks']
+           'ship', 'outputs', 'dense_outputs', 'evaluate', 'accepts', 'wanted', 'tiers', 'page', 'collated',
+           'sample_hash', 'from_parts', 'narrower', 'register', 'family', 'known', 'task', 'tasks']
 
 # %% ../../nbs/bench/90_tasks.ipynb #4e03536a
 import copy, functools, hashlib, importlib, json, os, time
@@ -218,7 +218,7 @@ def evaluate(task:Task, model:nn.Module, split:str="test",
 
 Task.evaluate = evaluate
 
-# %% ../../nbs/bench/90_tasks.ipynb #f0ee843c
+# %% ../../nbs/bench/90_tasks.ipynb #1c8eadef
 def accepts(task:Task, value:float)->bool: # of the dense model's metric on the test split
     "Whether a dense model is what the task says it is."
     if task.anchor: return abs(value - task.anchor[0]) <= task.anchor[1]
@@ -229,9 +229,13 @@ def wanted(task:Task)->str: # for tables
     if task.anchor: return f"{task.anchor[0]:.6g} ± {task.anchor[1]:.1g}"
     return "-" if task.bound is None else f"{'>=' if task.higher else '<='} {task.bound:g}"
 
+def tiers(name:str)->list: # of "small", "smoke", "full"
+    "The sizes in which a task is known."
+    return [n.partition("@")[2] or "small" for n in TASKS if n.partition("@")[0] == name.partition("@")[0]] or ["small"]
+
 def page(task:Task)->dict: # {line: text}
     "The protocol of a task, line by line."
-    return {"task": task.name, "tier": task.tier, "track": task.track, "about": task.about, "metric": f"{task.metric} ({'high' if task.higher else 'low'} is good)",
+    return {"task": task.name, "tier": f"{task.tier} (of {', '.join(tiers(task.name))})", "track": task.track, "about": task.about, "metric": f"{task.metric} ({'high' if task.higher else 'low'} is good)",
             f"dense {task.metric}": wanted(task), "a seed changes": ", ".join(task.varies), **task.protocol, **task.recipe, "threads": task.threads,
             **{f"source {i}": s for i, s in enumerate(task.sources, 1)}, "data": task.fingerprint(), "digest": task.digest}
 
@@ -334,11 +338,10 @@ def task(name:str)->Task: # the task called `name`
     if colon and rest: return choose(prefix, FAMILIES, "family of tasks")(rest)
     return choose(name, tasks, "task")
 
-# %% ../../nbs/bench/90_tasks.ipynb #15e2a10e
+# %% ../../nbs/bench/90_tasks.ipynb #3aad90d6
 def tasks(): # pandas table, one row per task
     "What there is to prune."
     import pandas as pd
-    tiers = lambda t: ", ".join(n.partition("@")[2] or "small" for n in TASKS if n.partition("@")[0] == t.name)
     rows = [{"task": t.name, "track": t.track, "about": t.about, "metric": t.metric, "best": "high" if t.higher else "low",
-             "dense": wanted(t), "tiers": tiers(t)} for t in known().values() if "@" not in t.name]
+             "dense": wanted(t), "tiers": ", ".join(tiers(t.name))} for t in known().values() if "@" not in t.name]
     return pd.DataFrame(rows).set_index("task")
