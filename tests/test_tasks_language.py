@@ -113,7 +113,8 @@ def test_the_unigram_reference_by_hand(monkeypatch):
 
 def test_the_networks_have_the_sizes_that_are_written():
     count = lambda name: sum(p.numel() for p in TASKS[name].build().parameters())
-    assert [count(n) for n in LANGUAGE[:1] + LANGUAGE[3:]] == [260_032, 2_034_720, 75_504, 14_555_520]
+    assert [count(n) for n in ("stories-llama", "stdlib-llama", "stdlib-llama@smoke")] == [260_032, 2_034_720, 75_504]
+    with torch.device("meta"): assert count("stdlib-llama@full") == 14_555_520
     layer = 160 * 160 * 2 + 2 * 160 * 80 + 3 * 160 * 432 + 2 * 160
     assert 2_034_720 == 6 * layer + 2048 * 160 + 160
 
@@ -173,7 +174,7 @@ def test_greedy_text_is_the_published_sample(data_dir):
 def test_the_smoke_anchor_and_a_broken_model(data_dir):
     task = TASKS["stories-llama@smoke"]
     model = task.dense()
-    assert task.accepts(task.evaluate(model)["perplexity"])
+    assert task.accepts(task.evaluate(model)["perplexity"]) and task.record()["seconds"] is None   # nobody trained here
     q = model.model.layers[0].self_attn.q_proj.weight
     q.data = q.data.view(8, 4, 2, 64).transpose(1, 2).reshape(64, 64)
     assert not task.accepts(task.evaluate(model)["perplexity"])
@@ -212,13 +213,21 @@ def test_retraining_repairs(data_dir):
     assert task.evaluate(model)["perplexity"] < before / 1.5 and sum((p == 0).sum() for n, p in model.named_parameters() if "proj" in n) > 100_000
 
 
+def test_every_language_task_can_be_spelled(data_dir):
+    text = "The cat sat on a mat."
+    for name in ("pydoc-llama", "stories-llama", "stories-llama@smoke", "stdlib-llama@smoke", f"lm:{data_dir / 'stories260K'}@smoke"):
+        encode = {"p": language.pydoc_tokenizer, "s": language.story_tokenizer, "l": language.story_tokenizer}[name[0]] if "stdlib" not in name else lambda: language.library_tokenizer(512, True)
+        assert language.spelling(name)(encode().encode(text, add_special_tokens=False).ids).strip() == text
+    assert language.spelling("encoder-sst2") is None
+
+
 # any model by its name
 
 def test_window_protocol_on_a_local_model(data_dir, offline):
     name = str(data_dir / "stories260K")
     task = language.lm(f"{name}@smoke")
-    w, ids = language.article_windows(name, "test", 512), language.tokenizer_of(name)(language.articles("test"), verbose=False)["input_ids"]
-    assert w.flatten().tolist() == ids[:len(w) * 512] and ids[0] == 1 and 1 not in ids[1:] and 0 <= len(ids) - w.numel() < 512
+    w, ids = language.article_windows(name, "test", 512), language.tokenizer_of(name)(language.articles("test")[:40_000], verbose=False)["input_ids"]
+    assert len(ids) > 10_000 and w.flatten()[:len(ids) - 9].tolist() == ids[:-9] and (w.flatten() == 1).nonzero().flatten().tolist() == [0]
     assert task.protocol["context"] == task.protocol["stride"] == 512 and task.protocol["text"] == language.WORDS and "not comparable" in task.page()["text"]
     model = task.dense()
     assert model.lm_head.weight is model.model.embed_tokens.weight and sum(p.numel() for p in model.parameters()) == 260_032
@@ -316,6 +325,7 @@ def test_rows_are_a_data_set_and_their_order_is_not(data_dir, monkeypatch):
     with pytest.raises(BadInput, match="not SST-2 validation"): encoder.reviews("validation")
     encoder.reviews.cache_clear()
 
+@pytest.mark.slow   # fits the probe when the cache is cold
 def test_encoder_anchor(data_dir, minilm):
     task = TASKS["encoder-sst2@smoke"]
     model = task.dense()

@@ -8,9 +8,9 @@ __all__ = ['STORIES', 'READING', 'STORY', 'STORY_AGAIN', 'LEFT_OUT', 'CODE', 'RA
            'story_outputs', 'story_batches', 'story_task', 'library', 'split_of', 'documents', 'library_tokenizer',
            'library_windows', 'library_outputs', 'unigram', 'code_llama', 'library_task', 'raw_articles', 'articles',
            'article_windows', 'tokenizer_of', 'config_of', 'precision', 'published', 'article_outputs',
-           'article_batches', 'lm', 'harness']
+           'article_batches', 'lm', 'spelling', 'harness']
 
-# %% ../../nbs/bench/73_language.ipynb #3e1c0766
+# %% ../../nbs/bench/73_language.ipynb #007082a0
 import functools, gzip, hashlib, math, os, re, sysconfig
 from pathlib import Path
 import torch
@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from tqdm import tqdm
 from ..core.inputs import BadInput, device_of
 from ..core.recover import finetune, none
-from .embedded import passages
+from .embedded import passages, tokenizer as pydoc_tokenizer
 from .sources import Source, fetch
 from .tasks import FAMILIES as FAMILIES, TASKS as TASKS, Batches, Task, digest, family, register, restore
 
@@ -53,7 +53,7 @@ def strays(made:dict, dense:dict, split:str)->dict: # {"flips", "kl", "worse"}
     return {"flips": (made["guess"] != dense["guess"]).float().mean().item(), "kl": kl.double().mean().item(),
             "worse": (made["nll"] > dense["nll"]).float().mean().item()}
 
-# %% ../../nbs/bench/73_language.ipynb #aa1fcd78
+# %% ../../nbs/bench/73_language.ipynb #5582e5fa
 _story = functools.partial(Source, about="stories260K by A. Karpathy (tinyllamas) in the form of transformers; from DaveBben/esp32-llm@934dab4 data/stories260K.bin, tok512.bin", licence="MIT")
 _tales = functools.partial(Source, licence="CDLA-Sharing-1.0")
 STORIES = {"weights": _story("stories260K/model.safetensors", "407a7c581bdd66972383ce9ad24857713fb98786d06ea564a2fe9b34ebe77dfd"),
@@ -72,7 +72,7 @@ def story_llama()->nn.Module: # 260,032 parameters
 def story_weights(model:nn.Module)->dict: # facts
     "Load the published weights."
     restore(model, fetch(STORIES["weights"]))
-    return {"source": str(STORIES["weights"]), "sha256": STORIES["weights"].sha256}
+    return {"source": str(STORIES["weights"]), "sha256": STORIES["weights"].sha256, "seconds": None}
 
 # %% ../../nbs/bench/73_language.ipynb #be7833a7
 @functools.cache
@@ -206,10 +206,10 @@ def library_task(tier:str, about:str, network:dict, train:dict, again:dict, size
         protocol={**READING, "tokenizer": f"byte-level BPE, {network['vocabulary']:,} tokens, trained on the training files", "bos": "one token before every file, none per window",
                   "context": network["context"], "stride": network["context"], "windows": "all", "split": "by file, by the hash of its path", "files": "first 12" if few else "all"}))
 
-# %% ../../nbs/bench/73_language.ipynb #7af5a06a
+# %% ../../nbs/bench/73_language.ipynb #a19a310f
 CODE = dict(steps=2500, lr=3e-3, weight_decay=.05, clip=1., warmup=.05)
 library_task("", "a LLaMA of 2.0M parameters", dict(width=160, layers=6, heads=4, kv=2, ffn=432, vocabulary=2048, context=128),
-             CODE, {**CODE, "steps": 150, "lr": 1e-3}, 8, bound=40.)
+             CODE, {**CODE, "steps": 150, "lr": 5e-4}, 8, bound=40.)
 library_task("@smoke", "a LLaMA of 0.1M parameters", dict(width=48, layers=2, heads=4, kv=2, ffn=128, vocabulary=512, context=64),
              {**CODE, "steps": 120}, {**CODE, "steps": 10, "lr": 1e-3}, 8, bound=200., few=True)
 library_task("@full", "a LLaMA of 14.6M parameters, for a GPU", dict(width=384, layers=8, heads=6, kv=3, ffn=1024, vocabulary=4096, context=256),
@@ -262,14 +262,14 @@ def precision()->torch.dtype|str: # what `from_pretrained` takes
     "The checkpoint's own type on a GPU, float32 on a CPU."
     return "auto" if torch.cuda.is_available() else torch.float32
 
-# %% ../../nbs/bench/73_language.ipynb #8051c12d
+# %% ../../nbs/bench/73_language.ipynb #d8309997
 def published(model:nn.Module, name:str)->dict: # facts
     "Give a model the weights published under a name; they are not copied."
     from transformers import AutoModelForCausalLM
     ready = AutoModelForCausalLM.from_pretrained(name, dtype=precision())
     model.load_state_dict(ready.state_dict(), assign=True)
     model.tie_weights()
-    return {"source": name, "revision": getattr(ready.config, "_commit_hash", None), "dtype": str(ready.dtype)}
+    return {"source": name, "revision": getattr(ready.config, "_commit_hash", None), "dtype": str(ready.dtype), "seconds": None}
 
 def article_outputs(model:nn.Module, split:str, name:str, context:int, limit=None)->dict: # as `read`, with "bytes"
     "A reading of WikiText-2."
@@ -298,6 +298,15 @@ def lm(name:str)->Task: # not listed
         recipe={"weights": name, "recover": None, "calibration": f"{16 if limit else 128} windows of " + ("the training articles" if raw else "the first half of the validation articles")},
         protocol={**READING, "text": RAW if raw else WORDS, "tokenizer": "the model's own, the text tokenised once", "bos": "once at the start where the tokenizer adds it, none per window",
                   "context": context, "stride": context, "windows": f"first {limit}" if limit else "all", "dtype": "the checkpoint's on a GPU, float32 on a CPU"})
+
+# %% ../../nbs/bench/73_language.ipynb #e065095a
+def spelling(name:str): # fn(token ids) -> text, or None for a task whose model does not write
+    "How the tokens of a task are read."
+    base, tier = name.partition("@")[0], name.partition("@")[2]
+    if base.startswith("lm:"): return tokenizer_of(base[3:]).decode
+    if base == "stories-llama": return story_tokenizer().decode
+    if base == "stdlib-llama": return library_tokenizer(TASKS[name].recipe["network"]["vocabulary"], tier == "smoke").decode
+    if base == "pydoc-llama": return pydoc_tokenizer().decode
 
 # %% ../../nbs/bench/73_language.ipynb #e73b427b
 def harness(model:nn.Module, # a causal language model of transformers
