@@ -1,5 +1,6 @@
 """The command line as a person uses it: a process, its exit code, its one line."""
 import json
+import os
 import subprocess
 import sys
 
@@ -20,6 +21,9 @@ def cli(*args, **kw):
     (["run", "digits-mlp", "magnitude", "--sparsity", "nan"], "[0, 1)"),
     (["run", "digits-mlp", "magnitude", "--sparsity", "many"], "many"),
     (["run", "digits-mlp", "magnitude", "--device", "cuda:99"], "--device cpu"),
+    (["run", "digits-mlp", "magnitude", "--control", "shufled"], "shuffled"),
+    (["run", "digits-mlp", "magnitude", "--tier", "ful"], "unknown task"),
+    (["run", "lmm:gpt2", "magnitude"], "lm"),
     (["suite", "embeded"], "embedded"),
     (["tasks", "digits-mpl"], "digits-mlp"),
     (["methods", "--family", "wieght"], "weight"),
@@ -30,6 +34,13 @@ def test_wrong_requests_are_one_line_and_exit_2(args, near, tmp_path):
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and near in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_is_one_line_before_any_work(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "PRUNING_BENCH_DATA"} | {"PRUNING_BENCH_CACHE": str(tmp_path / "cache"), "PRUNING_BENCH_OFFLINE": "1"}
+    done = cli("run", "fashion-cnn@smoke", "magnitude", cwd=tmp_path, env=env)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "set PRUNING_BENCH_DATA" in done.stderr
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "cache/runs").exists()
 
 
 def test_lists_are_readable_by_machines(tmp_path):

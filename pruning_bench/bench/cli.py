@@ -6,14 +6,14 @@
 __all__ = ['app', 'JSON', 'ALWAYS', 'terminal', 'emit', 'tasks', 'methods', 'read_settings', 'read_sparsities', 'check_device',
            'brief', 'variant_of', 'run', 'suite', 'board', 'main']
 
-# %% ../../nbs/bench/97_cli.ipynb #8bfcc347
+# %% ../../nbs/bench/97_cli.ipynb #9f653166
 import ast, inspect, json, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from rich.console import Console
 from rich.table import Table
-from ..core.inputs import BadInput, choose
+from ..core.inputs import BadInput, choose, first_batch
 from ..core.method import CARDS, FAMILIES, methods as list_methods
 from ..core.pattern import as_pattern
 from . import board as boards, runner
@@ -84,7 +84,7 @@ def read_sparsities(method:str, texts:list, settings:dict)->tuple: # (sparsities
         found.append(s)
     return tuple(dict.fromkeys(found)), settings
 
-# %% ../../nbs/bench/97_cli.ipynb #ee9a464b
+# %% ../../nbs/bench/97_cli.ipynb #41e6531f
 def check_device(device:str)->str:
     "A device that exists here."
     import torch
@@ -116,6 +116,7 @@ def run(task: str, method: str,
     settled(world, method, settings)
     first = runner.Job(world.name, method, variant_of(settings), sparsities, tuple(range(seeds)), settings, check_device(device))
     jobs = with_controls(first, *(control or ()))
+    if not all(map(runner.finished, jobs)): first_batch(world.calibration(0))   # missing data is said before any work
     found = runner.run_jobs(jobs, 1)
     for job in jobs:
         if isinstance(found[job.name], str): raise RuntimeError(f"{job.name} failed: {found[job.name]} (log in {job.folder()})")

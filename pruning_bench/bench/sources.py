@@ -16,12 +16,12 @@ from tqdm import tqdm
 from ..core.inputs import BadInput
 from .tasks import cache_folder, content_hash
 
-# %% ../../nbs/bench/70_sources.ipynb #5228e473
+# %% ../../nbs/bench/70_sources.ipynb #f56138fa
 @dataclass(frozen=True)
 class Source:
     "One published file: where it may lie, where it comes from, and what its bytes must hash to."
     path:str          # below `PRUNING_BENCH_DATA` and below the cache
-    sha256:str        # 64 hexadecimal digits, of the file
+    sha256:str        # of the file, in hexadecimal digits; the first eight where only these are published
     urls:tuple=()     # where the same bytes can be downloaded
     about:str=""      # what it is, who made it
     licence:str=""    # under which terms
@@ -32,7 +32,7 @@ def sha256(path)->str: # 64 hexadecimal digits
     "Hash of a file, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
-# %% ../../nbs/bench/70_sources.ipynb #cabf1e5a
+# %% ../../nbs/bench/70_sources.ipynb #e5229bf1
 def data_folder(): # Path, or None
     "The folder of data that the user keeps, `PRUNING_BENCH_DATA`."
     return Path(os.environ["PRUNING_BENCH_DATA"]).expanduser() if os.environ.get("PRUNING_BENCH_DATA") else None
@@ -42,7 +42,7 @@ def local(source:Source): # Path, or None
     for folder in filter(None, (data_folder(), cache_folder() / "data")):
         path = folder / source.path
         if not path.is_file(): continue
-        if sha256(path) != source.sha256: raise BadInput(f"{source.path} in {folder} is another file: its sha256 is {sha256(path)[:12]}…, not {source.sha256[:12]}…; replace or remove it")
+        if not sha256(path).startswith(source.sha256): raise BadInput(f"{source.path} in {folder} is another file: its sha256 is {sha256(path)[:12]}…, not {source.sha256[:12]}…; replace or remove it")
         return path
 
 def fetch(source:Source)->Path: # a file with the right bytes
@@ -52,9 +52,9 @@ def fetch(source:Source)->Path: # a file with the right bytes
         for url in source.urls:
             if path := download(url, cache_folder() / "data" / source.path, source.sha256): return path
     tried = f"tried {', '.join(source.urls)}" if source.urls else "it has no public address with the same bytes"
-    raise BadInput(f"{source.path} is not here ({tried}): put a file with sha256 {source.sha256} at {source.path} in a folder and set PRUNING_BENCH_DATA to it")
+    raise BadInput(f"{source.path}{f', {source.about},' if source.about else ''} is not here ({tried}): put a file with sha256 {source.sha256} at {source.path} in a folder and set PRUNING_BENCH_DATA to it")
 
-# %% ../../nbs/bench/70_sources.ipynb #d5a1269c
+# %% ../../nbs/bench/70_sources.ipynb #61da7b2d
 def download(url:str, path, wanted:str)->Path|None: # the file, or None when the address does not answer
     "Download a file with a progress bar; raises `BadInput` when the bytes are not the wanted ones."
     path = Path(path)
@@ -68,7 +68,7 @@ def download(url:str, path, wanted:str)->Path|None: # the file, or None when the
                     while block := answer.read(1 << 20): f.write(block); bar.update(len(block))
         except (OSError, urllib.error.URLError): part.unlink(missing_ok=True); return None
         got = sha256(part)
-        if got != wanted: part.unlink(); raise BadInput(f"{url} sent another file: its sha256 is {got[:12]}…, not {wanted[:12]}…; nothing was kept")
+        if not got.startswith(wanted): part.unlink(); raise BadInput(f"{url} sent another file: its sha256 is {got[:12]}…, not {wanted[:12]}…; nothing was kept")
         part.replace(path)
     return path
 
