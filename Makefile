@@ -18,6 +18,7 @@ PY  := "$(BIN)/python"
 PB  := $(PY) -c "from pruning_bench.bench.cli import main; main()"
 export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+CALM := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=33554432
 heading = @printf '\n== %s\n' "$(1)"
 
 .PHONY: leaderboard test lab slow bench docs fix lint hooks env clean distclean
@@ -33,18 +34,18 @@ test: env
 	$(call heading,notebooks and modules in sync)
 	@$(PY) -m pytest -q tests/test_export.py
 	$(call heading,every notebook)
-	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers $(WORKERS) --do_print --timing
+	@$(CALM) "$(BIN)/nbdev_test" --n_workers $(WORKERS) --do_print --timing
 	$(call heading,pytest)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --durations 8
+	@$(CALM) $(PY) -m pytest -q -n $(WORKERS) --durations 8
 
 lab: env
 	@"$(BIN)/jupyter" lab nbs
 
 slow: env
 	$(call heading,every notebook with its slow cells)
-	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --flags slow --n_workers $(WORKERS) --do_print --timing
+	@$(CALM) "$(BIN)/nbdev_test" --flags slow --n_workers $(WORKERS) --do_print --timing
 	$(call heading,slow tests)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
+	@$(CALM) $(PY) -m pytest -q -m slow
 
 bench: env
 	@$(PY) -m pytest -q -s --tb=short tests/benchmarks

@@ -81,7 +81,7 @@ def steps_of(jobs:list)->list: # dense trainings that are missing, then the jobs
     slow = sorted(dense.values(), key=lambda s: find_task(s.spec["task"]).track == "cnn")
     return slow + steps
 
-# %% ../../nbs/bench/95_runner.ipynb #55556ebf
+# %% ../../nbs/bench/95_runner.ipynb #3befba60
 WORKER = str(Path(pruning_bench.__file__).parent / "bench" / "worker.py")   # run as a file: a worker needs no PyTorch
 
 def start(step:Step)->None:
@@ -91,7 +91,7 @@ def start(step:Step)->None:
     name = "" if step.job else step.label.replace(" ", "-") + "-"
     spec = write_json({**step.spec, "parent": os.getpid()}, folder / f"{name}job.json")
     home = str(Path(pruning_bench.__file__).parents[1])   # workers and kernels use the package of this process
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": str(step.threads), "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MALLOC_TRIM_THRESHOLD_": "4000000000", "PYTHONHASHSEED": "0"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": str(step.threads), "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432", "PYTHONHASHSEED": "0"}
     with open(folder / f"{name}log.txt", "w") as log:
         step.process = subprocess.Popen([sys.executable, WORKER, str(spec)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     step.since = time.monotonic()
