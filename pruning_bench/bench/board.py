@@ -101,7 +101,7 @@ def spread(row)->str: # "0.951 ± 0.004"
     d = max(0, 2 - math.floor(math.log10(abs(row.value)))) if row.value and abs(row.value) < 1 else 2 if abs(row.value) < 100 else 0
     return f"{row.value:,.{d}f}" + ("" if math.isnan(row.sd) else f" ± {row.sd:,.{d}f}")
 
-# %% ../../nbs/bench/96_board.ipynb #db5ab304
+# %% ../../nbs/bench/96_board.ipynb #13a1d035
 def columns(table:pd.DataFrame)->pd.DataFrame: # text only
     "The columns of a board, formatted."
     metric, up = table.metric.iloc[0], "↑" if table.higher.iloc[0] else "↓"
@@ -109,7 +109,7 @@ def columns(table:pd.DataFrame)->pd.DataFrame: # text only
     return pd.DataFrame({"sparsity": [f"{s:.3g}" for s in table.sparsity], "rank": [rank(r) for r in table.itertuples()], "method": [label(r) for r in table.itertuples()],
         f"{metric} {up}": [spread(r) for r in table.itertuples()], "Δ dense": ["–" if math.isnan(g) else f"{g:+.3g}" if abs(g) < 1e4 else f"{g:+.0e}" for g in gap],
         "removed": ["–" if math.isnan(r) else f"{r:.4f}" for r in table.removed], "params": [number(p) for p in table.params], "non-zero": [number(p) for p in table.nonzero],
-        "MACs": [number(m) for m in table.macs], "file": [number(b) + "B" if b == b else "–" for b in table.bytes], "faster": [s if isinstance(s, str) else "–" if s is None or s != s else f"{s:.2f}x" for s in table.speedup], "pruning s": [number(s, 2) for s in table.prune_seconds], "train steps": [number(s) for s in table.steps], "seeds": table.seeds.astype(str)})
+        "MACs": [number(m) for m in table.macs], "file": [number(round(b)) + "B" if b == b else "–" for b in table.bytes], "faster": [s if isinstance(s, str) else "–" if s is None or s != s else f"{s:.2f}x" for s in table.speedup], "pruning s": [number(s, 2) for s in table.prune_seconds], "train steps": [number(s) for s in table.steps], "seeds": table.seeds.astype(str)})
 
 def markdown(table:pd.DataFrame)->str: # a pipe table
     "A data frame of text as Markdown."
