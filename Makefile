@@ -19,6 +19,7 @@ PB  := $(PY) -c "from pruning_bench.bench.cli import main; main()"
 export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CALM := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=33554432
+DATA := $(if $(PRUNING_BENCH_DATA),data)
 heading = @printf '\n== %s\n' "$(1)"
 
 .PHONY: leaderboard test lab slow bench docs fix lint hooks env clean distclean
@@ -33,8 +34,8 @@ leaderboard: env
 test: env
 	$(call heading,notebooks and modules in sync)
 	@$(PY) -m pytest -q tests/test_export.py
-	$(call heading,every notebook)
-	@$(CALM) "$(BIN)/nbdev_test" --n_workers $(WORKERS) --do_print --timing
+	$(call heading,every notebook$(if $(DATA),,: cells that need PRUNING_BENCH_DATA are skipped))
+	@$(CALM) "$(BIN)/nbdev_test" --flags "$(DATA)" --n_workers $(WORKERS) --do_print --timing
 	$(call heading,pytest)
 	@$(CALM) $(PY) -m pytest -q -n $(WORKERS) --durations 8
 
@@ -43,7 +44,7 @@ lab: env
 
 slow: env
 	$(call heading,every notebook with its slow cells)
-	@$(CALM) "$(BIN)/nbdev_test" --flags slow --n_workers $(WORKERS) --do_print --timing
+	@$(CALM) "$(BIN)/nbdev_test" --flags "slow $(DATA)" --n_workers $(WORKERS) --do_print --timing
 	$(call heading,slow tests)
 	@$(CALM) $(PY) -m pytest -q -m slow
 
