@@ -9,7 +9,7 @@ __all__ = ['CLASSIFIED', 'TEXT', 'TEXT_AGAIN', 'IMAGES', 'IMAGES_AGAIN', 'FIXED_
            'surprise', 'perplexed', 'continuation', 'unet', 'diffusion', 'noisy', 'denoising_loss', 'noised',
            'generate', 'judge', 'phi', 'fixed_noise', 'draw', 'judged', 'likeness', 'noisy_labels']
 
-# %% ../../nbs/bench/92_embedded.ipynb #19d031c2
+# %% ../../nbs/bench/92_embedded.ipynb #5e742b58
 import functools, itertools, math
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch import nn, Tensor
 from ..core.inputs import in_mode
 from ..core.recover import finetune, none
 from .behaviour import classified, compared
-from .measure import frechet, kid, logits_of, ssim, token_nll
+from .images import frechet, kid, ssim
+from .measure import logits_of, token_nll
 from .tasks import TASKS, Batches, Task, content_hash, digest, narrower, register
 
 # %% ../../nbs/bench/92_embedded.ipynb #215f01ad
