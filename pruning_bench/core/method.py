@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'FAMILIES', 'STAGES', 'CARDS', 'Method', 'drive', 'Card', 'register', 'build', 'methods', 'cite', 'keep_of',
            'check', 'Ledger', 'resolve', 'unknown', 'take', 'prune', 'magnitude_', 'random']
 
-# %% ../../nbs/core/11_method.ipynb #859b2e5e
+# %% ../../nbs/core/11_method.ipynb #cb026075
 import inspect, time, warnings
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -22,7 +22,7 @@ from .allocate import ALLOCATORS, settle, uniform
 from .pattern import Pattern, as_pattern, unstructured
 from .solve import SOLVERS, zero
 from .schedule import SCHEDULES, one_shot
-from .recover import RECOVERIES, at_once, endless, go_on, none
+from .recover import RECOVERIES, at_once, endless, go_on, none, rest
 from .memory import peak_memory
 from .plan import Plan
 
@@ -53,7 +53,7 @@ class Method:
 
 PARTS = ("score", "allocate", "pattern", "solve", "schedule", "prepare", "between", "recover")
 
-# %% ../../nbs/core/11_method.ipynb #f3553f27
+# %% ../../nbs/core/11_method.ipynb #d021875d
 def drive(method:Method, # the record
           space,         # where the units live
           keep:float,    # fraction to keep at the end
@@ -61,10 +61,11 @@ def drive(method:Method, # the record
           loss,          # `as_loss` kinds
     )->None:
     "Run a method: this loop is the same for every one of them."
-    start = {k: v.clone() for k, v in space.model.state_dict().items()} if method.between is not go_on else {}
+    start = {k: v.clone() for k, v in space.model.state_dict().items()} if method.between not in (go_on, rest) else {}
     stream = data if data is None else endless(data)   # one stream for all steps: a later step sees later batches
-    train = lambda part: method.recover(space.model, stream, loss, part)
-    method.prepare(space.model, train)
+    train = lambda part, **piece: method.recover(space.model, stream, loss, part, **piece)
+    train.steps = getattr(method.recover, "steps", 0)
+    start = method.prepare(method, space, keep, train) or start
     steps = method.schedule(keep)
     for i, k in enumerate(tqdm(steps, desc="pruning", leave=False, delay=3)):
         stats = collect(space, calib, method.needs, loss, method.readings)
@@ -131,7 +132,7 @@ def cite(*names:str)->str: # markdown list
     link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
     return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (choose(n, CARDS, "method") for n in names))
 
-# %% ../../nbs/core/11_method.ipynb #30b0a423
+# %% ../../nbs/core/11_method.ipynb #b6205d73
 def keep_of(sparsity, # fraction to remove, or a pattern such as "2:4"
             pattern:Pattern)->float: # fraction to keep
     "The budget as a fraction to keep."
@@ -156,6 +157,7 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     readers = [PROVIDERS[n] for n in method.needs]
     if data is None and (trains or readers):
         raise BadInput(f"method {method.name!r} {'trains' if trains else 'reads'} {'on' if trains else sorted(method.needs)[0] + ' from'} data: pass data=, a loader of batches")
+    if getattr(method.prepare, "trains", False) and not trains: raise BadInput(f"method {method.name!r} prunes while it trains: give it a training with recover=, for instance finetune(steps=1000)")
     if model is None and (trains or readers): raise BadInput(f"method {method.name!r} runs a model: pass one instead of None")
     if trains or any(r.reads_loss for r in readers):
         with torch.no_grad(), in_mode(model, False): as_loss(loss)(model, first_batch(data))
