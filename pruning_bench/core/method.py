@@ -20,7 +20,7 @@ from .stats import PROVIDERS, collect
 from .score import SCORES, magnitude, random as random_score, unit_scores
 from .allocate import ALLOCATORS, settle, uniform
 from .pattern import Pattern, as_pattern, unstructured
-from .solve import SOLVERS, zero
+from .solve import SOLVERS, solved, zero
 from .schedule import SCHEDULES, one_shot
 from .recover import RECOVERIES, at_once, endless, go_on, none, rest
 from .memory import peak_memory
@@ -71,7 +71,7 @@ def drive(method:Method, # the record
         stats = collect(space, calib, method.needs, loss, method.readings)
         scores = unit_scores(space, method.score, stats)
         shares = settle(method.allocate(scores, k, space), k, scores, space)
-        space.apply({n: method.solve(space.w(n), stats[n], scores[n], shares[n], method.pattern) for n in scores})
+        space.apply(solved(method.solve, {n: (space.w(n), stats[n], scores[n], shares[n], method.pattern) for n in scores}))
         if i == len(steps) - 1: space.remove()
         method.between(space.model, start, train, len(steps), len(steps) - 1 - i)
 
