@@ -19,6 +19,7 @@ PB  := $(PY) -c "from pruning_bench.bench.cli import main; main()"
 export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CALM := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=33554432
+CALM += HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PRUNING_BENCH_OFFLINE=1 PYTHONUNBUFFERED=1
 DATA := $(if $(PRUNING_BENCH_DATA),data)
 heading = @printf '\n== %s\n' "$(1)"
 
@@ -35,7 +36,7 @@ test: env
 	$(call heading,notebooks and modules in sync)
 	@$(PY) -m pytest -q tests/test_export.py
 	$(call heading,every notebook$(if $(DATA),,: cells that need PRUNING_BENCH_DATA are skipped))
-	@$(CALM) "$(BIN)/nbdev_test" --flags "$(DATA)" --n_workers $(WORKERS) --do_print --timing
+	@$(CALM) $(PY) .ci/notebooks.py --flags "$(DATA)" --workers $(WORKERS)
 	$(call heading,pytest)
 	@$(CALM) $(PY) -m pytest -q -n $(WORKERS) --durations 8
 
@@ -44,7 +45,7 @@ lab: env
 
 slow: env
 	$(call heading,every notebook with its slow cells)
-	@$(CALM) "$(BIN)/nbdev_test" --flags "slow $(DATA)" --n_workers $(WORKERS) --do_print --timing
+	@$(CALM) $(PY) .ci/notebooks.py --flags "slow $(DATA)" --workers $(WORKERS) --limit 7200
 	$(call heading,slow tests)
 	@$(CALM) $(PY) -m pytest -q -m slow
 

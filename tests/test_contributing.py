@@ -16,7 +16,7 @@ def chapter():
 
 def test_a_method_can_be_added_as_described(tmp_path):
     skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked")
-    for name in ("nbs", "pruning_bench", "tests"): shutil.copytree(ROOT/name, tmp_path/name, ignore=skip)
+    for name in ("nbs", "pruning_bench", "tests", ".ci"): shutil.copytree(ROOT/name, tmp_path/name, ignore=skip)
     for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT/name, tmp_path)
     path, notebook = chapter()
     assert not (ROOT/path).exists()
@@ -25,7 +25,7 @@ def test_a_method_can_be_added_as_described(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     def run(*command): subprocess.run([str(Path(sys.executable).parent/command[0]), *command[1:]], cwd=tmp_path, env=env, check=True)
     run("nbdev_export"); run("nbdev_clean"); run("nbdev_export")
-    run("nbdev_test", "--path", path)
+    run("python", ".ci/notebooks.py", path)
     run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_export.py", "-k", "relative or modules or clean")
     use = "import pruning_bench as p; assert p.__file__.startswith(__import__('sys').argv[1]); assert len(p.methods('relative-importance'))"
     run("python", "-c", use, str(tmp_path))
