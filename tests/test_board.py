@@ -101,10 +101,10 @@ def test_methods_that_start_untrained_have_a_board_of_their_own():
 
 
 def test_the_front_holds_what_nothing_beats():
-    import pandas as pd
-    points = pd.DataFrame({"left": [1, 2, 3, 2], "value": [.5, .7, .6, .65]})
-    assert list(board.front(points, True).index) == [0, 1]
-    assert list(board.front(points, False).index) == [0]
+    table = board.rows([make_entry(runs=[make_run(s) for s in (.2, .4, .6, .8)])])
+    table = table[table.board == "retrained"].assign(nonzero=[.1, .2, .3, .2], value=[.5, .7, .6, .65])
+    front = lambda t: board.plot(t).lines[-2].get_xydata().tolist()
+    assert front(table) == [[.1, .5], [.2, .7]] and front(table.assign(higher=False)) == [[.1, .5]]
 
 
 def test_publishing_is_repeatable_and_keeps_what_people_wrote(tmp_path):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from pruning_bench.bench import speed
-from pruning_bench.bench.speed import Package, energy, gpu_joules, in_turns, latency, packages, peak_memory, shown, steady, stopwatch, summary
+from pruning_bench.core.memory import peak_memory
+from pruning_bench.bench.speed import Package, energy, gpu_joules, in_turns, latency, packages, shown, steady, stopwatch, summary
 from pruning_bench.core import memory
 from pruning_bench.core.inputs import BadInput
 from pruning_bench.core.method import prune

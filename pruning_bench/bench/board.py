@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TRACKS', 'STYLE', 'SORT', 'PAGE', 'ABOUT', 'BEGIN', 'END', 'board_of', 'rows', 'ranked', 'row_of',
-           'speedup', 'label', 'ordered', 'number', 'rank', 'spread', 'columns', 'markdown', 'front', 'pareto',
-           'boards', 'heading', 'svg', 'page', 'between', 'document', 'digest_board', 'from_notebook', 'publish',
-           'show']
+           'speedup', 'label', 'ordered', 'number', 'rank', 'spread', 'columns', 'markdown', 'plot', 'boards',
+           'heading', 'svg', 'page', 'between', 'document', 'digest_board', 'from_notebook', 'publish', 'show']
 
-# %% ../../nbs/bench/96_board.ipynb #c883b1ea
+# %% ../../nbs/bench/96_board.ipynb #cb9eaf84
 import io, json, math, re
 from pathlib import Path
 import jinja2
@@ -17,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from ..core.inputs import BadInput
 from .entry import SCHEMA, read_entries, write_json
-from .statistics import rank_intervals
+from .statistics import pareto, rank_intervals
 from .tasks import known
 
 # %% ../../nbs/bench/96_board.ipynb #48431efe
@@ -116,16 +115,9 @@ def markdown(table:pd.DataFrame)->str: # a pipe table
     line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
     return "\n".join([line(table.columns), line("---" for _ in table.columns), *map(line, table.itertuples(index=False))])
 
-# %% ../../nbs/bench/96_board.ipynb #44898ba3
-def front(points:pd.DataFrame, higher:bool)->pd.DataFrame: # the rows on the Pareto front, by size
-    "Points such that no other is both smaller and better."
-    best, keep = None, []
-    for p in points.dropna(subset=["value"]).sort_values(["left", "value"], ascending=[True, not higher]).itertuples():
-        if best is None or (p.value > best if higher else p.value < best): keep.append(p.Index); best = p.value
-    return points.loc[keep]
-
-def pareto(table:pd.DataFrame, ax=None): # a matplotlib axis
-    "Quality against the share of parameters that are left and not zero."
+# %% ../../nbs/bench/96_board.ipynb #c7dbcf77
+def plot(table:pd.DataFrame, ax=None): # a matplotlib axis
+    "Quality against the share of parameters that are left and not zero, with the front."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6, 3.4))
     points = table.assign(left=table.nonzero if table.track.iloc[0] != "data" else 1 - table.removed).dropna(subset=["value"])
@@ -134,7 +126,7 @@ def pareto(table:pd.DataFrame, ax=None): # a matplotlib axis
     for name, color, mark in zip(names, sns.color_palette("tab20", len(names)), "osv^D<>Pph*X" * 4):
         p = points[points.name == name]
         ax.errorbar(p.left, p.value, p.sd.fillna(0), fmt=mark, color=color, ms=5, capsize=2, lw=1, label=name, mfc="none" if p.control.all() else color)
-    line = front(points, bool(points.higher.iloc[0]))
+    line = points.iloc[pareto(list(zip(points.left, points.value)), bool(points.higher.iloc[0]))]
     ax.plot(line.left, line.value, color="k", lw=.7, alpha=.6)
     ax.axhline(points.dense.iloc[0], color="grey", ls="--", lw=.8)
     if not points.higher.iloc[0] and (points.value > 0).all(): ax.set_yscale("log")
@@ -157,11 +149,11 @@ def heading(rows:pd.DataFrame)->str: # one line about the dense model
     task = known().get(rows.task.iloc[0])
     return f"{task.about if task else rows.task.iloc[0]}; dense {rows.metric.iloc[0]} {spread(pd.Series({'value': rows.dense.mean(), 'sd': math.nan}))}"
 
-# %% ../../nbs/bench/96_board.ipynb #208bd09b
+# %% ../../nbs/bench/96_board.ipynb #af8ce711
 def svg(table:pd.DataFrame)->str: # an SVG image
     "A Pareto plot as text, the same for the same numbers."
     with matplotlib.rc_context({"svg.hashsalt": "pruning_bench", "svg.fonttype": "none"}):
-        ax = pareto(table)
+        ax = plot(table)
         buffer = io.StringIO()
         ax.figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         matplotlib.pyplot.close(ax.figure)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CIFAR10', 'TERMS', 'CLASSES', 'SCALES', 'PARTS', 'IDELBAYEV', 'RESNETS', 'SCRATCH', 'BUDGETS', 'DISTILLER', 'warm',
            'DATA', 'PROTOCOLS', 'pictures', 'original', 'part', 'scaled', 'moved', 'Widen', 'Block', 'ResNet',
-           'published', 'stream', 'answers', 'graded', 'differs', 'classifier', 'Pictures', 'published_task',
-           'distilled', 'vgg', 'vit', 'epochs', 'family_of']
+           'published', 'stream', 'answers', 'graded', 'classifier', 'Pictures', 'published_task', 'distilled', 'vgg',
+           'vit', 'epochs', 'family_of']
 
-# %% ../../nbs/bench/71_cifar.ipynb #f7dcf7d1
+# %% ../../nbs/bench/71_cifar.ipynb #837f0dc7
 import functools, itertools
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,7 @@ def published(depth:int)->dict: # state dict
     same_content(f"ResNet-{depth}", wanted, *[state[k] for k in sorted(state)])
     return state
 
-# %% ../../nbs/bench/71_cifar.ipynb #14c5f811
+# %% ../../nbs/bench/71_cifar.ipynb #37632498
 def stream(split:str="train", scale:str="imagenet", size:int=128, steps:int=100, augment:bool=True): # fn(seed, keep=None) -> Batches
     "Replayable batches of pictures and labels."
     def batches(seed, keep=None):
@@ -130,9 +130,8 @@ def answers(scale:str="imagenet", first:int|None=None): # fn(model, split) -> (n
     return run
 
 def graded(logits:Tensor, split:str)->dict: return classified(logits, part(split)[1][:len(logits)])
-def differs(logits:Tensor, dense:Tensor, split:str)->dict: return compared(logits, dense)
 
-# %% ../../nbs/bench/71_cifar.ipynb #8cd925d6
+# %% ../../nbs/bench/71_cifar.ipynb #797242c7
 def classifier(name:str, about:str, build, # as in `Task`
                train:dict,                 # arguments of `finetune`: the dense training
                again:dict,                 # arguments of `finetune`: the retraining
@@ -145,7 +144,7 @@ def classifier(name:str, about:str, build, # as in `Task`
     batches = stream(scale=scale, size=size, steps=train["steps"])
     calm = stream(scale=scale, size=64, steps=4, augment=False)
     return register(Task(name, **{**dict(track="cnn", about=about, build=build, batches=batches, calibration=lambda seed: list(calm(1000 + seed)),
-        outputs=answers(scale, first), metrics=graded, behaviour=differs, metric="accuracy", higher=True, loss=F.cross_entropy, threads=2,
+        outputs=answers(scale, first), metrics=graded, behaviour=compared, metric="accuracy", higher=True, loss=F.cross_entropy, threads=2,
         train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **again), examples=lambda: Pictures(scale),
         fingerprint=lambda: digest(CIFAR10), recipe={"train": train, "recover": again, "batch": size, "augmentation": "shift by up to 4 pixels, mirror"},
         protocol={"metrics": "accuracy, cross-entropy, worst class, calibration error", "preprocessing": f"(x / 255 - mean) / sd, {scale}: {SCALES[scale]}",

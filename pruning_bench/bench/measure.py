@@ -8,7 +8,7 @@ __all__ = ['SCOPES', 'FORMATS', 'PRODUCT', 'NO_PRODUCT', 'VECTORS', 'logits_of',
            'load_sparse', 'disk_bytes', 'NothingUnseen', 'splits', 'plain', 'raw_formula', 'grouped', 'counted', 'macs',
            'nonzero_macs', 'clock']
 
-# %% ../../nbs/bench/91_measure.ipynb #86bcf087
+# %% ../../nbs/bench/91_measure.ipynb #7b058d3d
 import json, math, re, tempfile, time, warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +25,6 @@ from safetensors.torch import save_file, save_model
 from ..core.inputs import BadInput, choose, device_of, forward, in_mode, size_of
 from ..core.mask import masks_of
 from ..core.space import prunable
-from .images import frechet, kid, ssim # noqa: F401
 
 # %% ../../nbs/bench/91_measure.ipynb #c7157f65
 @torch.no_grad()

@@ -6,7 +6,7 @@
 __all__ = ['SPREAD', 'DRIFT', 'ROUNDS', 'RAPL', 'stopwatch', 'in_turns', 'steady', 'summary', 'latency', 'shown', 'Package',
            'packages', 'gpu_joules', 'energy']
 
-# %% ../../nbs/bench/87_speed.ipynb #822a68cd
+# %% ../../nbs/bench/87_speed.ipynb #9cece589
 import math, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from ..core.inputs import BadInput, device_of, forward, in_mode, move
-from ..core.memory import peak_memory # noqa: F401
 from .tasks import threads
 
 # %% ../../nbs/bench/87_speed.ipynb #e29a285b

@@ -92,7 +92,7 @@ def cached(model:nn.Module, # untrained; receives the weights
         load_model(model, path)
     return facts_of(path)
 
-# %% ../../nbs/bench/90_tasks.ipynb #b5cc67fd
+# %% ../../nbs/bench/90_tasks.ipynb #acc617ea
 @dataclass(frozen=True, eq=False)
 class Task:
     "A world to prune in: a network, its data, its training, its retraining, and how it is measured."
@@ -111,7 +111,7 @@ class Task:
     fingerprint:Callable # () -> content hash of the data
     bound:float|None=None   # what a trained dense model must reach on the test split
     anchor:tuple|None=None  # (value, tolerance) of a published dense model on the test split
-    behaviour:Callable|None=None # (outputs, outputs of the dense model, split) -> {name: number}
+    behaviour:Callable|None=None # (outputs, outputs of the dense model) -> {name: number}
     weights:Callable|None=None   # (model) -> facts; loads published weights in place of a training
     loss:Callable|None=None      # criterion, `batch_loss`, or None for the model's own
     smaller:Callable|None=None   # (fraction) -> untrained network of the same kind with about this fraction of the parameters
@@ -195,7 +195,7 @@ def ship(task:Task, seed:int=0)->Path: # the file
     save_model(model.half(), str(path), metadata={"about": json.dumps({**facts, "precision": "float16"}, default=str)})
     return path
 
-# %% ../../nbs/bench/90_tasks.ipynb #e5b0de51
+# %% ../../nbs/bench/90_tasks.ipynb #43cc2a62
 SPLITS = {"validation": "for every choice", "test": "read once, at the end"}
 
 def outputs(task:Task, model:nn.Module, split:str="test"): # whatever `task.outputs` returns
@@ -213,7 +213,7 @@ def evaluate(task:Task, model:nn.Module, split:str="test",
     )->dict:             # {metric: number}
     "Measure a model by the task's protocol."
     made = outputs(task, model, split)
-    compared = task.behaviour(made, dense, split) if task.behaviour and dense is not None else {}
+    compared = task.behaviour(made, dense) if task.behaviour and dense is not None else {}
     return {**task.metrics(made, split), **compared}
 
 Task.evaluate = evaluate

@@ -8,7 +8,7 @@ __all__ = ['NAMES', 'FRAMES', 'PROMPTS', 'CODEC', 'SEEDS', 'TOGETHER', 'AGAIN', 
            'codec_task', 'Prompted', 'small', 'schedule', 'codec', 'latents', 'prompted', 'pipeline', 'paint', 'asked',
            'obeyed', 'changed', 't2i_task', 'parti', 'captions', 'loaded', 'clip_model', 'Named', 'stable_diffusion']
 
-# %% ../../nbs/bench/75_text_to_image.ipynb #dfe38808
+# %% ../../nbs/bench/75_text_to_image.ipynb #85926cb2
 import copy, functools, gzip, itertools, json, re, string
 from collections import Counter
 import torch
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.inputs import BadInput, batch_loss, device_of
 from ..core.recover import finetune, none
-from .ddpm import answer, draws, judge, likeness, phi, pictures, pictures_hash, real_phi, scaled
-from .embedded import denoising_loss
+from .ddpm import answer, draws, judge, phi, real_phi
+from .fashion import pictures, pictures_hash, scaled
+from .embedded import denoising_loss, likeness
 from .images import clip_score, kid, weights_hash
 from .sources import Source, fetch
-from .tasks import FAMILIES as FAMILIES, TASKS as TASKS, Batches, Task, digest, family, register
+from .tasks import Batches, Task, digest, family, register
 
 # %% ../../nbs/bench/75_text_to_image.ipynb #46e9a38d
 NAMES = (("t-shirt", "top"), ("trousers", "pair of trousers"), ("pullover", "sweater"), ("dress", "gown"), ("coat", "jacket"),
@@ -179,7 +180,7 @@ def paint(pipe, prompts:list,  # texts
     return torch.cat([pipe(prompts[p], latents=noise[p], num_inference_steps=steps, guidance_scale=guidance, output_type=kind,
                            generator=torch.Generator().manual_seed(0)).images for p in parts])
 
-# %% ../../nbs/bench/75_text_to_image.ipynb #ba8eed35
+# %% ../../nbs/bench/75_text_to_image.ipynb #5bff6339
 SEEDS = {"test": 1, "validation": 2}   # of times and noise; images start from the seed plus 10
 
 def asked(each:int, errors:int, steps:int): # fn(model, split) -> {"images", "eps-mse"}
@@ -199,10 +200,10 @@ def obeyed(made:dict, split:str)->dict: # {metric: number}
     return {"prompted": (look.argmax(1) == classes).float().mean().item(), "confidence": look[torch.arange(len(look)), classes].mean().item(),
             "kid-phi": kid(phi(made["images"], "fashion"), real_phi("fashion", split)), "eps-mse": made["eps-mse"].mean().item()}
 
-def changed(made:dict, dense:dict, split:str)->dict: # {"ssim", "mse", "flips"}
+def changed(made:dict, dense:dict)->dict: # {"ssim", "mse", "flips"}
     "Against the dense model at the same noise: similarity, and how often the judge sees another class."
     see = lambda images: judge("fashion")(images).argmax(1)
-    return {**likeness(made, dense, split), "flips": (see(made["images"]) != see(dense["images"])).float().mean().item()}
+    return {**likeness(made, dense), "flips": (see(made["images"]) != see(dense["images"])).float().mean().item()}
 
 # %% ../../nbs/bench/75_text_to_image.ipynb #de437696
 def t2i_task(name:str, about:str, network:dict, train:dict, again:dict, # as in `Task`; arguments of `small` and of `finetune`
@@ -264,7 +265,7 @@ def clip_model(name:str="openai/clip-vit-base-patch32"): # (model, processor), o
     try: return CLIPModel.from_pretrained(name, local_files_only=True).eval(), AutoProcessor.from_pretrained(name, local_files_only=True)
     except Exception: return None
 
-# %% ../../nbs/bench/75_text_to_image.ipynb #a0c410c4
+# %% ../../nbs/bench/75_text_to_image.ipynb #486bd346
 class Named:
     "A pipeline by its name: prompts, noises, images, and latents to calibrate with."
     def __init__(self, name:str, tier:str="small"):
@@ -285,7 +286,7 @@ class Named:
 
     def measured(self, made, split): # {metric: number}
         looks = clip_model()
-        return {**likeness(made, self.dense(split), split), **({"clip": clip_score(made["images"], parti(self.prompts, split), *looks)["clip"]} if looks else {})}
+        return {**likeness(made, self.dense(split)), **({"clip": clip_score(made["images"], parti(self.prompts, split), *looks)["clip"]} if looks else {})}
 
     @torch.no_grad()
     def dreams(self): # token ids of eight captions, and the latents that the dense pipeline makes of them
