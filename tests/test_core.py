@@ -66,7 +66,7 @@ def test_conv_groups_run_along_input_channels(spec):
     assert ((w != 0).sum(1) == n).all() and plan.density == n / m
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", ["uniform", "global", "erk"])
 @pytest.mark.parametrize("keep", [.013, .1, .5, .9, .999])
 def test_allocations_spend_the_budget(name, keep):
     space = Weights(net())
