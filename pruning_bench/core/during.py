@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Course', 'slots', 'move', 'Rule', 'View', 'under', 'clock', 'dress', 'along']
 
-# %% ../../nbs/core/13_during.ipynb #defde35e
+# %% ../../nbs/core/13_during.ipynb #e3046564
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
@@ -14,15 +14,15 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .inputs import BadInput
-from .mask import listen, zero_out
+from .mask import listen
 from .space import folded
 
-# %% ../../nbs/core/13_during.ipynb #ca5a0082
+# %% ../../nbs/core/13_during.ipynb #bc1c4ff9
 class Course:
     "A training under way: the space, the budget, how far it is, and what a rule remembers."
     def __init__(self, space, keep:float, steps:int, pattern=None):
         self.space, self.keep, self.steps, self.pattern = space, keep, steps, pattern
-        self.step, self.optimizer, self.state, self.heard = 0, None, {}, {}
+        self.step, self.optimizers, self.state, self.heard = 0, {}, {}, {}
         self.open = {n: space.alive(n).clone() for n in space.names()}   # what was pruned before stays pruned
         self.weight = {n: layer.weight for n, layer in space.layers.items()}
 
@@ -31,34 +31,40 @@ class Course:
 
     @property
     def t(self)->float: # fraction of the training that is over
-        return self.step / self.steps
+        return min(1., self.step / self.steps)
 
-    def w(self, name)->Tensor: # (rows, columns), detached: the weight that is trained
+    def w(self, name)->Tensor: # (rows, columns): the weight that is trained, for reading
         return self.space.layers[name].matrix(self.weight[name].detach())
+
+    def stored(self, name, m:Tensor)->Tensor: # (rows, columns) in the form the layer stores
+        return folded(m, self.weight[name].shape, self.space.layers[name].perm)
+
+    def write(self, name, w:Tensor)->None: # (rows, columns): new values for the weight that is trained
+        self.weight[name].data.copy_(self.stored(name, w))
 
     def alive(self, name)->Tensor: return self.space.alive(name)
 
-    def gradient(self, name)->Tensor: # (rows, columns), of the last step, dead weights included
-        return self.space.layers[name].matrix(self.heard[name])
+    def gradient(self, name)->Tensor: # (rows, columns), of the last step, dead weights included; zero where none arrived
+        return self.space.layers[name].matrix(self.heard[name]) if name in self.heard else torch.zeros_like(self.w(name))
 
-# %% ../../nbs/core/13_during.ipynb #15696b51
+# %% ../../nbs/core/13_during.ipynb #d0a5c578
 def slots(course, name)->list: # tensors shaped like the weight
     "What the optimiser remembers of the weights of a layer."
-    kept = course.optimizer.state.get(course.weight[name], {}) if course.optimizer else {}
-    return [v for v in kept.values() if isinstance(v, Tensor) and v.shape == course.weight[name].shape]
+    w = course.weight[name]
+    kept = course.optimizers[id(w)].state.get(w, {}) if id(w) in course.optimizers else {}
+    return [v for v in kept.values() if isinstance(v, Tensor) and v.shape == w.shape]
 
 @torch.no_grad()
 def move(course, name:str, # a layer
          mask:Tensor,      # (rows, columns): its new mask; what was pruned before the training stays pruned
     )->None:
     "Give a layer another mask: the dead and the newborn are zero, and so is their momentum."
-    layer, old = course.space.layers[name], course.alive(name)
-    mask = mask & course.open[name]
-    getattr(layer.module, f"{layer.attr}_mask").copy_(layer.tensor(mask))
-    for v in slots(course, name): v.masked_fill_(layer.tensor(mask != old), 0)
-    zero_out(layer.module)
+    layer, w, mask = course.space.layers[name], course.weight[name], mask & course.open[name]
+    changed = course.stored(name, mask != course.alive(name))
+    getattr(layer.module, f"{layer.attr}_mask").copy_(course.stored(name, mask))
+    for v in (w.data, w.grad, *slots(course, name)): v.masked_fill_(changed, 0) if v is not None else None
 
-# %% ../../nbs/core/13_during.ipynb #cc3ba1e4
+# %% ../../nbs/core/13_during.ipynb #a2bdd65f
 @dataclass(frozen=True)
 class Rule:
     "What happens to weights while somebody trains them."
@@ -73,12 +79,15 @@ class View(nn.Module):
     "A parametrisation: the weight that the network sees, in the form its layer stores it."
     def __init__(self, layer, fn, state:dict, course, name):
         super().__init__()
-        self.shape, self.perm, self.fn = layer.shape, layer.perm, lambda w: fn(w, state, course).masked_fill(~course.open[name], 0)
+        self.shape, self.perm, self.state = layer.shape, layer.perm, state
+        self.fn = lambda w, state: fn(w, state, course).masked_fill(~course.open[name], 0)
         self.trained = nn.ParameterDict({k: v for k, v in state.items() if isinstance(v, nn.Parameter)})
 
-    def forward(self, w): return folded(self.fn(w.permute(self.perm).flatten(1)), self.shape, self.perm)
+    def forward(self, w):
+        seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained})
+        return torch.empty_like(w).copy_(folded(seen, self.shape, self.perm))   # of the same dtype and memory format
 
-# %% ../../nbs/core/13_during.ipynb #a343537f
+# %% ../../nbs/core/13_during.ipynb #f9cdb98c
 @contextmanager
 def under(rule:Rule, space, # of weights
           keep:float,       # fraction to keep
@@ -86,6 +95,7 @@ def under(rule:Rule, space, # of weights
           pattern=None,     # a `Pattern` the rule should respect
     ): # yields the `Course`
     "Apply a rule to the training inside; raises `BadInput` when that was shorter than announced."
+    if space.unit != "weight": raise BadInput(f"a rule acts on single weights, and this space has {space.unit}s: prune weights, or choose a method that cuts between trainings")
     course = Course(space, keep, steps, pattern)
     space.apply({n: (space.w(n), course.open[n]) for n in course.names})
     rule.begin(course)
@@ -95,34 +105,38 @@ def under(rule:Rule, space, # of weights
         for name in course.names: undo.append(dress(rule, course, name))
         yield course
     finally:
-        for undress in undo: undress()
+        for undress in reversed(undo): undress()
     if course.step < steps: raise BadInput(f"the training took {course.step} optimiser steps and {steps} were announced: give the number it really takes")
-    space.apply(rule.finish(course))
+    space.apply({n: (w, mask & course.open[n]) for n, (w, mask) in rule.finish(course).items()})
 
 def clock(rule, course): # a hook for optimisers
-    "Count the steps of the optimiser that owns the weights, and update on time."
-    mine = {id(w) for w in course.weight.values()}
+    "Count the steps that the weights or the state take, whoever moves them, and update on time."
+    learned = [p for state in course.state.values() for p in state.values() if isinstance(p, nn.Parameter)]
+    taken = {id(p): 0 for p in [*course.weight.values(), *learned]}
     def tick(optimizer, args, kwargs):
-        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]): return
-        course.optimizer, course.step = optimizer, course.step + 1
+        mine = [p for group in optimizer.param_groups for p in group["params"] if id(p) in taken]
+        if all(p.grad is None for p in mine): return   # not our weights, or nothing to move them
+        for p in mine: taken[id(p)] += 1; course.optimizers[id(p)] = optimizer
+        if max(taken.values()) == course.step: return   # the second optimiser of the same step
+        course.step += 1
         if course.step % rule.every == 0: rule.update(course)
         course.heard.clear()
     return tick
 
 def dress(rule, course, name:str): # a function that takes it off again
-    "Put the view of a rule, or an ear for gradients, on a layer."
+    "Put an ear for gradients on a layer, and the view of the rule."
     layer = course.space.layers[name]
-    if rule.view is None:
-        def hear(grad):
-            if (course.step + 1) % rule.every == 0: course.heard[name] = course.heard.get(name, 0) + grad.detach()
-        listen(layer.module, layer.attr, hear)
-        return lambda: listen(layer.module, layer.attr, None)
-    owned = layer.module._parameters
-    order = list(owned)
-    parametrize.register_parametrization(layer.module, layer.attr, View(layer, rule.view, course.state[name], course, name))
+    order = list(owned := layer.module._parameters)
+    def hear(grad):
+        if (course.step + 1) % rule.every == 0: course.heard[name] = course.heard.get(name, 0) + grad.detach()
     def undress():
+        listen(layer.module, layer.attr, None)
+        if rule.view is None: return
         parametrize.remove_parametrizations(layer.module, layer.attr, leave_parametrized=False)
-        for k in order: owned[k] = owned.pop(k)   # the state dict keeps its order
+        for k in [k for k in order if k in owned]: owned[k] = owned.pop(k)   # the state dict keeps its order
+        if isinstance(layer.module, nn.RNNBase): layer.module._init_flat_weights()   # recurrent layers list their weights a second time
+    if rule.view: parametrize.register_parametrization(layer.module, layer.attr, View(layer, rule.view, course.state[name], course, name))
+    listen(layer.module, layer.attr, hear)
     return undress
 
 # %% ../../nbs/core/13_during.ipynb #1b206128

@@ -12,8 +12,9 @@ from torch import nn, Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import unserializable_hook
 
-# %% ../../nbs/core/01_mask.ipynb #3b4d0330
+# %% ../../nbs/core/01_mask.ipynb #aa31da26
 _held = weakref.WeakSet()   # modules with at least one mask
+_listeners = weakref.WeakKeyDictionary()   # module -> {parameter name: who hears its gradients}; a copy has none
 
 def held_names(module:nn.Module)->list: # parameter names of `module` that have a mask
     "Which of a module's own parameters are held."
@@ -25,15 +26,16 @@ def zero_out(module:nn.Module): # the module whose held parameters are cleaned
     for a in held_names(module):
         getattr(module, a).data.masked_fill_(~getattr(module, f"{a}_mask"), 0)
 
-# %% ../../nbs/core/01_mask.ipynb #04c13c9d
+# %% ../../nbs/core/01_mask.ipynb #4900e61a
 def _mask_gradient(module, attr):
     param = getattr(module, attr)
     if getattr(param, "_held", False) or not param.requires_grad: return
     owner = weakref.ref(module)
     @unserializable_hook
     def hook(grad):
-        mask = getattr(owner(), f"{attr}_mask", None)
-        if listener := owner().__dict__.get(f"_{attr}_listener"): listener(grad)
+        if (home := owner()) is None: return grad   # the parameter has outlived its module
+        mask = getattr(home, f"{attr}_mask", None)
+        if listener := _listeners.get(home, {}).get(attr): listener(grad)
         return grad if mask is None else grad.masked_fill(~mask, 0)
     param.register_hook(hook)
     param._held = True
@@ -87,10 +89,10 @@ def release(model:nn.Module)->None:
             for key in [k for k, h in hooks.items() if h is ours]: del hooks[key]
         _held.discard(module)
 
-# %% ../../nbs/core/01_mask.ipynb #b90e3bc1
+# %% ../../nbs/core/01_mask.ipynb #b55e4966
 def listen(module:nn.Module, attr:str, # a held parameter
            listener,                   # called with every gradient before it is masked; None = nobody
     )->None:
     "Hear the dense gradient of a held parameter."
-    if listener is None: module.__dict__.pop(f"_{attr}_listener", None)
-    else: module.__dict__[f"_{attr}_listener"] = listener
+    if listener is None: _listeners.get(module, {}).pop(attr, None)
+    else: _listeners.setdefault(module, {})[attr] = listener

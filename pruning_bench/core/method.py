@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'FAMILIES', 'STAGES', 'CARDS', 'Method', 'drive', 'Card', 'register', 'build', 'methods', 'cite', 'keep_of',
            'check', 'Ledger', 'resolve', 'unknown', 'take', 'prune', 'magnitude_', 'random']
 
-# %% ../../nbs/core/11_method.ipynb #cb026075
+# %% ../../nbs/core/11_method.ipynb #97b4729d
 import inspect, time, warnings
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -18,15 +18,15 @@ from .inputs import BadInput, as_batches, as_loss, choose, device_of, first_batc
 from .space import SPACES
 from .stats import PROVIDERS, collect
 from .score import SCORES, magnitude, random as random_score, unit_scores
-from .allocate import ALLOCATORS, settle, uniform
+from .allocate import ALLOCATORS, as_left, settle, uniform
 from .pattern import Pattern, as_pattern, unstructured
 from .solve import SOLVERS, solved, zero
-from .schedule import SCHEDULES, one_shot
+from .schedule import SCHEDULES, cuts, one_shot
 from .recover import RECOVERIES, at_once, endless, go_on, none, rest
 from .memory import peak_memory
 from .plan import Plan
 
-# %% ../../nbs/core/11_method.ipynb #fe48692a
+# %% ../../nbs/core/11_method.ipynb #9d716a11
 @dataclass(frozen=True)
 class Method:
     "A pruning method: one answer to each question."
@@ -44,7 +44,7 @@ class Method:
     readings: dict = field(default_factory=dict)           # {reading: its settings}, where it has some
 
     @property
-    def needs(self)->frozenset: return self.score.needs | self.solve.needs
+    def needs(self)->frozenset: return self.score.needs | self.solve.needs | getattr(self.allocate, "needs", frozenset())
 
     @property
     def recipe(self)->dict: # the parts as text, for plans and entries
@@ -53,7 +53,7 @@ class Method:
 
 PARTS = ("score", "allocate", "pattern", "solve", "schedule", "prepare", "between", "recover")
 
-# %% ../../nbs/core/11_method.ipynb #d021875d
+# %% ../../nbs/core/11_method.ipynb #82507884
 def drive(method:Method, # the record
           space,         # where the units live
           keep:float,    # fraction to keep at the end
@@ -64,18 +64,19 @@ def drive(method:Method, # the record
     start = {k: v.clone() for k, v in space.model.state_dict().items()} if method.between not in (go_on, rest) else {}
     stream = data if data is None else endless(data)   # one stream for all steps: a later step sees later batches
     train = lambda part, **piece: method.recover(space.model, stream, loss, part, **piece)
-    train.steps = getattr(method.recover, "steps", 0)
-    start = method.prepare(method, space, keep, train) or start
-    steps = method.schedule(keep)
-    for i, k in enumerate(tqdm(steps, desc="pruning", leave=False, delay=3)):
+    train.steps, train.data = getattr(method.recover, "steps", 0), stream
+    space.start = method.prepare(method, space, keep, train) or start
+    bar = tqdm(cuts(method.schedule, keep, space), desc="pruning", leave=False, delay=3)
+    for k, bar.total, left in bar:
         stats = collect(space, calib, method.needs, loss, method.readings)
         scores = unit_scores(space, method.score, stats)
-        shares = settle(method.allocate(scores, k, space), k, scores, space)
+        more = [stats] if getattr(method.allocate, "needs", ()) else []   # most allocators look at scores only
+        shares = settle(method.allocate(scores, k, space, *more), k, scores, space)
         space.apply(solved(method.solve, {n: (space.w(n), stats[n], scores[n], shares[n], method.pattern) for n in scores}))
-        if i == len(steps) - 1: space.remove()
-        method.between(space.model, start, train, len(steps), len(steps) - 1 - i)
+        if not left: space.remove()
+        method.between(space.model, space.start, train, bar.total, left)
 
-# %% ../../nbs/core/11_method.ipynb #15d81dfe
+# %% ../../nbs/core/11_method.ipynb #2383dca4
 FAMILIES = ("weight", "structured", "diffusion", "data")
 STAGES = ("init", "trained")   # does the method start from untrained or from trained weights?
 CARDS = {}
@@ -97,8 +98,7 @@ def register(title:str,  # title of the paper
         choose(family, dict.fromkeys(FAMILIES), "family"); choose(stage, dict.fromkeys(STAGES), "stage")
         if not fn.__doc__ or not isinstance(year, int): raise BadInput(f"method {slug!r} needs a one-line docstring and a year")
         old = CARDS.get(slug)
-        if old and {old.build.__module__, fn.__module__} - {"__main__"} > {fn.__module__} and "__main__" not in (old.build.__module__, fn.__module__):
-            raise BadInput(f"method {slug!r} is already defined in {old.build.__module__}")
+        if old and len({old.build.__module__, fn.__module__} - {"__main__"}) == 2: raise BadInput(f"method {slug!r} is already defined in {old.build.__module__}")
         CARDS[slug] = Card(slug, title, paper, year, family, stage, fn)
         return fn
     return mark
@@ -132,7 +132,7 @@ def cite(*names:str)->str: # markdown list
     link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
     return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (choose(n, CARDS, "method") for n in names))
 
-# %% ../../nbs/core/11_method.ipynb #b6205d73
+# %% ../../nbs/core/11_method.ipynb #27e038f8
 def keep_of(sparsity, # fraction to remove, or a pattern such as "2:4"
             pattern:Pattern)->float: # fraction to keep
     "The budget as a fraction to keep."
@@ -161,7 +161,7 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     if model is None and (trains or readers): raise BadInput(f"method {method.name!r} runs a model: pass one instead of None")
     if trains or any(r.reads_loss for r in readers):
         with torch.no_grad(), in_mode(model, False): as_loss(loss)(model, first_batch(data))
-    if method.pattern.fixed is not None and method.allocate is not uniform:
+    if method.pattern.fixed is not None and method.allocate not in (uniform, as_left):
         warnings.warn(f"pattern {method.pattern.name} fixes the density of every layer: the allocation has no effect", stacklevel=3)
 
 # %% ../../nbs/core/11_method.ipynb #c18b7ae2

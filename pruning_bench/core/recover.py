@@ -26,7 +26,7 @@ def none(): # a recovery that leaves the model alone
     "No retraining."
     return lambda model, data, loss, part=1.: None
 
-# %% ../../nbs/core/09_recover.ipynb #2a30974a
+# %% ../../nbs/core/09_recover.ipynb #39381e0e
 OPTIMIZERS = {"sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=.9, weight_decay=wd, nesterov=True),
               "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd),
               "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd)}
@@ -53,7 +53,8 @@ def finetune(steps:int=100,         # optimiser steps of the whole budget
         plan = cosine if not warmup else torch.optim.lr_scheduler.SequentialLR(
             opt, [torch.optim.lr_scheduler.LinearLR(opt, 1 / ramp, total_iters=ramp), cosine], [ramp])
         first, last = (0, total) if since is None else (round(steps * since), round(steps * (since + part)))
-        for _ in range(first): opt.step(); plan.step()   # no gradients yet: only the clock moves
+        if first: model.zero_grad(set_to_none=True)
+        for _ in range(first): opt.step(); plan.step()   # no gradients: only the clock moves
         fit(model, data, as_loss(loss), opt, plan, last - first, clip, label)
     train.steps = steps
     return train

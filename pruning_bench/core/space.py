@@ -14,13 +14,13 @@ from torch import nn, Tensor
 from .inputs import BadInput, as_dataset
 from .mask import hold
 
-# %% ../../nbs/core/02_space.ipynb #1adb0fd1
+# %% ../../nbs/core/02_space.ipynb #48d828ff
 def folded(m:Tensor,    # (rows, columns)
            shape, perm, # of the weight, and its permutation to a matrix
     )->Tensor: # shaped like the weight
     "A matrix back in the form its layer stores it."
     inverse = sorted(range(len(perm)), key=perm.__getitem__)
-    return m.view([shape[d] for d in perm]).permute(inverse)
+    return m.reshape([shape[d] for d in perm]).permute(inverse)
 
 @dataclass(frozen=True)
 class Layer:
@@ -47,7 +47,7 @@ class Layer:
     def read(self)->Tensor: # (rows, columns), detached
         return self.matrix(self.weight.detach())
 
-# %% ../../nbs/core/02_space.ipynb #9cab1192
+# %% ../../nbs/core/02_space.ipynb #6d84457e
 def order_of(module:nn.Module)->dict: # {parameter name: permutation to a matrix}
     "How the prunable parameters of one module are laid out; empty for modules that are not pruned."
     if isinstance(module, nn.MultiheadAttention): return {"in_proj_weight": (0, 1)} if module.in_proj_weight is not None else {}
@@ -55,6 +55,7 @@ def order_of(module:nn.Module)->dict: # {parameter name: permutation to a matrix
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return {"weight": (1, *range(2, module.weight.dim()), 0)} if module.groups == 1 else {}
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)): return {"weight": (0, *range(2, module.weight.dim()), 1)}
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)): return {a: (0, 1) for a in module._parameters if a.startswith("weight_")}   # gates below each other
     if type(module).__name__ == "Conv1D": return {"weight": (1, 0)}   # GPT-2 stores weights transposed
     return {}
 
@@ -64,19 +65,19 @@ def shared(model:nn.Module)->set: # ids of parameters that appear in more than o
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {i for i in seen if seen.count(i) > 1} if head is None else {i for i in seen if seen.count(i) > 1} | {id(head.weight)}
 
-# %% ../../nbs/core/02_space.ipynb #5c0118c7
+# %% ../../nbs/core/02_space.ipynb #2f556cca
 def prunable(model:nn.Module, # any network
              skip=(),         # patterns of parameter names to leave alone, e.g. ("classifier*",)
     )->dict: # {parameter name: Layer}, in module order
-    "The linear and convolutional weights of a model."
+    "The linear, convolutional and recurrent weights of a model."
     skip = (skip,) if isinstance(skip, str) else skip
     off = shared(model)
     layers = {f"{n}.{a}" if n else a: Layer(m, a, perm) for n, m in model.named_modules() for a, perm in order_of(m).items()}
     layers = {n: l for n, l in layers.items() if id(l.weight) not in off and not any(fnmatch(n, s) or fnmatch(n, f"{s}.*") for s in skip)}
-    if not layers: raise BadInput(f"{type(model).__name__} has no prunable layer: it needs linear or convolutional layers outside skip={tuple(skip)}")
+    if not layers: raise BadInput(f"{type(model).__name__} has no prunable layer: it needs linear, convolutional or recurrent layers outside skip={tuple(skip)}")
     return layers
 
-# %% ../../nbs/core/02_space.ipynb #72932272
+# %% ../../nbs/core/02_space.ipynb #27d1e757
 SPACES = {}   # name -> class with the constructor `(model, data, skip, loss, **options)`
 
 def space(cls): # a space class
@@ -103,7 +104,7 @@ class Weights:
     def apply(self, solved): # {name: (new weights, mask)}
         for name, (w, mask) in solved.items():
             layer = self.layers[name]
-            layer.weight.data.copy_(layer.tensor(w))
+            layer.weight.data.copy_(layer.tensor(w.clone()))   # `w` may be a view of the weight it is written to
             hold(layer.module, layer.attr, layer.tensor(mask))
 
     def remove(self): "A masked weight keeps its place: there is nothing to take out."
