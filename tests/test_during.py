@@ -301,6 +301,13 @@ def test_pieces_of_one_training_are_one_course():
     assert seen == list(range(1, 11))
 
 
+def test_a_step_of_the_state_alone_is_a_step():
+    net, still = mixed(), Rule(state=DIM.state, view=lambda w, state, course: w.detach() * (1 + state["dim"]))
+    before = {n: layer.read().clone() for n, layer in prunable(net).items()}
+    with under(still, Weights(net), 1., 5) as course: train(net, 5)
+    assert course.step == 5 and all(torch.equal(course.w(n), w) for n, w in before.items()) and all(s["dim"].abs().max() > 0 for s in course.state.values())
+
+
 # views
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])

@@ -106,13 +106,14 @@ def provenance(notebook:str, # digest of the benchmark notebook
                 libraries={n: release(n) for n in LIBRARIES}, system=platform.system(), device=device, processor=name, threads=torch.get_num_threads(),
                 deterministic=torch.are_deterministic_algorithms_enabled(), date=datetime.now(timezone.utc).strftime("%Y-%m-%d"))
 
-# %% ../../nbs/bench/94_entry.ipynb #95b7b247
+# %% ../../nbs/bench/94_entry.ipynb #c20c407a
 def write_json(value, path)->Path: # the path
     "Write JSON so that a reader never sees half of it."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
     fd, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(fd, "w") as f: f.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    with os.fdopen(fd, "w") as f: f.write(text)
     os.chmod(part, 0o644); os.replace(part, path)
     return path
 
