@@ -8,14 +8,14 @@ __all__ = ['JUDGE', 'JUDGES', 'LEVELS', 'WEIGHTS', 'SEEDS', 'SCRATCH', 'AGAIN', 
            'answer', 'noise_error', 'painted', 'judged', 'noisy_stream', 'ddpm_task', 'fashion_unet', 'folder_images',
            'images_for', 'loaded', 'ddpm_family', 'described']
 
-# %% ../../nbs/bench/74_ddpm.ipynb #99e1bac8
+# %% ../../nbs/bench/74_ddpm.ipynb #a6e615d5
 import copy, functools, itertools
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from safetensors.torch import load_file
-from ..core.inputs import BadInput, choose, device_of, move
+from ..core.inputs import BadInput, device_of, move
 from ..core.recover import finetune
 from .embedded import Residual, denoising_loss, likeness
 from .fashion import IMAGES, pictures, pictures_hash, scaled
