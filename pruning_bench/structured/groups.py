@@ -11,7 +11,7 @@ __all__ = ['RULES', 'fixed', 'place', 'tensors', 'Graph', 'rule', 'record', 'par
            'embedding', 'attention', 'cut', 'selected', 'refresh', 'gone', 'kept_slices', 'Channels', 'said', 'writers',
            'mask_out', 'state_of', 'put_back', 'outputs', 'rehearse', 'cut_and_compare', 'close', 'cut_if_it_fits']
 
-# %% ../../nbs/structured/40_groups.ipynb #25da8af0
+# %% ../../nbs/structured/40_groups.ipynb #165ca1f6
 import math, re
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -26,7 +26,7 @@ from ..core.inputs import BadInput, first_batch, forward, in_mode, seeded
 from ..core.mask import held_names, hold, release
 from ..core.space import Layer, order_of, space
 
-# %% ../../nbs/structured/40_groups.ipynb #6659602a
+# %% ../../nbs/structured/40_groups.ipynb #d0edeb31
 def fixed(n:int)->np.ndarray: # (n,) zeros
     "An axis that cannot be cut: atom 0 everywhere."
     return np.zeros(n, np.int64)
@@ -41,7 +41,7 @@ def tensors(x)->list: # of Tensor
     values = x.values() if hasattr(x, "values") else x if isinstance(x, (tuple, list)) else ()
     return [t for v in values for t in tensors(v)]
 
-# %% ../../nbs/structured/40_groups.ipynb #51e05fd4
+# %% ../../nbs/structured/40_groups.ipynb #154fffc8
 class Graph:
     "Atoms of all parameter dimensions, and what a forward pass says about them."
     def __init__(self, model:nn.Module):
@@ -72,7 +72,7 @@ class Graph:
         both = (a > 0) & (b > 0)
         if both.any(): self.edges.append((a[both], b[both]))
 
-# %% ../../nbs/structured/40_groups.ipynb #f5f65e90
+# %% ../../nbs/structured/40_groups.ipynb #641ee9d5
 RULES = {}   # operation -> function(graph, outputs, arguments) -> axes of the output(s)
 
 def rule(*names): # ATen names without overload and trailing underscore
@@ -98,7 +98,7 @@ def record(graph:Graph, func, args, kwargs, out)->None:
 def partial(t)->bool: # whether a tensor is a piece of a larger one
     return isinstance(t, Tensor) and t.untyped_storage().nbytes() > t.numel() * t.element_size()
 
-# %% ../../nbs/structured/40_groups.ipynb #89d9799c
+# %% ../../nbs/structured/40_groups.ipynb #91d586e9
 def give_up(g, outs, inputs, why): # every axis of every output fixed
     "Freeze whatever goes in."
     for t in inputs:
@@ -111,7 +111,7 @@ def unknown(g, outs, a): return give_up(g, outs, tensors(vars(a)), f"no rule for
 @rule("into_part")
 def into_part(g, outs, a): return give_up(g, outs, tensors(vars(a)), f"`{g.op}` writes into a part of a tensor")
 
-# %% ../../nbs/structured/40_groups.ipynb #e49ec3fd
+# %% ../../nbs/structured/40_groups.ipynb #5140c800
 class Listen(TorchDispatchMode):
     "Record every ATen operation."
     def __init__(self, graph): super().__init__(); self.graph = graph
@@ -129,7 +129,7 @@ class Caller(TorchFunctionMode):
         self.graph.caller = getattr(func, "__name__", "")
         return func(*args, **(kwargs or {}))
 
-# %% ../../nbs/structured/40_groups.ipynb #4ce16200
+# %% ../../nbs/structured/40_groups.ipynb #8885b216
 def hear(graph:Graph, model, batch, run, training:bool)->None:
     "One forward pass; what comes out of the model cannot be cut."
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -153,7 +153,7 @@ def observe(model:nn.Module, batch, # the example
     for b, k in zip(model.buffers(), kept): b.data.copy_(k)
     return graph
 
-# %% ../../nbs/structured/40_groups.ipynb #208b756f
+# %% ../../nbs/structured/40_groups.ipynb #2d8b0d30
 @rule("convolution")
 def convolution(g, outs, a):
     x, w, groups = g.of(a.input), g.of(a.weight), a.groups
@@ -174,7 +174,7 @@ def filters(g, x, out, into, groups): # the same local index in every group
     g.mark("produces", out); g.mark("consumes", into)
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #fd8f7eda
+# %% ../../nbs/structured/40_groups.ipynb #85a0e145
 def broadcast(g, shape, inputs): # axes aligned from the right
     "Axes of equal length agree; a length of one says nothing."
     out = []
@@ -188,14 +188,14 @@ def broadcast(g, shape, inputs): # axes aligned from the right
 @rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "zeros_like", "ones_like", "rand_like", "randn_like", "empty_like", "full_like", "bernoulli", "native_dropout", "where", "masked_fill")
 def pointwise(g, outs, a): return broadcast(g, outs[0].shape, tensors(vars(a)))
 
-# %% ../../nbs/structured/40_groups.ipynb #a85a73a1
+# %% ../../nbs/structured/40_groups.ipynb #72ee9b3e
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")
 def batch_norm(g, outs, a):
     x = g.of(a.input)
     for t in tensors([a.weight, a.bias, getattr(a, "running_mean", None), getattr(a, "running_var", None)]): g.join(x[1], g.of(t)[0])
     return x
 
-# %% ../../nbs/structured/40_groups.ipynb #cafc8abd
+# %% ../../nbs/structured/40_groups.ipynb #918e5416
 def components(n:int, a:np.ndarray, b:np.ndarray)->np.ndarray: # (n,) smallest atom of each component
     "Connected components of the edges `a - b`, by hooking and pointer jumping."
     label = np.arange(n)
@@ -207,7 +207,7 @@ def components(n:int, a:np.ndarray, b:np.ndarray)->np.ndarray: # (n,) smallest a
         if np.array_equal(new, label): return label
         label = new
 
-# %% ../../nbs/structured/40_groups.ipynb #f2893cf4
+# %% ../../nbs/structured/40_groups.ipynb #aad18883
 @dataclass
 class Group:
     "Interchangeable units: each one takes the same number of indices from the same parameters."
@@ -232,7 +232,7 @@ class Coupling:
     def plot(self, ax=None): return plot_of(self, ax)
     def _repr_html_(self): return table_of(self).to_html(index=False)
 
-# %% ../../nbs/structured/40_groups.ipynb #472433bb
+# %% ../../nbs/structured/40_groups.ipynb #31f1e60e
 def coupling(model:nn.Module, batch, # the example, as `core.inputs.forward` takes it
              run=forward,            # `run(model, batch)`
     )->Coupling:
@@ -252,7 +252,7 @@ def coupling(model:nn.Module, batch, # the example, as `core.inputs.forward` tak
     groups = [grouped(g, signature, np.stack(units), has, first) for signature, units in found.items()]
     return Coupling(named(groups), frozen_of(g, label, has, reason, first), [n for n, p in model.named_parameters() if place(p) not in g.ran], [n for n, _ in model.named_modules()])
 
-# %% ../../nbs/structured/40_groups.ipynb #a2cdf3bf
+# %% ../../nbs/structured/40_groups.ipynb #3e1f5c31
 def grouped(g, signature, atoms, has, first)->Group:
     "Turn atoms (units, members) into indices of parameters."
     sig, members, roles = np.array(signature), {}, {"produces": [], "consumes": []}
@@ -281,7 +281,7 @@ def frozen_of(g, label, has, reason, first)->dict: # {parameter: (channels, reas
         if why: out[name] = (len(why), max(set(why), key=why.count))
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #bf6bf523
+# %% ../../nbs/structured/40_groups.ipynb #77957e0a
 def table_of(c:Coupling): # pandas DataFrame
     "Groups first, then what is fixed, with its reason."
     import pandas as pd
@@ -306,7 +306,7 @@ def plot_of(c:Coupling, ax=None): # a matplotlib axis
     ax.invert_yaxis()
     return ax
 
-# %% ../../nbs/structured/40_groups.ipynb #44be5da8
+# %% ../../nbs/structured/40_groups.ipynb #ecabdc97
 def contract(g, x, y): # (..., n, k) with (..., k, m)
     "A matrix product: `k` is consumed."
     u, v = g.of(x), g.of(y)
@@ -325,7 +325,7 @@ def product_and_bias(g, outs, a):
     g.axes[outs[0]] = contract(g, *((a.mat1, a.mat2) if hasattr(a, "mat1") else (a.batch1, a.batch2)))
     return broadcast(g, outs[0].shape, [outs[0], a.self])
 
-# %% ../../nbs/structured/40_groups.ipynb #f7242a23
+# %% ../../nbs/structured/40_groups.ipynb #bdf856b5
 @rule("t", "transpose", "permute", "numpy_T", "movedim")
 def permute(g, outs, a):
     x = g.of(a.self)
@@ -334,7 +334,7 @@ def permute(g, outs, a):
     if hasattr(a, "dim0"): order[a.dim0], order[a.dim1] = order[a.dim1], order[a.dim0]
     return [x[d] for d in order]
 
-# %% ../../nbs/structured/40_groups.ipynb #a763c86c
+# %% ../../nbs/structured/40_groups.ipynb #e9e4114a
 @rule("add")
 def add(g, outs, a):
     "Two activations of equal shape: a residual connection."
@@ -344,7 +344,7 @@ def add(g, outs, a):
             if not np.array_equal(u, v): g.mark("stream", u[(u > 0) & (v > 0)], v[(u > 0) & (v > 0)])
     return pointwise(g, outs, a)
 
-# %% ../../nbs/structured/40_groups.ipynb #22f93037
+# %% ../../nbs/structured/40_groups.ipynb #a4680194
 @rule("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "logsumexp", "linalg_vector_norm", "any", "all", "argmax")
 def reduction(g, outs, a):
     x, dim = g.of(a.self), getattr(a, "dim", None)
@@ -359,7 +359,7 @@ def along(g, outs, a):
     for d in dims: g.freeze(x[d], f"`{g.op}` runs along it")
     return x
 
-# %% ../../nbs/structured/40_groups.ipynb #947b9ab1
+# %% ../../nbs/structured/40_groups.ipynb #4fcb762d
 @rule("view", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias")
 def reshape(g, outs, a):
     "Factor both shapes into the smallest blocks with equal products."
@@ -386,7 +386,7 @@ def regroup(g, ins, sizes):
     for i in live: g.freeze(ins[i], f"is split by a view into {sizes}" if len(live) == 1 else "is merged with another axis by a view")
     return [fixed(n) for n in sizes]
 
-# %% ../../nbs/structured/40_groups.ipynb #8c21ce47
+# %% ../../nbs/structured/40_groups.ipynb #379877df
 @rule("cat")
 def cat(g, outs, a):
     parts = [g.of(t) for t in a.tensors if t.dim() == outs[0].dim()]
@@ -412,7 +412,7 @@ def split(g, outs, a):
         parts = [fixed(len(p)) for p in parts]
     return [[p if i == d else v for i, v in enumerate(x)] for p in parts]
 
-# %% ../../nbs/structured/40_groups.ipynb #e8ce4c4c
+# %% ../../nbs/structured/40_groups.ipynb #2c7356d8
 @rule("slice", "index_select", "select", "unbind")
 def pick(g, outs, a):
     "Some positions of one axis; that axis cannot be cut unless all of it is taken."
@@ -435,7 +435,7 @@ def pad(g, outs, a):
         x[-i] = np.concatenate([fixed(left), x[-i], fixed(right)]) if min(left, right) >= 0 else fixed(outs[0].shape[-i])
     return x
 
-# %% ../../nbs/structured/40_groups.ipynb #9abacd4b
+# %% ../../nbs/structured/40_groups.ipynb #e64f3ddb
 @rule(*[f"{n}{d}d{s}" for d in "123" for n in ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "reflection_pad", "replication_pad",
         "upsample_nearest", "_upsample_nearest_exact") for s in ("", "_with_indices")], "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "upsample_trilinear3d")
 def spatial(g, outs, a):
@@ -443,7 +443,7 @@ def spatial(g, outs, a):
     for v in x[-n:]: g.freeze(v, f"`{g.op}` runs over it")
     return [*x[:-n], *[fixed(s) for s in outs[0].shape[-n:]]]
 
-# %% ../../nbs/structured/40_groups.ipynb #eda2dd98
+# %% ../../nbs/structured/40_groups.ipynb #51a82e6f
 @rule("native_group_norm")
 def group_norm(g, outs, a):
     "The channels of a norm group share their statistics: they go together."
@@ -462,7 +462,7 @@ def layer_norm(g, outs, a):
         for v in g.of(t): g.freeze(v, "layer norm averages over it")
     return x
 
-# %% ../../nbs/structured/40_groups.ipynb #390b6f8f
+# %% ../../nbs/structured/40_groups.ipynb #251ec4d3
 @rule("embedding")
 def embedding(g, outs, a):
     w = g.of(a.weight)
@@ -473,7 +473,7 @@ def embedding(g, outs, a):
       "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps", "_scaled_dot_product_fused_attention_overrideable")
 def attention(g, outs, a): return give_up(g, outs, [a.query, a.key, a.value], "lies inside attention")
 
-# %% ../../nbs/structured/40_groups.ipynb #b2c60db9
+# %% ../../nbs/structured/40_groups.ipynb #b6e9ca33
 def cut(model:nn.Module, slices:dict, # {parameter or buffer: {dimension: kept indices}}
     )->None:
     "Keep only the listed indices, wherever the tensor is used, and correct the modules' attributes."
@@ -498,7 +498,7 @@ def selected(t:Tensor, dims:dict)->Tensor: # a parameter stays a parameter
     for d, kept in dims.items(): new = new.index_select(d, torch.as_tensor(kept, device=t.device))
     return nn.Parameter(new.contiguous(), t.requires_grad) if isinstance(t, nn.Parameter) else new.contiguous()
 
-# %% ../../nbs/structured/40_groups.ipynb #92c322ef
+# %% ../../nbs/structured/40_groups.ipynb #a1ec4784
 def refresh(m:nn.Module)->None: # called on every module after a cut
     "Make a module's attributes agree with its tensors again."
     if isinstance(m, nn.Linear): m.out_features, m.in_features = m.weight.shape
@@ -514,7 +514,7 @@ def refresh(m:nn.Module)->None: # called on every module after a cut
     conv = getattr(m, "conv", None)   # resampling blocks of diffusers check their widths
     if isinstance(conv, nn.Conv2d) and hasattr(m, "channels"): m.out_channels, m.channels = conv.weight.shape[:2]
 
-# %% ../../nbs/structured/40_groups.ipynb #897285f4
+# %% ../../nbs/structured/40_groups.ipynb #f5ae8b81
 def gone(groups:dict, kept:dict)->dict: # {(parameter, dimension): removed indices}
     "From units to indices of parameters."
     out = {}
@@ -528,7 +528,7 @@ def kept_slices(model:nn.Module, groups:dict, kept:dict)->dict: # {parameter: {d
     for (p, d), lost in gone(groups, kept).items(): out.setdefault(p, {})[d] = np.setdiff1d(np.arange(shape[p][d]), lost).tolist()
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #1b968630
+# %% ../../nbs/structured/40_groups.ipynb #bfac2091
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must go with one channel."
@@ -570,7 +570,7 @@ class Channels:
     @staticmethod
     def restore(model, plan): cut_if_it_fits(model, plan.slices)
 
-# %% ../../nbs/structured/40_groups.ipynb #40f11de6
+# %% ../../nbs/structured/40_groups.ipynb #21b9ea00
 def said(error:Exception)->str: # one line
     "An error in one line."
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
@@ -590,7 +590,7 @@ def mask_out(model:nn.Module, slices:dict)->None:
         for d, kept in dims.items(): mask.index_fill_(d, torch.as_tensor(np.setdiff1d(np.arange(mask.shape[d]), kept), device=mask.device), False)
         hold(module, attr, mask)
 
-# %% ../../nbs/structured/40_groups.ipynb #8b8985a6
+# %% ../../nbs/structured/40_groups.ipynb #1f76f615
 def state_of(model:nn.Module)->list: # [(module, its attributes)]
     "What a cut may change, by reference."
     return [(m, {**m.__dict__, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers)}) for m in model.modules()]
@@ -613,7 +613,7 @@ def rehearse(model:nn.Module, slices:dict, run)->None:
         raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
     finally: put_back(state)
 
-# %% ../../nbs/structured/40_groups.ipynb #9f74b03f
+# %% ../../nbs/structured/40_groups.ipynb #cb328421
 def cut_and_compare(model:nn.Module, slices:dict, run)->None: # `run()` -> outputs
     "Cut, and compare with the masked model; a difference undoes the cut and raises `BadInput`."
     before, state = outputs(model, run), state_of(model)
