@@ -87,7 +87,7 @@ class View(nn.Module):
         seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained})
         return torch.empty_like(w).copy_(folded(seen, self.shape, self.perm))   # of the same dtype and memory format
 
-# %% ../../nbs/core/13_during.ipynb #f9cdb98c
+# %% ../../nbs/core/13_during.ipynb #1e7af8c8
 @contextmanager
 def under(rule:Rule, space, # of weights
           keep:float,       # fraction to keep
@@ -109,6 +109,7 @@ def under(rule:Rule, space, # of weights
     if course.step < steps: raise BadInput(f"the training took {course.step} optimiser steps and {steps} were announced: give the number it really takes")
     space.apply({n: (w, mask & course.open[n]) for n, (w, mask) in rule.finish(course).items()})
 
+# %% ../../nbs/core/13_during.ipynb #60bbf417
 def clock(rule, course): # a hook for optimisers
     "Count the steps that the weights or the state take, whoever moves them, and update on time."
     learned = [p for state in course.state.values() for p in state.values() if isinstance(p, nn.Parameter)]
