@@ -58,9 +58,8 @@ def test_without_data_one_sentence_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.delenv("PRUNING_BENCH_DATA", raising=False)
     monkeypatch.setenv("PRUNING_BENCH_CACHE", str(tmp_path))
     monkeypatch.setenv("PRUNING_BENCH_OFFLINE", "1")
-    fashion.garments.cache_clear()
+    for seen in (fashion.garments, fashion.pictures): seen.cache_clear()
     with pytest.raises(BadInput, match="set PRUNING_BENCH_DATA") as refused: fashion.garments("test")
-    fashion.garments.cache_clear()
     assert "\n" not in str(refused.value)
     with pytest.raises(BadInput, match="set PRUNING_BENCH_DATA"): published(20)
 
