@@ -63,7 +63,7 @@ def dataset(dtype):
     return torch.utils.data.TensorDataset(x.to(dtype), y)
 
 
-WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "channels": (Residual, labelled, F.cross_entropy),
+WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "ranks": (mlp, labelled, F.cross_entropy), "channels": (Residual, labelled, F.cross_entropy),
           "blocks": (llama, ids, None), "examples": (mlp, dataset, F.cross_entropy)}
 NAMES = list(methods().method)
 
@@ -96,6 +96,10 @@ def test_the_registry_is_not_empty():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sparsity", [.25, .5])
 def test_counts_are_exact(name, sparsity):
+    if build(name).pattern.fixed not in (None, 1 - sparsity):
+        with pytest.raises(BadInput, match="contradicts pattern"):
+            run(name, sparsity)
+        return
     model, plan = run(name, sparsity)
     record, keep = build(name, **settings_of(name)), 1 - sparsity
     total = sum(m.numel() for m in plan.masks.values())
