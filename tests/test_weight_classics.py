@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pruning_bench import BadInput, Method, prune
 from pruning_bench.bench.tasks import task
@@ -151,6 +152,64 @@ def test_cubic_with_rest_meets_its_end_points(keep):
     assert 1 - way[4] == pytest.approx(7 / 8 * (1 - keep))
     assert all(a >= b for a, b in zip([1., *way], way))
 
+def every_step(model, *what, **settings): # learning rates, masks while each step is taken, and the plan
+    rates, masks = [], []
+    def look(optimizer, args, kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        masks.append({n: m.clone() for n, m in masks_of(model).items()})
+        if len(rates) > 1: assert optimizer is last[0]
+        last[:] = [optimizer]
+    last, handle = [], register_optimizer_step_post_hook(look)
+    try: plan = prune(model, *what, batches(), F.cross_entropy, **settings)
+    finally: handle.remove()
+    return rates, masks, plan
+
+def test_gradual_magnitude_is_exact_nested_and_keeps_its_budget():
+    net = mlp(64, 40, 10)
+    rates, masks, plan = every_step(net, "gradual-magnitude", .9, cuts=5, rest=1, steps=12)
+    assert total(plan.masks) == 296 == sum(int((w != 0).sum()) for w in net.parameters() if w.dim() > 1)
+    assert plan.cost["backward"] == 12 == len(rates)
+    assert [total(m) for m in masks] == [int(size(net) * k + .5) for k in cubic_rest(5, 1)(.1) for _ in range(2)]
+    for more, less in zip(masks, masks[1:]): assert all((less[n] <= more[n]).all() for n in more)
+    one, two = mlp(64, 40, 10), mlp(64, 40, 10)
+    prune(one, "gradual-magnitude", .9, batches(), F.cross_entropy, cuts=1, rest=0, steps=8, lr=1e-3)
+    prune(two, "magnitude", .9, batches(), F.cross_entropy, recover=finetune(8, 1e-3))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+def test_gradual_magnitude_is_one_training_with_one_learning_rate():
+    rates, masks, _ = every_step(mlp(64, 40, 10), "gradual-magnitude", .9, steps=30)
+    assert all(a >= b for a, b in zip(rates, rates[1:])) and len(rates) == 30
+    idle, plain = mlp(64, 40, 10), mlp(64, 40, 10)
+    prune(idle, "gradual-magnitude", 0., batches(), F.cross_entropy, steps=12)
+    finetune(12, 3e-3)(plain, batches(), F.cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(idle.parameters(), plain.parameters()))
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 29, 31, 100])
+def test_gradual_magnitude_ends_before_the_training_does(steps):
+    rates, masks, plan = every_step(mlp(64, 40, 10), "gradual-magnitude", .9, steps=steps)
+    if steps > 2: assert total(masks[-1]) == 296
+    assert total(plan.masks) == 296 and len(rates) == steps
+
+def test_gradual_magnitude_asks_the_parts_of_the_method():
+    end = prune(mlp(64, 40, 10), "gradual-magnitude", .9, batches(), F.cross_entropy, allocate="erk", steps=30).table().kept.tolist()
+    assert end == prune(mlp(64, 40, 10), "erk-magnitude", .9).table().kept.tolist() != [256, 40]
+    _, masks, plan = every_step(mlp(64, 40, 12), "gradual-magnitude", "2:4", steps=30)
+    assert all((m.view(-1, 4).sum(1) == 2).all() for m in [*masks[0].values(), *plan.masks.values()])
+    rows = prune(mlp(64, 40, 10), "gradual-magnitude", .75, batches(), F.cross_entropy, pattern="per_row", steps=30)
+    assert all((m.sum(1) == m.shape[1] // 4).all() for m in rows.masks.values())
+    _, masks, _ = every_step(mlp(64, 40, 10), "gradual-magnitude", .5, schedule=lambda keep: [.9, .7, keep], steps=6)
+    assert [total(m) for m in masks] == [2664, 2664, 2072, 2072, 1480, 1480]
+
+def test_gradual_magnitude_refuses_what_needs_a_pause():
+    def looks(keep, space): yield keep
+    looks.most = 3
+    with pytest.raises(BadInput, match="read from data"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, score="snip")
+    with pytest.raises(BadInput, match="looks for its next cut"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, schedule=looks)
+    with pytest.raises(BadInput, match="give it a training"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, recover="none")
+
+
+# lottery tickets
+
 def watching(between):
     seen = []
     def look(model, start, train, n, left):
@@ -159,19 +218,6 @@ def watching(between):
             train(part)
         between(model, start, train_and_note, n, left)
     return seen, look
-
-def test_gradual_magnitude_is_exact_nested_and_keeps_its_budget():
-    net = mlp(64, 40, 10)
-    plan = prune(net, "gradual-magnitude", .9, batches(), F.cross_entropy, cuts=5, rest=1, steps=12)
-    assert total(plan.masks) == 296 == sum(int((w != 0).sum()) for w in net.parameters() if w.dim() > 1)
-    assert plan.cost["backward"] == 12
-    one, two = mlp(64, 40, 10), mlp(64, 40, 10)
-    prune(one, "gradual-magnitude", .9, batches(), F.cross_entropy, cuts=1, rest=0, steps=8, lr=1e-3)
-    prune(two, "magnitude", .9, batches(), F.cross_entropy, recover=finetune(8, 1e-3))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
-
-
-# lottery tickets
 
 def test_imp_sizes_chains_and_rewinding():
     net, first = mlp(50, 16, 20, seed=3, bias=True), mlp(50, 16, 20, seed=3, bias=True)
