@@ -131,10 +131,10 @@ def answers(scale:str="imagenet", first:int|None=None): # fn(model, split) -> (n
 
 def graded(logits:Tensor, split:str)->dict: return classified(logits, part(split)[1][:len(logits)])
 
-# %% ../../nbs/bench/71_cifar.ipynb #797242c7
+# %% ../../nbs/bench/71_cifar.ipynb #37b4265a
 def classifier(name:str, about:str, build, # as in `Task`
                train:dict,                 # arguments of `finetune`: the dense training
-               again:dict,                 # arguments of `finetune`: the retraining
+               again:dict|None,            # arguments of `finetune`: the retraining
                first:int|None=None,        # test pictures to read; None = all
                scale:str="imagenet",       # preprocessing
                size:int=128,               # pictures per batch
@@ -145,7 +145,7 @@ def classifier(name:str, about:str, build, # as in `Task`
     calm = stream(scale=scale, size=64, steps=4, augment=False)
     return register(Task(name, **{**dict(track="cnn", about=about, build=build, batches=batches, calibration=lambda seed: list(calm(1000 + seed)),
         outputs=answers(scale, first), metrics=graded, behaviour=compared, metric="accuracy", higher=True, loss=F.cross_entropy, threads=2,
-        train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **again), examples=lambda: Pictures(scale),
+        train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **again) if again else none(), examples=lambda: Pictures(scale),
         fingerprint=lambda: digest(CIFAR10), recipe={"train": train, "recover": again, "batch": size, "augmentation": "shift by up to 4 pixels, mirror"},
         protocol={"metrics": "accuracy, cross-entropy, worst class, calibration error", "preprocessing": f"(x / 255 - mean) / sd, {scale}: {SCALES[scale]}",
                   "calibration": "256 training pictures, not augmented", "splits": "train 45,000, validation the last 5,000 of the training pictures, test 10,000",
@@ -159,13 +159,13 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i): return self.__getitems__([i])[0]
     def __getitems__(self, ids): return list(zip(scaled(self.images[ids], self.scale), self.labels[ids]))
 
-# %% ../../nbs/bench/71_cifar.ipynb #6faff593
+# %% ../../nbs/bench/71_cifar.ipynb #a55fda3e
 SCRATCH = dict(steps=200 * 351, lr=.1, optimizer="sgd", weight_decay=1e-4) # 200 epochs of 45,000 pictures
 BUDGETS = {"": dict(steps=100, lr=.01, optimizer="sgd", weight_decay=1e-4), "@smoke": dict(steps=5, lr=.01, optimizer="sgd", weight_decay=1e-4),
-           "@full": dict(steps=40 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4)}
+           "@oneshot": None, "@full": dict(steps=40 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4)}
 
 def published_task(depth:int, tier:str)->Task: # registered
-    "A published ResNet with one of the three budgets."
+    "A published ResNet with one of the four budgets."
     def weights(model):
         model.load_state_dict(published(depth))
         return {"source": "published", "content": RESNETS[depth][0], "seconds": None}

@@ -108,7 +108,7 @@ def smaller_dense(task, method, sparsity, seed, settings, device)->tuple: # as `
 
 ARMS = {"": by_method, "random": by_lot, "shuffled": by_shuffle, "scratch": from_scratch, "smaller": smaller_dense}
 
-# %% ../../nbs/bench/93_run.ipynb #c84120c6
+# %% ../../nbs/bench/93_run.ipynb #93a36a6c
 def model_run(task:Task,       # the world
               method:str,      # registered name
               sparsity:float,  # fraction to remove
@@ -121,12 +121,13 @@ def model_run(task:Task,       # the world
     reference, batch = dense_outputs(task, model_seed(task, seed), "test", device), first_batch(task.calibration(seed))
     with energy(device) as used:
         model, plan, recipe, measurable = arm(task, method, sparsity, seed, settings, device)
+        recipe = recipe if getattr(recipe, "steps", 0) else None
         before = task.evaluate(model, dense=reference) if measurable else None
         began = time.perf_counter()
         if recipe:
             with seeded(seed): recipe(model, task.batches(seed), task.loss)
         took = time.perf_counter() - began if recipe else 0.
-    after = task.evaluate(model.eval(), dense=reference)
+    after = task.evaluate(model.eval(), dense=reference) if recipe or not measurable else None
     return dict(quality={"after_prune": before, "after_recover": after}, cost=costs(plan, took, recipe, used.joules), plan=plan and plan.digest,
                 size=sizes(model, batch, plan), speed=None if seed else pace(model, task.dense(seed).to(device), batch)), model, plan
 
