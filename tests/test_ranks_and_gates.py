@@ -1,0 +1,256 @@
+"Directions as units, trained ranks, gates that agree: invariants exactly, orderings over three seeds."
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pruning_bench import BadInput, load_plan, prune
+from pruning_bench.bench.tasks import task
+from pruning_bench.core.allocate import as_left
+from pruning_bench.core.method import Method
+from pruning_bench.core.recover import finetune, rest
+from pruning_bench.core.score import magnitude
+from pruning_bench.core.space import prunable
+from pruning_bench.weight.ranks_and_gates import Pair, Ranks, consensus, cut_down, decided, paired, polarisation, rank_at, svd
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
+
+def batches(seed=0, shape=(16,), classes=4):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(16, *shape, generator=g), torch.randint(0, classes, (16,), generator=g)) for _ in range(3)]
+
+class Step(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+    def forward(self, x): return x + self.b(F.relu(self.a(x)))
+
+def deep(blocks=4, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 8), nn.Sequential(*[Step() for _ in range(blocks)]), nn.Linear(8, 4))
+
+
+# directions
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_by_their_identities(shape, dtype):
+    w = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    u, s, v = svd(w)
+    for r in range(1, len(s) + 1):
+        low = cut_down(u, s, v, r)
+        assert torch.allclose((w - low).square().sum(), s[r:].square().sum(), atol=1e-4)
+        assert torch.allclose(cut_down(*svd(low), r), low, atol=1e-5)
+    assert torch.allclose((u @ v.T * w).sum(), s.sum(), atol=1e-4) and s.dtype == dtype
+
+def test_a_pull_lowers_every_singular_value_and_stops_at_zero():
+    u, s, v = svd(torch.diag(torch.tensor([3., 2, .5])))
+    assert torch.allclose(svd(cut_down(u, s, v, 3, 1.))[1], torch.tensor([2., 1, 0]), atol=1e-6)
+
+@pytest.mark.parametrize("level,rank", [(.5, 1), (.9, 1), (.91, 2), (1., 2)])
+def test_the_smallest_rank_that_holds_the_energy(level, rank): assert rank_at(torch.tensor([3., 1, 0]), level) == rank
+
+CONVS = [nn.Linear(7, 9), nn.Linear(7, 9, bias=False), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 6, (3, 1), dilation=2, padding_mode="circular", padding=1),
+         nn.Conv1d(5, 8, 3, bias=False), nn.Conv3d(3, 4, 2)]
+
+@pytest.mark.parametrize("module", CONVS, ids=repr)
+def test_two_thin_layers_compute_what_the_layer_of_low_rank_computes(module):
+    model = nn.Sequential(copy.deepcopy(module))
+    layer = prunable(model)["0.weight"]
+    parts = svd(layer.read())
+    pair = paired(layer, *(p[..., :3] for p in parts))
+    layer.weight.data.copy_(layer.tensor(cut_down(*parts, 3)))
+    x = torch.randn(2, 7) if isinstance(module, nn.Linear) else torch.randn(2, module.in_channels, *[7] * (module.weight.dim() - 2))
+    assert torch.allclose(pair(x), model(x), atol=1e-5)
+    assert torch.allclose(pair.weight, layer.weight, atol=1e-5) and pair.bias is layer.module.bias
+
+def test_units_fill_the_room_and_the_numbers_kept_are_the_fraction_kept():
+    model = net()
+    assert {n: Ranks(model).w(n).numel() for n in Ranks(model).names()} == {"0.weight": 9, "2.weight": 12, "4.weight": 3}
+    plan = prune(model, "truncated-svd", .5)
+    assert {n: int(m.sum()) for n, m in plan.masks.items()} == {"0.weight": 5, "2.weight": 6, "4.weight": 2}
+    assert [tuple(p.shape) for p in model[2].parameters()] == [(6, 24), (24, 6), (24,)] and isinstance(model[2], Pair)
+
+def test_a_layer_that_keeps_all_its_room_is_not_touched():
+    model, twin = net(), net()
+    plan = prune(model, "truncated-svd", 0.)
+    assert plan.density == 1 and all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters())) and not any(isinstance(m, Pair) for m in model)
+
+def test_magnitude_read_along_a_direction_is_its_singular_value():
+    space = Ranks(net())
+    for n in space.names(): assert torch.allclose(space.reduce(n, {n: space.layers[n].read().abs()}), space.w(n), atol=1e-5)
+    assert prune(net(), space="ranks", score="magnitude", sparsity=.5) == prune(net(), "truncated-svd", .5)
+
+def test_a_score_with_readings_chooses_directions_too():
+    model = net()
+    plan = prune(model, space="ranks", score="wanda", sparsity=.5, data=batches(), loss=F.cross_entropy)
+    assert all(int(m.sum()) == max(1, int(.5 * len(m) + .5)) for m in plan.masks.values())
+    fresh = net()
+    plan.apply(fresh)
+    x = torch.randn(3, 16)
+    assert torch.allclose(fresh(x), model(x), atol=1e-4)
+
+def test_a_saved_plan_makes_the_same_network_of_the_dense_one(tmp_path):
+    model, fresh, x = net(), net(), torch.randn(3, 16)
+    prune(model, "truncated-svd", .7).save(tmp_path / "plan")
+    load_plan(tmp_path / "plan").apply(fresh)
+    assert torch.allclose(fresh(x), model(x), atol=1e-4)
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
+
+def test_several_cuts_leave_the_rank_that_was_asked_for():
+    model = net()
+    plan = prune(model, "truncated-svd", .75, batches(), F.cross_entropy, schedule="cubic", recover=finetune(10, 1e-2))
+    assert [int(m.sum()) for m in plan.masks.values()] == [2, 3, 1]
+    assert torch.linalg.matrix_rank(model[2].weight) == 3
+
+def test_a_module_used_twice_is_replaced_twice():
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.ModuleDict({"one": nn.Linear(8, 8)}); self.b = self.a["one"]
+        def forward(self, x): return self.a["one"](x) + self.b(x)
+    twice = Twice()
+    prune(twice, "truncated-svd", .5)
+    assert twice.b is twice.a["one"] and isinstance(twice.b, Pair)
+
+def test_attention_and_depthwise_layers_are_left_alone():
+    model = nn.ModuleDict({"att": nn.MultiheadAttention(8, 2), "deep": nn.Conv2d(8, 8, 3, groups=8), "lin": nn.Linear(8, 8)})
+    assert Ranks(model).names() == ["lin.weight"]
+
+def test_an_encoder_layer_of_torch_still_runs_in_evaluation_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    x = torch.randn(2, 5, 16)
+    before = model(x).detach()
+    prune(model, "truncated-svd", .1)
+    with torch.no_grad(): fast = model(x)
+    assert torch.allclose(fast, model(x), atol=1e-5) and not torch.allclose(fast, before, atol=1e-3)
+
+
+# trained ranks
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_trained_ranks_lose_nothing_at_the_split(every):
+    model, data, seen = net(), batches(), []
+    def train(model, data, loss, part=1.):
+        finetune(20, 1e-2)(model, data, loss, part)
+        seen.append((model(x).detach(), [int(torch.linalg.matrix_rank(model[i].weight, rtol=1e-4)) for i in (0, 2, 4)]))
+    train.steps, x = 20, data[0][0]
+    prune(model, "trp", .5, data, F.cross_entropy, recover=train, every=every)
+    assert torch.allclose(model(x), seen[0][0], atol=1e-4) and seen[0][1] == [5, 6, 2]
+
+def test_without_a_cut_and_a_pull_trp_is_ordinary_training():
+    model, plain = net(), net()
+    prune(model, "trp", 0., batches(), F.cross_entropy, recover=finetune(12, 1e-2), pull=0.)
+    finetune(12, 1e-2)(plain, batches(), F.cross_entropy)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(model.parameters(), plain.parameters()))
+
+def test_a_level_below_the_budget_lowers_the_rank():
+    model = net()
+    prune(model, "trp", .2, batches(), F.cross_entropy, recover=finetune(10, 1e-3), level=.3, every=1)
+    assert torch.linalg.matrix_rank(model[2].weight, rtol=1e-4) < 10
+
+def test_global_allocation_while_training():
+    plan = prune(net(), "trp", .5, batches(), F.cross_entropy, recover=finetune(6, 1e-2), allocate="global")
+    assert sum(int(m.sum()) * c for m, c in zip(plan.masks.values(), (40, 48, 28))) == pytest.approx(.5 * (9 * 40 + 12 * 48 + 3 * 28), abs=50)
+
+
+# gates
+
+def test_a_decision_and_its_gradient():
+    p = torch.tensor([.9, .2, .7, .6], requires_grad=True)
+    polarisation(decided(p).mean().view(1)).backward()
+    assert decided(p).tolist() == [1, 0, 1, 1] and torch.allclose(p.grad, torch.full((4,), (1 - 2 * .75) / 4))
+
+@pytest.mark.parametrize("share", [0., .25, .5, 1.])
+def test_polarisation_is_zero_only_in_agreement(share):
+    assert polarisation(torch.tensor([share])).item() == share * (1 - share) <= .25
+
+def voting(budget=3., agree=1., steps=6, sparsity=.5, model=None, train=None):
+    shares, model = [], model or deep()
+    record = Method(space="blocks", score=magnitude, allocate=as_left, prepare=consensus(budget, agree, shares.append), between=rest, recover=train or finetune(steps, 1e-2))
+    prune(model, record, sparsity, batches(), F.cross_entropy)
+    return model, torch.stack(shares)
+
+def test_gates_are_gone_after_the_training():
+    model, shares = voting()
+    assert shares.shape == (6, 4) and ((shares >= 0) & (shares <= 1)).all()
+    assert len(model[1]) == 2 and not any("gate" in n for n in model.state_dict()) and not any(m._forward_hooks for m in model.modules())
+
+def test_gates_are_gone_after_a_training_that_breaks_off():
+    def broken(model, data, loss, part=1.): raise KeyboardInterrupt
+    broken.steps, model = 3, deep()
+    with pytest.raises(KeyboardInterrupt): voting(model=model, train=broken)
+    assert list(model.state_dict()) == list(deep().state_dict()) and not any(m._forward_hooks for m in model.modules())
+
+def test_the_two_terms_reach_the_gates_and_nothing_else():
+    "With every gate open the polarisation is zero and pushes to one, the budget pushes down; the rest of the network sees the loss alone."
+    grads = {}
+    def look(model, data, loss, part=1.):
+        for n, p in model.named_parameters():
+            if "gate_weight" in n: p.data.zero_()
+        x, y = data_batch
+        F.cross_entropy(model(x), y).backward()
+        grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    look.steps, data_batch = 1, batches()[0]
+    found = {}
+    for budget, agree in ((0., 0.), (2., 0.), (0., 2.)):
+        voting(budget, agree, model=deep(), train=look)
+        found[budget, agree] = dict(grads)
+    plain = found[0., 0.]
+    slope = torch.sigmoid(torch.tensor(1.)) * torch.sigmoid(torch.tensor(-1.))
+    for n in (f"1.{i}.gate_bias" for i in range(4)):
+        assert torch.allclose(found[2., 0.][n] - plain[n], 2 * 2 * (1 - .5) / 4 * slope, atol=1e-5)
+        assert torch.allclose(found[0., 2.][n] - plain[n], 2 * (1 - 2 * 1.) / 4 * slope, atol=1e-5)
+    for n in (n for n in plain if "gate" not in n): assert torch.equal(plain[n], found[2., 0.][n]) and torch.equal(plain[n], found[0., 2.][n])
+
+def test_a_closed_gate_is_a_block_left_out():
+    model, outs = deep(), []
+    def look(model, data, loss, part=1.):
+        for b, bias in zip(model[1], (9., -9., 9., -9.)): b.gate_bias.data.fill_(bias); b.gate_weight.data.zero_()
+        for _ in range(200): model(x)
+        outs.append(model(x).detach())
+    look.steps, x = 1, torch.randn(5, 16)
+    model, _ = voting(model=model, train=look)
+    assert torch.allclose(model(x), outs[0], atol=1e-6) and len(model[1]) == 2
+
+
+# refusals
+
+def test_refusals():
+    sparse = net()
+    prune(sparse, "magnitude", .5)
+    narrow = nn.Sequential(nn.Linear(16, 8), nn.Sequential(*[nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 4))]))
+    for call, word in ((lambda: prune(nn.Linear(8, 8), "truncated-svd", .5), "inside a module"), (lambda: prune(sparse, "truncated-svd", .5), "skip="),
+                       (lambda: prune(net(), "trp", .5, batches(), F.cross_entropy, recover="none"), "trains"), (lambda: prune(net(), "polarize", .5, batches(), F.cross_entropy), "blocks"),
+                       (lambda: prune(narrow, "polarize", .5, batches(), F.cross_entropy), "shape")):
+        with pytest.raises(BadInput, match=word) as refused: call()
+        assert "\n" not in str(refused.value)
+
+def test_a_plan_of_another_shape_is_refused():
+    plan = prune(net(), "truncated-svd", .5)
+    other = nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 4))
+    with pytest.raises(BadInput, match="does not fit"): plan.apply(other)
+    assert not any(isinstance(m, Pair) for m in other)
+
+
+# orderings
+
+@pytest.mark.slow
+def test_a_plain_network_loses_at_the_cut_and_a_trained_rank_does_not():
+    world, drops = task("digits-mlp"), {"plain": [], "trp": []}
+    for seed in range(3):
+        model, before = world.dense(seed), []
+        full = world.evaluate(model)["accuracy"]
+        prune(model, "truncated-svd", .9, skip="5.weight")
+        drops["plain"].append(full - world.evaluate(model)["accuracy"])
+        def train(model, data, loss, part=1.):
+            finetune(600, 3e-3, weight_decay=1e-4)(model, data, loss, part)
+            before.append(world.evaluate(model)["accuracy"])
+        train.steps, model = 600, world.initial(seed)
+        prune(model, "trp", .9, world.batches(seed), world.loss, skip="5.weight", recover=train)
+        drops["trp"].append(before[0] - world.evaluate(model)["accuracy"])
+    assert max(map(abs, drops["trp"])) < .005 and sum(drops["plain"]) / 3 > .05
