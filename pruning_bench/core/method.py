@@ -218,7 +218,7 @@ def take(data, n:int)->list: # batches with about n examples in all
         if got >= n: break
     return batches
 
-# %% ../../nbs/core/11_method.ipynb #a30042b6
+# %% ../../nbs/core/11_method.ipynb #d9e72a41
 def prune(model:nn.Module,   # pruned in place
           method=None,       # a registered name, a `Method`, or nothing: magnitude unless parts say otherwise
           sparsity=None,     # fraction of units to remove, or a pattern such as "2:4"; 0.5 if not given
@@ -240,7 +240,7 @@ def prune(model:nn.Module,   # pruned in place
         calib = take(data, calibration)
     with seeded(seed), Ledger(model) as cost: drive(record, units, keep, data, calib, loss)   # as if no loader had drawn a number
     masks = {n: units.alive(n).cpu() for n in units.names()}
-    return Plan(record.space, masks, {**record.recipe, "seed": seed, "skip": list(skip), "settings": {k: repr(v) for k, v in settings.items()}}, keep, cost(), units.slices())
+    return Plan(record.space, masks, {**record.recipe, "seed": seed, "skip": [skip] if isinstance(skip, str) else list(skip), "settings": {k: repr(v) for k, v in settings.items()}}, keep, cost(), units.slices())
 
 # %% ../../nbs/core/11_method.ipynb #ed8c8a30
 @register("Comparing Biases for Minimal Network Construction with Back-Propagation", "NeurIPS 1988", 1988, "weight")
