@@ -14,7 +14,7 @@ from pruning_bench.core.pattern import per_row, unstructured
 from pruning_bench.core.solve import solved
 from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import collect
-from pruning_bench.weight.second_order import Fisher, each_gradient, obc, refit, row_refit, surgeon, turns
+from pruning_bench.weight.second_order import Fisher, each_gradient, obc, obd, refit, row_refit, surgeon, turns
 
 
 def numbers(*shape, seed=0):
@@ -206,7 +206,8 @@ def test_obd_by_hand():
     criterion = lambda out, y: out.sum()   # the gradient is the input: squares 1 and 0, 4 and 16
     found = collect(Weights(layer), data, {"fisher_diag"}, criterion)["weight"].fisher_diag
     assert found.tolist() == [[.5, 10.]]
-    plan = prune(layer, "obd", .5, data, criterion)   # 9 * .5 / 2 against 1 * 10 / 2
+    assert obd(layer.weight.data, SimpleNamespace(fisher_diag=found)).tolist() == [[2.25, 5.]]
+    plan = prune(layer, "obd", .5, data, criterion)
     assert plan.masks["weight"].tolist() == [[False, True]] and layer.weight.tolist() == [[0., 1.]]
 
 
