@@ -52,7 +52,7 @@ def untrained(model, temperature:float=1.): # outputs that are not tensors are l
         cool.remove()
         for n, b in model.named_buffers(): b.data.copy_(kept[n])
 
-# %% ../../nbs/weight/21_at_init.ipynb #99275ce1
+# %% ../../nbs/weight/21_at_init.ipynb #e99f6bbe
 @provider(reads_loss=True)
 def hessian_grad(space, batches, loss=None,
                  temperature:float=200., # outputs are divided by it
@@ -64,10 +64,11 @@ def hessian_grad(space, batches, loss=None,
     batches = [p for b in batches for p in pieces(b, max(1, min(parts, size_of(b) // 2)))]   # batch norm needs two examples
     with untrained(space.model, temperature), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):   # fused attention has no second derivative
         fixed = [l.tensor(g) for l, g in zip(layers.values(), mean_gradient(space, batches, loss).values())]
-        for batch in batches:
+        def twice(batch): # a function of its own, so that no graph outlives its batch
             grads = torch.autograd.grad(as_loss(loss)(space.model, batch), params, create_graph=True, allow_unused=True)
-            along = sum((g * f).sum() for g, f in zip(grads, fixed) if g is not None)
-            for (n, l), h in zip(layers.items(), torch.autograd.grad(along, params, allow_unused=True)):
+            return torch.autograd.grad(sum((g * f).sum() for g, f in zip(grads, fixed) if g is not None), params, allow_unused=True)
+        for batch in batches:
+            for (n, l), h in zip(layers.items(), twice(batch)):
                 total[n] = total.get(n, 0) + (torch.zeros_like(l.read()) if h is None else l.matrix(h)) / len(batches)
     return total
 
