@@ -53,7 +53,7 @@ def settled(task:Task, method:str, settings:dict)->tuple: # (Method, recipe, whe
     inside = getattr(record.recover, "steps", 0) > 0
     return record, recipe, inside
 
-# %% ../../nbs/bench/93_run.ipynb #d7002a5e
+# %% ../../nbs/bench/93_run.ipynb #9f090c40
 def start(task:Task, method:str, seed:int, device:str)->nn.Module: # where the method's stage begins
     "Fresh weights for a method that prunes at initialisation, else the dense model."
     return (task.initial(seed) if CARDS[method].stage == "init" else task.dense(seed)).to(device)
@@ -73,7 +73,7 @@ def by_lot(task, method, sparsity, seed, settings, device)->tuple: # as `by_meth
     fixed = record.pattern.fixed
     lot = replace(record, name="random", score=random, solve=zero, allocate=uniform if fixed else like(plan), schedule=one_shot(), prepare=at_once, between=go_on, recover=none())
     model = start(task, method, seed, device)
-    chance = prune(model, lot, None if fixed else plan.sparsity, task.calibration(seed), task.loss, seed=seed, skip=settings.get("skip", ()))
+    chance = prune(model, lot, None if fixed else 1 - plan.requested, task.calibration(seed), task.loss, seed=seed, skip=settings.get("skip", ()))
     return model, chance, recipe, True
 
 # %% ../../nbs/bench/93_run.ipynb #6f353c5e
