@@ -359,6 +359,7 @@ def test_weights_are_named_by_their_text(monkeypatch):
     assert weights_key(task, 0) == weights_key(task, 0) != weights_key(other, 0) and weights_key(task, 0).startswith("stdlib-llama@smoke-s0-")
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_recipe_of_the_standard_library_makes_a_language_model():
     task = TASKS["stdlib-llama"]
     got = task.evaluate(task.dense())

@@ -171,3 +171,11 @@ def test_sources_are_checked_by_their_bytes(monkeypatch, tmp_path):
     good = sources.Source("a", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
     assert sources.fetch(good) == Path(tmp_path / "a")
     with pytest.raises(BadInput, match="is another file"): sources.fetch(dataclasses.replace(good, sha256="0" * 64))
+
+@data
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["cifar10-resnet20-scratch", "cifar10-vgg16bn", "vit-tiny"])
+def test_two_epochs_of_a_recipe_reach_the_bound_of_the_smoke_tier(name):
+    world = task(f"{name}@smoke")
+    assert world.train.steps == 702 and world.accepts(world.evaluate(world.dense())["accuracy"])
