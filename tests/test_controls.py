@@ -10,7 +10,7 @@ from pruning_bench.bench.suites import with_controls
 from pruning_bench.bench.runner import Job
 from pruning_bench.bench.tasks import task
 from pruning_bench.core.method import CARDS, build
-from pruning_bench.core.recover import finetune
+from pruning_bench.core.recover import finetune, none
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,22 @@ def test_refusals(world):
     assert "random-subset" in attempt(task("digits-data"), "el2n", .5, 0, {"control": "random"})[0]["message"]
     with pytest.raises(BadInput, match="unknown control"): with_controls(Job("digits-mlp", "magnitude"), "chance")
     assert len({j.name for j in with_controls(Job("digits-mlp", "magnitude", "2:4", settings={"pattern": "2:4"}), "random")}) == 2
+
+
+def test_a_recovery_that_does_not_count_its_steps_still_heals(world):
+    ran = []
+    def mine(model, data, loss, part=1.): ran.append(part)
+    run, _, _ = attempt(dataclasses.replace(world, recover=mine), "global-magnitude", .8, 0)
+    assert ran == [1.] and run["quality"]["after_recover"] and run["cost"]["recover_steps"] == 0
+
+
+def test_a_task_without_retraining_has_one_number_and_no_steps(world):
+    run, _, _ = attempt(dataclasses.replace(world, recover=none()), "obd", .8, 0)
+    assert run["status"] == "ok" and run["quality"]["after_recover"] is None and run["cost"]["backward"] > 0 == run["cost"]["recover_steps"]
+
+
+def test_the_lottery_of_unlike_units_holds_at_every_budget(world):
+    for sparsity in (.35, .95): assert attempt(world, "truncated-svd", sparsity, 0, {"control": "random"})[0]["status"] == "ok"
 
 
 REFUSED = {"obs": "more than 2500", "polarize": "cannot be left out"}   # too large for one, blocks that change shapes for the other

@@ -108,7 +108,7 @@ def smaller_dense(task, method, sparsity, seed, settings, device)->tuple: # as `
 
 ARMS = {"": by_method, "random": by_lot, "shuffled": by_shuffle, "scratch": from_scratch, "smaller": smaller_dense}
 
-# %% ../../nbs/bench/93_run.ipynb #93a36a6c
+# %% ../../nbs/bench/93_run.ipynb #7d4fce62
 def model_run(task:Task,       # the world
               method:str,      # registered name
               sparsity:float,  # fraction to remove
@@ -121,23 +121,23 @@ def model_run(task:Task,       # the world
     reference, batch = dense_outputs(task, model_seed(task, seed), "test", device), first_batch(task.calibration(seed))
     with energy(device) as used:
         model, plan, recipe, measurable = arm(task, method, sparsity, seed, settings, device)
-        recipe = recipe if getattr(recipe, "steps", 0) else None
+        recipe = None if getattr(recipe, "steps", None) == 0 else recipe
         before = task.evaluate(model, dense=reference) if measurable else None
         began = time.perf_counter()
         if recipe:
             with seeded(seed): recipe(model, task.batches(seed), task.loss)
         took = time.perf_counter() - began if recipe else 0.
     after = task.evaluate(model.eval(), dense=reference) if recipe or not measurable else None
-    return dict(quality={"after_prune": before, "after_recover": after}, cost=costs(plan, took, recipe, used.joules), plan=plan and plan.digest,
+    return dict(quality={"after_prune": before, "after_recover": after}, cost=costs(plan, took, getattr(recipe, "steps", 0) if measurable or recipe else plan.cost["backward"], used.joules), plan=plan and plan.digest,
                 size=sizes(model, batch, plan), speed=None if seed else pace(model, task.dense(seed).to(device), batch)), model, plan
 
-def costs(plan, seconds:float, recipe, joules)->dict: # as an entry stores them
+def costs(plan, seconds:float, steps:int, joules)->dict: # as an entry stores them
     "What pruning and retraining took."
     spent = plan.cost if plan is not None and plan.cost else dict(seconds=0., peak_bytes=None, forward=0, backward=0, samples=0)
     return dict(prune_seconds=spent["seconds"], recover_seconds=seconds, **{k: spent[k] for k in ("peak_bytes", "forward", "backward", "samples")},
-                recover_steps=getattr(recipe, "steps", 0) if recipe else spent["backward"], joules=joules)
+                recover_steps=steps, joules=joules)
 
-# %% ../../nbs/bench/93_run.ipynb #3fbaba52
+# %% ../../nbs/bench/93_run.ipynb #f25e6845
 def data_run(task:Task, method:str, sparsity:float, seed:int, settings:dict=NOTHING, device:str="cpu")->tuple: # (run, model, plan)
     "Choose examples, train on them from scratch, measure."
     if settings.get("control"): raise BadInput(f"control {settings['control']!r} is for networks: the control of data pruning is the method random-subset")
@@ -146,7 +146,7 @@ def data_run(task:Task, method:str, sparsity:float, seed:int, settings:dict=NOTH
         model, began, part = task.initial(seed).to(device), time.perf_counter(), task.share(plan.density)
         steps = max(1, round(task.train.steps * part))
         with seeded(seed): task.train(model, subset_batches(plan, task.examples(), task.recipe["batch"], steps, seed), task.loss, part)
-    cost = {**costs(plan, time.perf_counter() - began, None, used.joules), "recover_steps": steps}
+    cost = costs(plan, time.perf_counter() - began, steps, used.joules)
     return dict(quality={"after_prune": None, "after_recover": task.evaluate(model.eval())}, cost=cost, plan=plan.digest,
                 size=sizes(model, first_batch(task.calibration(seed)), plan), speed=None), model, plan
 

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from .inputs import BadInput, as_loss, in_mode
 
-# %% ../../nbs/core/09_recover.ipynb #8e88b330
+# %% ../../nbs/core/09_recover.ipynb #9ccdc9fd
 RECOVERIES = {}   # name -> factory returning `(model, data, loss, part) -> None`
 
 def recovery(fn): # a factory
@@ -24,7 +24,9 @@ def recovery(fn): # a factory
 @recovery
 def none(): # a recovery that leaves the model alone
     "No retraining."
-    return lambda model, data, loss, part=1.: None
+    def leave(model, data, loss, part=1.): "Nothing happens."
+    leave.steps = 0
+    return leave
 
 # %% ../../nbs/core/09_recover.ipynb #39381e0e
 OPTIMIZERS = {"sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=.9, weight_decay=wd, nesterov=True),

@@ -24,14 +24,14 @@ def erk_magnitude():
     "The smallest weights of every layer go; layer densities follow Erdős–Rényi-Kernel."
     return Method(score=magnitude, allocate=erk)
 
-# %% ../../nbs/weight/20_magnitude.ipynb #08a6f4c5
+# %% ../../nbs/weight/20_magnitude.ipynb #57df65f1
 def like(plan:Plan, # of the same model
     ): # an allocator
     "Give every layer the fraction another plan gave it."
     shares = {n: m.sum().item() / m.numel() for n, m in plan.masks.items()}
     def copied(scores, keep, space):
         if shares.keys() != scores.keys(): raise BadInput(f"the plan to copy has other layers: {sorted(shares.keys() ^ scores.keys())[0]!r}")
-        if abs(spent(shares, scores, space) - keep) > 1e-3 and keep != plan.requested:   # units of unlike cost meet a budget only roughly
+        if abs(spent(shares, scores, space) - keep) > 1e-3 and abs(keep - plan.requested) > 1e-9:   # units of unlike cost meet a budget only roughly
             raise BadInput(f"the plan to copy keeps {spent(shares, scores, space):.4f}, not {keep:.4f}: ask for its sparsity")
         return shares
     return copied
