@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'choose', 'as_batches', 'is_pair', 'seeded', 'first_batch', 'as_dataset', 'move', 'device_of', 'forward',
-           'size_of', 'batch_loss', 'as_loss', 'own_loss', 'in_mode']
+           'some', 'size_of', 'batch_loss', 'as_loss', 'own_loss', 'in_mode']
 
-# %% ../../nbs/core/00_inputs.ipynb #89c48d8d
+# %% ../../nbs/core/00_inputs.ipynb #3efcb091
 import difflib, functools, random
 from collections.abc import Mapping, Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 
-# %% ../../nbs/core/00_inputs.ipynb #90152870
+# %% ../../nbs/core/00_inputs.ipynb #5aded267
 class BadInput(ValueError):
     "A request that cannot be met; the message names the value and the remedy."
 
-# %% ../../nbs/core/00_inputs.ipynb #43f8205b
+# %% ../../nbs/core/00_inputs.ipynb #46afd1d7
 def choose(name:str,      # what the user asked for
            options:Mapping, # known names -> values
            kind:str,      # what is being named, for the message
@@ -29,7 +29,7 @@ def choose(name:str,      # what the user asked for
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(options))}"
     raise BadInput(f"unknown {kind} {name!r}: {hint}")
 
-# %% ../../nbs/core/00_inputs.ipynb #e3445c38
+# %% ../../nbs/core/00_inputs.ipynb #51385de0
 def as_batches(data,           # DataLoader, Dataset, list or generator of batches, one batch, or None
                batch_size:int=64, # examples per batch when `data` is a Dataset
     ): # something that can be iterated many times, or None
@@ -46,7 +46,7 @@ def is_pair(data)->bool: # one batch written as a tuple of tensors
     "Whether `data` is a single `(inputs, targets)` batch rather than a list of batches."
     return isinstance(data, tuple) and len(data) > 0 and (isinstance(data[0], Tensor) or isinstance(data[0], Mapping) and isinstance(data[-1], Tensor))
 
-# %% ../../nbs/core/00_inputs.ipynb #98a64355
+# %% ../../nbs/core/00_inputs.ipynb #e28e9300
 @contextmanager
 def seeded(seed:int): # any integer; the caller's random state is restored afterwards
     "Run a block under fixed seeds of `random`, `numpy` and `torch`."
@@ -60,7 +60,7 @@ def first_batch(data): # the first batch, or None
     "Peek at `data` without disturbing the random state."
     with seeded(0): return next(iter(data), None)
 
-# %% ../../nbs/core/00_inputs.ipynb #3fa74419
+# %% ../../nbs/core/00_inputs.ipynb #b3ca120e
 def as_dataset(data): # DataLoader, Dataset, `(x, y)`, or a list of batches -> something with `len` and an index
     "The examples behind `data`, in a fixed order; raise `BadInput` when they cannot be counted."
     if isinstance(data, torch.utils.data.DataLoader): data = data.dataset
@@ -75,7 +75,7 @@ def as_dataset(data): # DataLoader, Dataset, `(x, y)`, or a list of batches -> s
         raise BadInput("choosing examples needs data=, a data set (or its loader) that can be counted and indexed")
     return data
 
-# %% ../../nbs/core/00_inputs.ipynb #519027b1
+# %% ../../nbs/core/00_inputs.ipynb #e67610ec
 def move(batch, device): # any nesting of tensors -> the same nesting on `device`
     "Send every tensor of a batch to `device`."
     if isinstance(batch, Tensor): return batch.to(device)
@@ -95,12 +95,18 @@ def forward(model:nn.Module, # any network
     inputs = batch[0] if isinstance(batch, tuple) else batch
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
+def some(batch, where:slice): # any nesting of tensors -> the same nesting
+    "Some examples of a batch."
+    if isinstance(batch, Tensor): return batch[where] if batch.dim() else batch
+    if isinstance(batch, Mapping): return {k: some(v, where) for k, v in batch.items()}
+    return tuple(some(v, where) for v in batch) if isinstance(batch, (list, tuple)) else batch
+
 def size_of(batch)->int: # examples in the batch
     "How many examples a batch holds."
     inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
-# %% ../../nbs/core/00_inputs.ipynb #2eb614c2
+# %% ../../nbs/core/00_inputs.ipynb #6bec362b
 def batch_loss(fn): # fn(model, batch) -> scalar tensor
     "Mark a loss that runs the model itself."
     fn.runs_model = True
@@ -127,7 +133,7 @@ def own_loss(model:nn.Module, batch)->Tensor: # scalar
     if loss is None: raise BadInput("this method needs a loss: pass loss=, for instance loss=F.cross_entropy")
     return loss
 
-# %% ../../nbs/core/00_inputs.ipynb #1780da4c
+# %% ../../nbs/core/00_inputs.ipynb #122ead66
 @contextmanager
 def in_mode(model:nn.Module, # any network
             training:bool,   # mode inside the block

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'Overhear', 'features', 'spread', 'provider', 'plain', 'listen', 'act_norm', 'gram',
-           'mean_gradient', 'grad', 'init_grad', 'collect']
+           'mean_gradient', 'grad', 'untrained', 'init_grad', 'collect']
 
 # %% ../../nbs/core/03_stats.ipynb #d973787b
 from contextlib import contextmanager
@@ -115,7 +115,7 @@ def gram(space, batches, loss=None)->dict: # {layer: (groups, columns, columns)}
     listen(space, batches, visit, loss)
     return {n: t / count[n] for n, t in total.items()}
 
-# %% ../../nbs/core/03_stats.ipynb #b1339224
+# %% ../../nbs/core/03_stats.ipynb #ebebba5f
 def mean_gradient(space, batches, loss)->dict: # {layer: (rows, columns)}
     "Average gradient of the loss over batches, as matrices."
     loss, total, count = as_loss(loss), {}, 0
@@ -133,13 +133,19 @@ def grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
     "Mean gradient in evaluation mode: of the network as it is deployed."
     with in_mode(space.model, False): return mean_gradient(space, batches, loss)
 
+@contextmanager
+def untrained(model:nn.Module): # yields nothing
+    "Training mode, for networks whose running statistics mean nothing yet; every buffer is put back."
+    kept = {n: b.clone() for n, b in model.named_buffers()}
+    try:
+        with in_mode(model, True): yield
+    finally:
+        for n, b in model.named_buffers(): b.data.copy_(kept[n])
+
 @provider(reads_loss=True)
 def init_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
-    "Mean gradient in training mode, for untrained networks whose running statistics mean nothing yet."
-    kept = {n: b.clone() for n, b in space.model.named_buffers()}
-    with in_mode(space.model, True): grads = mean_gradient(space, batches, loss)
-    for n, b in space.model.named_buffers(): b.data.copy_(kept[n])
-    return grads
+    "Mean gradient of an untrained network, in training mode."
+    with untrained(space.model): return mean_gradient(space, batches, loss)
 
 # %% ../../nbs/core/03_stats.ipynb #a35fd656
 def collect(space, batches, needs, loss=None,

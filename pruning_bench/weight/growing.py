@@ -6,7 +6,7 @@
 __all__ = ['ANNEALS', 'drop_grow', 'pace', 'by_chance', 'by_gradient', 'explore', 'evolve', 'set_', 'rigl', 'regenerate',
            'granet', 'shrink', 'iss']
 
-# %% ../../nbs/weight/28_growing.ipynb #81c15fce
+# %% ../../nbs/weight/28_growing.ipynb #4bff4343
 import math
 from dataclasses import replace
 import torch
@@ -17,6 +17,7 @@ from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.pattern import unstructured
 from ..core.recover import finetune, rest
+from ..core.schedule import falling
 from ..core.score import magnitude, random
 from .gradual import by_weights_alone, chosen, cut
 
@@ -105,7 +106,7 @@ def rigl(updates:int=30,          # mask updates
     return Method(score=magnitude, allocate=erk, prepare=along(evolve(by_gradient, updates, share, end, anneal)), between=rest,
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
-# %% ../../nbs/weight/28_growing.ipynb #d9a38a9b
+# %% ../../nbs/weight/28_growing.ipynb #69e9a95b
 def regenerate(density:float, # at the start; 1 is dense
                updates:int, share:float, end:float): # a function (method, keep) -> Rule
     "Cut along a cubic until `end`, and at every update exchange a share that falls to its hundredth."
@@ -118,7 +119,7 @@ def regenerate(density:float, # at the start; 1 is dense
             if density < 1: cut(replace(method, score=random, allocate=erk), course, density)
         def update(course):
             done = min(1, course.step // every / max(1, int(course.steps * end + 1e-9) // every))
-            cut(method, course, keep + (density - keep) * (1 - done)**3)
+            cut(method, course, falling(keep, done, density))
             if course.step < course.steps: explore(method, course, by_gradient, share * (.01 + .99 * ANNEALS["cosine"](course.t)), math.ceil)
         return Rule(begin=begin, update=update, every=every)
     return made

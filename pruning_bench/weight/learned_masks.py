@@ -7,7 +7,7 @@ __all__ = ['fallen', 'shares', 'best', 'soft', 'threshold', 'softly', 'pdp', 'co
            'str_', 'passing', 'learned', 'moving', 'movement', 'Upper', 'bilevel', 'bip', 'limited', 'masked_only',
            'searching', 'jackpot']
 
-# %% ../../nbs/weight/29_learned_masks.ipynb #c86bbadb
+# %% ../../nbs/weight/29_learned_masks.ipynb #ac59e2c6
 import torch
 from torch import nn, Tensor
 from ..core.allocate import as_left, global_, settle, uniform, winners
@@ -16,17 +16,17 @@ from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.pattern import unstructured
 from ..core.recover import finetune, rest
+from ..core.schedule import falling
 from ..core.score import SCORES
 
-# %% ../../nbs/weight/29_learned_masks.ipynb #214f6af8
+# %% ../../nbs/weight/29_learned_masks.ipynb #143bfc1a
 def fallen(keep:float, # at the end
            t:float,    # fraction of the training that is over
            start:float, end:float, # fractions between which the density falls
            power:int=3, # 1 = linear, 3 = the cubic of Zhu & Gupta
     )->float: # fraction to keep now
     "A density on its way from one to `keep`."
-    left = 1 - min(1., max(0., (t - start) / max(end - start, 1e-9)))
-    return 1 - (1 - keep) * (1 - left**power)
+    return falling(keep, min(1., max(0., (t - start) / max(end - start, 1e-9))), power=power)
 
 def shares(course, scores:dict, # {name: like the weights}
            keep:float,          # fraction of all weights

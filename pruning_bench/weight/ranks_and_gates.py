@@ -142,7 +142,7 @@ def truncated_svd():
     "Every layer becomes two thin ones, with the directions of the largest singular values."
     return Method(space="ranks", score=energy)
 
-# %% ../../nbs/weight/32_ranks_and_gates.ipynb #719ed599
+# %% ../../nbs/weight/32_ranks_and_gates.ipynb #f539d86a
 def rank_at(s:Tensor,   # singular values, the largest first
             level:float, # in (0, 1]
     )->int:
@@ -169,7 +169,7 @@ def projecting(every:int, level:float, pull:float): # as for `trp`; a `prepare`
             share = settle(method.allocate(scores, keep, space), keep, scores, space)
             for n, (u, s, v) in parts.items():
                 rank = min(rank_at(s, level), round(share[n] * len(scores[n])) if share[n] < 1 else len(s))
-                course.weight[n].data.copy_(space.layers[n].tensor(cut_down(u, s, v, rank, pull * step_size(course, n))))
+                course.write(n, cut_down(u, s, v, rank, pull * step_size(course, n)))
         weights = Weights(space.model)
         weights.layers = space.layers
         with under(Rule(update=update, every=every), weights, 1., train.steps): train(1.)
