@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -118,7 +119,7 @@ def alive(pid):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_run_again_it_goes_on_where_it_was(cache, tmp_path, how):
     args = [sys.executable, "-c", "from pruning_bench.bench.cli import main; main()", "run", "digits-mlp", "magnitude", "--seeds", "1", "--json"]
-    env = {**os.environ, "PRUNING_BENCH_CACHE": str(cache)}
+    env = {**os.environ, "PRUNING_BENCH_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])}
     first = subprocess.Popen(args, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     job = Job("digits-mlp", "magnitude", seeds=(0,))
     for _ in range(600):

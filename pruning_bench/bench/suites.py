@@ -42,7 +42,7 @@ def embedded()->list: # jobs
         + jobs("digits-data", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9))
         + jobs("digits-data-noisy", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9)))
 
-# %% ../../nbs/bench/99_suites.ipynb #15937a00
+# %% ../../nbs/bench/99_suites.ipynb #ef4660bf
 def real()->list: # jobs
     "Published networks and networks trained by recipe on real data, in the tiers for two cores."
     two_four = {"2:4": {"pattern": "2:4"}}
@@ -57,10 +57,10 @@ def smoke()->list: # jobs
     return (jobs("digits-mlp", ["magnitude"], (.9,), (0,)) + jobs("cifar10-resnet20@smoke", ["global-magnitude"], (.8,), (0,))
         + jobs("stories-llama@smoke", ["wanda"], (.5,), (0,)) + jobs("digits-data", ["random-subset"], (.5,), (0,)))
 
-def oneshot(*depths:int)->list: # jobs; depths of published ResNets, 20 and 56 when none is given
-    "Criteria by themselves, without retraining; three seeds where a method draws something."
+def oneshot()->list: # jobs
+    "Criteria by themselves, on published ResNets without retraining; three seeds where a method draws something."
     levels = (.5, .6, .7, .8, .9)
-    return [j for d in depths or (20, 56) for j in jobs(f"cifar10-resnet{d}@oneshot", ["magnitude", "global-magnitude", "erk-magnitude", "lamp", "global-mp"], levels, (0,))
+    return [j for d in (20, 56) for j in jobs(f"cifar10-resnet{d}@oneshot", ["magnitude", "global-magnitude", "erk-magnitude", "lamp", "global-mp"], levels, (0,))
         + jobs(f"cifar10-resnet{d}@oneshot", ["random", "obd", "wanda", "sparsegpt", "rd", "mfac"], levels)]
 
 SUITES = {"embedded": embedded, "real": real, "oneshot": oneshot, "smoke": smoke}
