@@ -132,7 +132,7 @@ def cite(*names:str)->str: # markdown list
     link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
     return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (choose(n, CARDS, "method") for n in names))
 
-# %% ../../nbs/core/11_method.ipynb #27e038f8
+# %% ../../nbs/core/11_method.ipynb #835df1c2
 def keep_of(sparsity, # fraction to remove, or a pattern such as "2:4"
             pattern:Pattern)->float: # fraction to keep
     "The budget as a fraction to keep."
@@ -155,6 +155,7 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     if method.solve.unit not in ("any", space.unit): raise BadInput(f"solver {method.solve.__name__!r} repairs {method.solve.unit}s, but this space has {space.unit}s: choose another solver or space")
     trains = getattr(method.recover, "steps", 0)
     readers = [PROVIDERS[n] for n in method.needs]
+    if data is None and getattr(method.recover, "reads", False): raise BadInput(f"recovery {method.recover.name!r} reads batches: pass data=, a loader of batches")
     if data is None and (trains or readers):
         raise BadInput(f"method {method.name!r} {'trains' if trains else 'reads'} {'on' if trains else sorted(method.needs)[0] + ' from'} data: pass data=, a loader of batches")
     if getattr(method.prepare, "trains", False) and not trains: raise BadInput(f"method {method.name!r} prunes while it trains: give it a training with recover=, for instance finetune(steps=1000)")

@@ -9,7 +9,8 @@ __all__ = ['RULES', 'fixed', 'place', 'tensors', 'Graph', 'rule', 'record', 'par
            'plot_of', 'contract', 'product', 'product_and_bias', 'permute', 'add', 'reduction', 'along', 'reshape',
            'regroup', 'cat', 'stack', 'split', 'pick', 'expand', 'pad', 'spatial', 'group_norm', 'layer_norm',
            'embedding', 'attention', 'cut', 'selected', 'refresh', 'gone', 'kept_slices', 'Channels', 'said', 'writers',
-           'mask_out', 'state_of', 'put_back', 'outputs', 'rehearse', 'cut_and_compare', 'close', 'cut_if_it_fits']
+           'rewrite', 'mask_out', 'state_of', 'put_back', 'outputs', 'rehearse', 'cut_and_compare', 'close',
+           'cut_if_it_fits']
 
 # %% ../../nbs/structured/40_groups.ipynb #165ca1f6
 import math, re
@@ -528,7 +529,7 @@ def kept_slices(model:nn.Module, groups:dict, kept:dict)->dict: # {parameter: {d
     for (p, d), lost in gone(groups, kept).items(): out.setdefault(p, {})[d] = np.setdiff1d(np.arange(shape[p][d]), lost).tolist()
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #bfac2091
+# %% ../../nbs/structured/40_groups.ipynb #9aabd799
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must go with one channel."
@@ -557,7 +558,8 @@ class Channels:
         rows = [(leaf[p].sum(1), i) for (p, d), i in self.groups[name].members.items() if (p, d) in self.groups[name].produces and p in leaf]
         return sum(s[torch.as_tensor(i, device=s.device)].sum(1) for s, i in rows)
 
-    def apply(self, solved):
+    def apply(self, solved): # a solver may also say what the readers become, as {tensor: values} in place of new weights
+        rewrite(self.model, {n: t for new, _ in solved.values() if isinstance(new, dict) for n, t in new.items()})
         self.kept = {n: self.kept[n] & solved[n][1].cpu() for n in self.groups}
         mask_out(self.model, kept_slices(self.model, self.groups, self.kept))
 
@@ -570,7 +572,7 @@ class Channels:
     @staticmethod
     def restore(model, plan): cut_if_it_fits(model, plan.slices)
 
-# %% ../../nbs/structured/40_groups.ipynb #21b9ea00
+# %% ../../nbs/structured/40_groups.ipynb #c58c6507
 def said(error:Exception)->str: # one line
     "An error in one line."
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
@@ -580,6 +582,11 @@ def writers(model:nn.Module, groups:dict)->dict: # {parameter: Layer}
     wanted = {p for g in groups.values() for p, _ in g.produces}
     layers = {f"{n}.{a}" if n else a: Layer(m, a, perm) for n, m in model.named_modules() for a, perm in order_of(m).items()}
     return {n: l for n, l in layers.items() if n in wanted}
+
+def rewrite(model:nn.Module, values:dict)->None: # {parameter or buffer: values}
+    "Write what a solver found for the layers that read the channels."
+    named = dict(model.named_parameters()) | dict(model.named_buffers()) if values else {}
+    for n, t in values.items(): named[n].data.copy_(t)
 
 def mask_out(model:nn.Module, slices:dict)->None:
     "Hold zeros where `cut` would remove; masks that are already there stay."
