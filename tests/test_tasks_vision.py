@@ -161,7 +161,7 @@ def test_fashion_cnn_reaches_its_bound():
 
 def test_tiers_are_tasks_of_their_own():
     shown = tasks()
-    assert shown.tiers["cifar10-resnet56"] == "small, smoke, oneshot, full" and "cifar10-resnet56@smoke" not in shown.index
+    assert shown.tiers["cifar10-resnet56"] == "small, smoke, oneshot, two-epochs, full" and "cifar10-resnet56@smoke" not in shown.index
     assert len({task(f"cifar10-resnet20{t}").digest for t in ("", "@smoke", "@full")}) == 3
     assert task("cifar10-resnet20@full").recover.steps > 100 * task("cifar10-resnet20").recover.steps
 

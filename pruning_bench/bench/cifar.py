@@ -159,13 +159,13 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i): return self.__getitems__([i])[0]
     def __getitems__(self, ids): return list(zip(scaled(self.images[ids], self.scale), self.labels[ids]))
 
-# %% ../../nbs/bench/71_cifar.ipynb #a55fda3e
+# %% ../../nbs/bench/71_cifar.ipynb #7a59d820
 SCRATCH = dict(steps=200 * 351, lr=.1, optimizer="sgd", weight_decay=1e-4) # 200 epochs of 45,000 pictures
 BUDGETS = {"": dict(steps=100, lr=.01, optimizer="sgd", weight_decay=1e-4), "@smoke": dict(steps=5, lr=.01, optimizer="sgd", weight_decay=1e-4),
-           "@oneshot": None, "@full": dict(steps=40 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4)}
+           "@oneshot": None, "@two-epochs": dict(steps=2 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4), "@full": dict(steps=40 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4)}
 
 def published_task(depth:int, tier:str)->Task: # registered
-    "A published ResNet with one of the four budgets."
+    "A published ResNet with one of five budgets."
     def weights(model):
         model.load_state_dict(published(depth))
         return {"source": "published", "content": RESNETS[depth][0], "seconds": None}
