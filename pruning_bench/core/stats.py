@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'Overhear', 'features', 'spread', 'provider', 'plain', 'listen', 'act_norm', 'gram',
-           'mean_gradient', 'grad', 'untrained', 'init_grad', 'collect']
+           'mean_gradient', 'grad', 'untrained', 'init_grad', 'sample_gradients', 'collect']
 
-# %% ../../nbs/core/03_stats.ipynb #d973787b
+# %% ../../nbs/core/03_stats.ipynb #9d7bfec5
 from contextlib import contextmanager
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from .inputs import BadInput, as_loss, choose, forward, in_mode
+from .inputs import BadInput, as_loss, choose, forward, in_mode, size_of, some
 
 # %% ../../nbs/core/03_stats.ipynb #37149570
 aten = torch.ops.aten
@@ -147,7 +147,20 @@ def init_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
     "Mean gradient of an untrained network, in training mode."
     with untrained(space.model): return mean_gradient(space, batches, loss)
 
-# %% ../../nbs/core/03_stats.ipynb #a35fd656
+# %% ../../nbs/core/03_stats.ipynb #82182e6a
+def sample_gradients(model:nn.Module, params:dict, # {name: parameter}
+                     batches, loss,                # calibration batches, `as_loss` kinds
+                     each:int=1,                   # examples per gradient
+    ): # yields {name: gradient}
+    "Gradients in evaluation mode, a few examples at a time."
+    loss = as_loss(loss)
+    with in_mode(model, False), torch.enable_grad():
+        for batch in tqdm(batches, desc="gradients", leave=False, delay=3):
+            for a in range(0, size_of(batch), each):
+                found = torch.autograd.grad(loss(model, some(batch, slice(a, a + each))), list(params.values()), allow_unused=True)
+                yield {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found)}
+
+# %% ../../nbs/core/03_stats.ipynb #0d51c26c
 def collect(space, batches, needs, loss=None,
             settings=None, # {reading: its keyword arguments}, for readings that have some
     )->dict: # {name: namespace with one field per reading}
@@ -155,7 +168,9 @@ def collect(space, batches, needs, loss=None,
     stats, groups = {n: SimpleNamespace() for n in [*space.layers, *space.names()]}, set(space.names()) - set(space.layers)
     for need in sorted(needs):
         if batches is None: raise BadInput(f"this method reads {need!r} from calibration data: pass data=, a loader of batches")
-        for name, value in choose(need, PROVIDERS, "reading")(space, batches, loss, **(settings or {}).get(need, {})).items(): setattr(stats[name], need, value)
-        missing = [n for n in space.layers if not any(hasattr(stats[m], need) for m in [n, *groups])]
+        got = choose(need, PROVIDERS, "reading")(space, batches, loss, **(settings or {}).get(need, {}))
+        for name, value in got.items(): setattr(stats[name], need, value)
+        whole = got.keys() & groups or got.keys() == set(space.names())   # a reading of whole units
+        missing = [n for n in space.layers if not (whole or n in got)]
         if missing: raise BadInput(f"no {need} was seen for {missing[0]!r}: the data never runs this layer; add it to skip=")
     return stats

@@ -7,34 +7,29 @@ __all__ = ['LIMIT', 'each_gradient', 'by_layer', 'fisher_diag', 'obd', 'obd_', '
            'some_rows', 'obc', 'row_refit', 'obc_', 'gradients', 'Fisher', 'fisher', 'fisher_obs', 'moved', 'surgeon',
            'refit', 'mfac']
 
-# %% ../../nbs/weight/27_second_order.ipynb #dd5533a5
+# %% ../../nbs/weight/27_second_order.ipynb #d7733c20
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from ..core.allocate import global_
-from ..core.inputs import BadInput, as_loss, in_mode, size_of, some
+from ..core.inputs import BadInput, size_of
 from ..core.method import Method, register
 from ..core.recover import wait
 from ..core.schedule import geometric
 from ..core.score import score
 from ..core.solve import solver
-from ..core.stats import provider
+from ..core.stats import provider, sample_gradients
 from .sparsegpt import inverse_factor
 
-# %% ../../nbs/weight/27_second_order.ipynb #e0395c1c
+# %% ../../nbs/weight/27_second_order.ipynb #fee60f46
 def each_gradient(space, batches, loss, # as every reading
                   each:int=1,           # examples per gradient
     ): # yields (d,): all layers one after the other
     "Gradients in evaluation mode, a few examples at a time; zero at pruned weights."
-    loss, layers = as_loss(loss), list(space.layers.values())
-    with in_mode(space.model, False), torch.enable_grad():
-        for batch in tqdm(batches, desc="gradients", leave=False, delay=3):
-            for a in range(0, size_of(batch), each):
-                found = torch.autograd.grad(loss(space.model, some(batch, slice(a, a + each))), [l.weight for l in layers], allow_unused=True)
-                flat = torch.cat([l.matrix(torch.zeros_like(l.weight) if g is None else g).flatten() for l, g in zip(layers, found)])
-                yield flat.to(torch.promote_types(flat.dtype, torch.float32))
+    for found in sample_gradients(space.model, {n: l.weight for n, l in space.layers.items()}, batches, loss, each):
+        flat = torch.cat([l.matrix(found[n]).flatten() for n, l in space.layers.items()])
+        yield flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 def by_layer(space, flat:Tensor)->dict: # {layer: (rows, columns)}
     "Cut a vector over all weights into the matrices of the layers; raises `BadInput` when it is not finite."
