@@ -65,9 +65,10 @@ def out(model, batch):
 
 def count(model): return sum(p.numel() for p in model.parameters())
 
-def lottery(space, seed=1):
+def lottery(space, seed=1, exact=None): # half of every group, or of the exact (or the other) ones
     generator = torch.Generator().manual_seed(seed)
-    return {n: (None, torch.rand(len(g), generator=generator).argsort() < max(1, len(g) // 2)) for n, g in space.groups.items()}
+    draw = lambda g: torch.rand(len(g), generator=generator).argsort() < max(1, len(g) // 2)
+    return {n: (None, draw(g) if exact is None or g.exact == exact else torch.ones(len(g), dtype=torch.bool)) for n, g in space.groups.items()}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -76,7 +77,7 @@ def test_removed_equals_masked_equals_unread(make, stream):
     model, batch = ready(make)
     try: space = Channels(model, [batch], stream=stream)
     except BadInput: pytest.skip("nothing to prune")
-    unread, dense, choice = copy.deepcopy(model), copy.deepcopy(model), lottery(space)
+    unread, dense, choice = copy.deepcopy(model), copy.deepcopy(model), lottery(space, exact=True)
     kept = {n: k for n, (_, k) in choice.items()}
     for (p, d), lost in gone(space.groups, kept).items():
         if any((p, d) in g.consumes for g in space.groups.values()): unread.get_parameter(p).data.index_fill_(d, torch.as_tensor(lost), 0)
@@ -145,9 +146,9 @@ def test_skip_leaves_shapes_alone():
 
 def test_heads_and_norms_are_reported():
     model, batch = ready(SMALL["vit"])
-    frozen = coupling(model, batch).frozen
-    assert "split by a view" in frozen["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"][1]
-    assert "layer norm" in frozen["conv_proj.weight"][1] and "output" in frozen["heads.head.weight"][1]
+    found = coupling(model, batch)
+    assert "output" in found.frozen["heads.head.weight"][1]
+    assert [(g.name, g.why) for g in found.groups if not g.exact] == [("conv_proj.weight", "layer norm")]
 
 def test_tied_weights_are_cut_once():
     class Tied(nn.Module):
