@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pruning_bench import BadInput
+from pruning_bench.bench.measure import macs
 from pruning_bench.bench.run import ARMS, attempt, by_method, longer
 from pruning_bench.bench.suites import with_controls
 from pruning_bench.bench.runner import Job
@@ -60,7 +61,15 @@ def test_the_smaller_network_has_about_as_many_parameters(world):
     assert plan is None and abs(sum(p.numel() for p in model.parameters()) / full - .5) < .1 and recipe.steps == 66
 
 
-@pytest.mark.parametrize("control", [c for c in ARMS if c])
+def test_scratch_b_takes_the_multiplications_that_were_saved(world):
+    full, small = macs(world.build(), batch := world.calibration(0)[0]), macs(by_method(world, "l1-filter", .5, 0, {}, "cpu")[0], batch)
+    fresh, plan, recipe, measurable = ARMS["scratch-b"](world, "l1-filter", .5, 0, {}, "cpu")
+    assert recipe.steps == round(60 * full / small + 6) > 100 and not measurable and plan == ARMS["scratch"](world, "l1-filter", .5, 0, {}, "cpu")[1]
+    assert macs(fresh, batch) == small and abs(recipe.steps * small - (60 * full + 6 * small)) <= small
+    with pytest.raises(BadInput, match="use control 'scratch'"): ARMS["scratch-b"](world, "magnitude", .5, 0, {}, "cpu")
+
+
+@pytest.mark.parametrize("control", [c for c in ARMS if c not in ("", "scratch-b")])
 def test_every_control_is_a_run_like_any_other(world, control):
     run, model, _ = attempt(world, "global-magnitude", .8, 0, {"control": control})
     assert run["status"] == "ok" and set(run) == set(attempt(world, "global-magnitude", .8, 0)[0])

@@ -84,7 +84,7 @@ def read_sparsities(method:str, texts:list, settings:dict)->tuple: # (sparsities
         found.append(s)
     return tuple(dict.fromkeys(found)), settings
 
-# %% ../../nbs/bench/97_cli.ipynb #41e6531f
+# %% ../../nbs/bench/97_cli.ipynb #0da79024
 def check_device(device:str)->str:
     "A device that exists here."
     import torch
@@ -107,7 +107,7 @@ def run(task: str, method: str,
         sparsity: Annotated[Optional[list[str]], typer.Option(help="fraction to remove or a pattern such as 2:4; may be repeated; 0.5 if not given")] = None,
         seeds: Annotated[int, typer.Option(help="number of paired seeds", min=1)] = 3, device: str = "cpu",
         setting: Annotated[Optional[list[str]], typer.Option("--set", help="name=value, an argument of the method, a replaced part or skip; may be repeated")] = None,
-        control: Annotated[Optional[list[str]], typer.Option(help="random, shuffled, scratch or smaller: a control to run beside the method; may be repeated")] = None,
+        control: Annotated[Optional[list[str]], typer.Option(help="random, shuffled, scratch, scratch-b or smaller: a control to run beside the method; may be repeated")] = None,
         tier: Annotated[Optional[str], typer.Option(help="smoke, or full for a GPU; the task as it is if not given")] = None,
         out: Annotated[Optional[Path], typer.Option(help="folder that receives the entries")] = None, as_json: JSON = False):
     "Run one method on one task, with controls if wanted, and print its entry as a table."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'REPLACED', 'ARMS', 'RUNS', 'sizes', 'pace', 'settled', 'start', 'by_method', 'by_lot', 'by_shuffle',
-           'longer', 'from_scratch', 'smaller_dense', 'model_run', 'costs', 'data_run', 'attempt', 'dense_run',
-           'make_entry', 'frame']
+           'longer', 'from_scratch', 'from_scratch_b', 'smaller_dense', 'model_run', 'costs', 'data_run', 'attempt',
+           'dense_run', 'make_entry', 'frame']
 
 # %% ../../nbs/bench/93_run.ipynb #74556d58
 import time
@@ -76,7 +76,7 @@ def by_lot(task, method, sparsity, seed, settings, device)->tuple: # as `by_meth
     chance = prune(model, lot, None if fixed else 1 - plan.requested, task.calibration(seed), task.loss, seed=seed, skip=settings.get("skip", ()))
     return model, chance, recipe, True
 
-# %% ../../nbs/bench/93_run.ipynb #6f353c5e
+# %% ../../nbs/bench/93_run.ipynb #d9057c4c
 def by_shuffle(task, method, sparsity, seed, settings, device)->tuple: # as `by_method`
     "The method's mask, shuffled inside every layer."
     _, plan, _, _ = by_method(task, method, sparsity, seed, settings, device)
@@ -86,9 +86,9 @@ def by_shuffle(task, method, sparsity, seed, settings, device)->tuple: # as `by_
     mixed.apply(model)
     return model, replace(mixed, cost=plan.cost), settled(task, method, settings)[1], True
 
-def longer(task:Task): # a recipe with `steps`
+def longer(task:Task, worth:float=1.): # a recipe with `steps`; a step of dense training is worth so many of its own
     "The steps of dense training and of retraining, from the task's training recipe."
-    extra = 1 + getattr(task.recover, "steps", 0) / task.train.steps
+    extra = worth + getattr(task.recover, "steps", 0) / task.train.steps
     def train(model, data, loss, part=1.): task.train(model, data, loss, part * extra)
     train.steps = round(task.train.steps * extra)
     return train
@@ -100,13 +100,21 @@ def from_scratch(task, method, sparsity, seed, settings, device)->tuple: # as `b
     plan.apply(model)
     return model, plan, longer(task), False
 
+def from_scratch_b(task, method, sparsity, seed, settings, device)->tuple: # as `by_method`
+    "The same, with as many multiplications as dense training and retraining took (scratch-B)."
+    model, plan, _, _ = from_scratch(task, method, sparsity, seed, settings, device)
+    batch = first_batch(task.calibration(seed))
+    worth = macs(task.build().to(device), batch) / macs(model, batch)
+    if worth == 1: raise BadInput(f"control 'scratch-b' spends the multiplications that pruning saved, and {method!r} saves none: use control 'scratch'")
+    return model, plan, longer(task, worth), False
+
 def smaller_dense(task, method, sparsity, seed, settings, device)->tuple: # as `by_method`; there is no plan
     "A dense network with about as many parameters as the method left."
     if not task.smaller: raise BadInput(f"task {task.name!r} knows no smaller network: give it a `smaller`, or leave control 'smaller' out")
     with seeded(seed): model = task.smaller(1 - sparsity).to(device)
     return model, None, longer(task), False
 
-ARMS = {"": by_method, "random": by_lot, "shuffled": by_shuffle, "scratch": from_scratch, "smaller": smaller_dense}
+ARMS = {"": by_method, "random": by_lot, "shuffled": by_shuffle, "scratch": from_scratch, "scratch-b": from_scratch_b, "smaller": smaller_dense}
 
 # %% ../../nbs/bench/93_run.ipynb #7d4fce62
 def model_run(task:Task,       # the world
