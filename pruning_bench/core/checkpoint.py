@@ -6,14 +6,15 @@
 __all__ = ['PLAIN', 'OWN', 'plain', 'settings_of', 'portrait', 'class_of', 'changes', 'together', 'outline', 'invented', 'answer',
            'floats', 'agrees', 'digest_of_file', 'save_model']
 
-# %% ../../nbs/core/15_checkpoint.ipynb #caa889e0
-import hashlib, json, math, platform
+# %% ../../nbs/core/15_checkpoint.ipynb #023315d4
+import hashlib, json, math, platform, sys
 from collections.abc import Mapping
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 from safetensors.torch import save_file
 from .inputs import forward, in_mode, seeded
+from .mask import masks_of
 
 # %% ../../nbs/core/15_checkpoint.ipynb #8d2993e3
 PLAIN, OWN = (bool, int, float, str, type(None)), {*nn.Module().__dict__}
@@ -100,7 +101,7 @@ def agrees(a, b, dtype:torch.dtype)->bool: # two answers
     eps = {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 5e-2)
     return a is not None and b is not None and a["shape"] == b["shape"] and all(abs(x - y) <= eps * max(a["scale"], 1e-30) for x, y in zip(a["numbers"], b["numbers"]))
 
-# %% ../../nbs/core/15_checkpoint.ipynb #781eb3ff
+# %% ../../nbs/core/15_checkpoint.ipynb #aa4bea26
 def digest_of_file(path)->str: # sha256 in hexadecimal
     "The identity of a file, read in pieces."
     h = hashlib.sha256()
@@ -114,11 +115,12 @@ def save_model(model:nn.Module, folder:Path, # an existing folder
     )->None:
     "Write `model.safetensors` and `model.json`."
     state, first, tied = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}, {}, {}
+    state |= {f"{n}_mask": m for n, m in masks_of(model).items()}   # what is held at zero stays so
     for n, t in state.items():
         place = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride()) if t.numel() else n
         if first.setdefault(place, n) != n: tied[n] = first[place]
     save_file({n: t.detach().cpu().contiguous() for n, t in state.items() if n not in tied}, str(folder / "model.safetensors"), metadata={"format": "pt"})
     info = {"format": "pruned.v1", "class": class_of(model), **{k: build.get(k, {}) for k in ("modules", "classes", "config", "shapes")}, "tied": tied,
             "tensors": {n: list(t.shape) for n, t in state.items()}, "about": about, "example": build.get("example"), "answer": answer(model, build.get("example")),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()}, "sha256": digest_of_file(folder / "model.safetensors")}
+            "versions": {"pruning_bench": getattr(sys.modules.get("pruning_bench"), "__version__", None), "torch": torch.__version__, "python": platform.python_version()}, "sha256": digest_of_file(folder / "model.safetensors")}
     (folder / "model.json").write_text(json.dumps(info, indent=1))
