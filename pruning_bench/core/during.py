@@ -17,7 +17,7 @@ from .inputs import BadInput
 from .mask import listen
 from .space import folded
 
-# %% ../../nbs/core/13_during.ipynb #bc1c4ff9
+# %% ../../nbs/core/13_during.ipynb #8175ea09
 class Course:
     "A training under way: the space, the budget, how far it is, and what a rule remembers."
     def __init__(self, space, keep:float, steps:int, pattern=None):
@@ -33,8 +33,8 @@ class Course:
     def t(self)->float: # fraction of the training that is over
         return min(1., self.step / self.steps)
 
-    def w(self, name)->Tensor: # (rows, columns): the weight that is trained, for reading
-        return self.space.layers[name].matrix(self.weight[name].detach())
+    def w(self, name)->Tensor: # the weight that is trained, for reading: (rows, columns), or the (units,) norms of channels
+        return self.space.layers[name].matrix(self.weight[name].detach()) if self.space.unit == "weight" else self.space.w(name)
 
     def stored(self, name, m:Tensor)->Tensor: # (rows, columns) in the form the layer stores
         return folded(m, self.weight[name].shape, self.space.layers[name].perm)
@@ -87,22 +87,22 @@ class View(nn.Module):
         seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained})
         return torch.empty_like(w).copy_(folded(seen, self.shape, self.perm))   # of the same dtype and memory format
 
-# %% ../../nbs/core/13_during.ipynb #1e7af8c8
+# %% ../../nbs/core/13_during.ipynb #4f28b012
 @contextmanager
-def under(rule:Rule, space, # of weights
+def under(rule:Rule, space, # of weights; of channels for a rule without a view
           keep:float,       # fraction to keep
           steps:int,        # optimiser steps of the training inside the context
           pattern=None,     # a `Pattern` the rule should respect
     ): # yields the `Course`
     "Apply a rule to the training inside; raises `BadInput` when that was shorter than announced."
-    if space.unit != "weight": raise BadInput(f"a rule acts on single weights, and this space has {space.unit}s: prune weights, or choose a method that cuts between trainings")
+    if space.unit != "weight" and (space.unit != "channel" or rule.view): raise BadInput(f"this rule acts on single weights, and the space has {space.unit}s: prune weights, or choose a method that cuts between trainings")
     course = Course(space, keep, steps, pattern)
     space.apply({n: (space.w(n), course.open[n]) for n in course.names})
     rule.begin(course)
     course.state = {n: rule.state(course.w(n), course) for n in course.names}
     undo = [register_optimizer_step_post_hook(clock(rule, course)).remove]
     try:
-        for name in course.names: undo.append(dress(rule, course, name))
+        for name in course.names if space.unit == "weight" else (): undo.append(dress(rule, course, name))
         yield course
     finally:
         for undress in reversed(undo): undress()
