@@ -81,6 +81,16 @@ def test_what_is_saved_comes_back(name, tmp_path):
     assert not [f for f in tmp_path.iterdir() if f.name != "half"]
 
 
+def test_a_folder_and_save_pretrained_compose(tmp_path):
+    from transformers import LlamaForCausalLM
+    model, batch = made("llama")
+    prune(model, "l1-filter", .5, [batch], skip="*self_attn*").save(tmp_path / "half")
+    back = load_pruned(tmp_path / "half", llama())
+    assert back.config.intermediate_size == 24   # one number can say it, so the configuration does
+    back.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(out(LlamaForCausalLM.from_pretrained(tmp_path / "theirs").eval(), batch), out(model, batch))
+
+
 def test_ties_are_tied_again_and_gradients_flow(tmp_path):
     model, batch = made("llama")
     plan = prune(model, "l1-filter", .5, [batch])

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FORMULAS', 'Sizes', 'params', 'Products', 'products', 'rehearsed', 'Work', 'macs', 'latency']
 
-# %% ../../nbs/structured/44_budgets.ipynb #7c952457
+# %% ../../nbs/structured/44_budgets.ipynb #9eba81bc
 import copy, math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from ..core.budget import budget
 from ..core.inputs import BadInput, device_of, in_mode, move, seeded, size_of, some
 from ..core.meters import VECTORS, grouped, in_turns, plain, steady, stopwatch
-from .groups import cut, kept_slices, put_back, state_of
+from .groups import LISTENING, cut, kept_slices, put_back, state_of
 
 # %% ../../nbs/structured/44_budgets.ipynb #9b9eb3af
 class Sizes:
@@ -46,7 +47,7 @@ def params(space): # price of a decision
     price.heaviest = lambda kept: max(sizes.full, key=lambda p: sizes.of(p, kept))
     return price
 
-# %% ../../nbs/structured/44_budgets.ipynb #e0edf527
+# %% ../../nbs/structured/44_budgets.ipynb #5bcfbe3f
 FORMULAS = {**flop_registry, **VECTORS, **grouped(Tensor.numel)}
 
 class Products(TorchDispatchMode):
@@ -67,7 +68,10 @@ class Products(TorchDispatchMode):
 def products(space, batch)->list: # [(multiplications, parameter or None)], in order
     "Record one forward pass in evaluation mode."
     mode = Products(space.model)
-    with plain(space.model), seeded(0), in_mode(space.model, False), torch.no_grad(), mode: space.run(space.model, batch)
+    with ExitStack() as stack:
+        for clear in LISTENING: stack.enter_context(clear(space.model))   # attention in the form that it has after a cut
+        for part in (plain(space.model), seeded(0), in_mode(space.model, False), torch.no_grad(), mode): stack.enter_context(part)
+        space.run(space.model, batch)
     return mode.found
 
 # %% ../../nbs/structured/44_budgets.ipynb #7e34a4be
