@@ -63,8 +63,8 @@ def dataset(dtype):
     return torch.utils.data.TensorDataset(x.to(dtype), y)
 
 
-WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "ranks": (mlp, labelled, F.cross_entropy), "channels": (Residual, labelled, F.cross_entropy),
-          "blocks": (llama, ids, None), "examples": (mlp, dataset, F.cross_entropy)}
+WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "ranks": (mlp, labelled, F.cross_entropy), "channels": (Residual, labelled, F.cross_entropy), "heads": (llama, ids, None),
+          "blocks": (llama, ids, None), "residuals": (llama, ids, None), "examples": (mlp, dataset, F.cross_entropy)}
 NAMES = list(methods().method)
 
 
@@ -202,7 +202,7 @@ def test_bad_weights_are_refused_and_left_alone(name):
 def test_missing_data_is_refused_when_it_is_needed(name):
     model, data, loss = world(name)
     record = build(name, **settings_of(name))
-    needs = bool(record.needs) or getattr(record.recover, "steps", 0) or record.space in ("channels", "examples")
+    needs = bool(record.needs) or getattr(record.recover, "steps", 0) or record.space in ("channels", "heads", "examples")
     if not needs:
         assert prune(model, name, .5).density < 1
         return
@@ -217,5 +217,5 @@ def test_the_cost_is_recorded(name):
     _, plan = run(name)
     record = build(name)
     assert plan.cost["seconds"] > 0
-    runs = record.needs or getattr(record.recover, "steps", 0) or record.space == "channels"   # channels are found by running the model
+    runs = record.needs or getattr(record.recover, "steps", 0) or record.space in ("channels", "heads")   # channels are found by running the model
     assert (plan.cost["forward"] > 0) == bool(runs)
