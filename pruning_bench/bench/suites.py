@@ -42,7 +42,7 @@ def embedded()->list: # jobs
         + jobs("digits-data", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9))
         + jobs("digits-data-noisy", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9)))
 
-# %% ../../nbs/bench/99_suites.ipynb #370b2ebb
+# %% ../../nbs/bench/99_suites.ipynb #03533e59
 def real()->list: # jobs
     "Published networks and networks trained by recipe on real data, in the tiers for two cores."
     two_four = {"2:4": {"pattern": "2:4"}}
@@ -59,9 +59,9 @@ def smoke()->list: # jobs
 
 def oneshot()->list: # jobs
     "Criteria by themselves, on published ResNets without retraining; three seeds where a method draws something."
-    levels = (.5, .6, .7, .8, .9)
-    return [j for d in (20, 56) for j in jobs(f"cifar10-resnet{d}@oneshot", ["magnitude", "global-magnitude", "erk-magnitude", "lamp", "global-mp"], levels, (0,))
-        + jobs(f"cifar10-resnet{d}@oneshot", ["random", "obd", "wanda", "sparsegpt", "rd", "mfac"], levels)]
+    levels, costly = (.5, .6, .7, .8, .9), ["obd", "mfac"]   # a gradient for every calibration picture
+    return [j for d, more in ((20, costly), (56, [])) for j in jobs(f"cifar10-resnet{d}@oneshot", ["magnitude", "global-magnitude", "erk-magnitude", "lamp", "global-mp"], levels, (0,))
+        + jobs(f"cifar10-resnet{d}@oneshot", ["random", "wanda", "sparsegpt", *more], levels)]
 
 def retrained()->list: # jobs
     "Two epochs for everybody, whether the cut comes before them or on the way."
