@@ -221,3 +221,17 @@ def test_levels_by_hand():
     b = as_budget({"channels": .5, "round_to": 8, "at_least": {"a*": .3}, "at_most": {"b": 20}})
     assert levels({"a.weight": 20, "b": 30, "c": 5}, {"a.weight": 1, "b": 1, "c": 1}, b) == {"a.weight": [8, 16, 20], "b": [8, 16], "c": [5]}
     assert levels({"a": 12}, {"a": 4}, as_budget({"channels": .5, "round_to": 8})) == {"a": [2, 4, 6, 8, 10, 12]}
+
+
+def test_the_command_line_takes_a_budget():
+    from pruning_bench.bench.cli import read_sparsities
+    from pruning_bench.bench.run import by_lot, by_method
+    from pruning_bench.bench.tasks import task
+    assert read_sparsities("l1-filter", ["macs=0.5", "macs=.7"], {}) == ((.5, .7), {"budget": "macs"}) and read_sparsities("l1-filter", ["0.5"], {}) == ((.5,), {})
+    for wrong, said in ((["mac=0.5"], "did you mean macs"), (["macs=0.5", "0.5"], "in two runs"), (["macs=1.5"], "outside")):
+        with pytest.raises(BadInput, match=said): read_sparsities("l1-filter", wrong, {})
+    world = task("digits-cnn")
+    model, plan, _, _ = by_method(world, "l1-filter", .5, 0, {"budget": "macs"}, "cpu")
+    assert plan.budget["of"] == "macs" and plan.budget["achieved"] >= .5
+    chance = by_lot(world, "l1-filter", .5, 0, {"budget": "macs"}, "cpu")[1]   # the control has the same widths
+    assert {n: int(m.sum()) for n, m in chance.masks.items()} == {n: int(m.sum()) for n, m in plan.masks.items()}

@@ -287,12 +287,12 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_inductor_compiles_what_is_left():
     import shutil
     if not (shutil.which("g++") or shutil.which("clang++")): pytest.skip("no C++ compiler here")
-    for name in ("cnn", "vit"):
-        model, batch = made(name)
-        prune(model, "l1-filter", .5, [batch])
-        here = out(model, batch)
-        torch._dynamo.reset()
-        assert torch.allclose(out(torch.compile(model), batch), here, atol=1e-4 * here.abs().max().item())
+    model, batch = made("cnn")
+    prune(model, "l1-filter", .5, [batch])
+    here = out(model, batch)
+    torch._dynamo.reset()
+    assert torch.allclose(out(torch.compile(model), batch), here, atol=1e-4 * here.abs().max().item())

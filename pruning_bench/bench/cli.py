@@ -13,12 +13,13 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 from rich.table import Table
+from ..core.budget import BUDGETS
 from ..core.inputs import BadInput, choose, first_batch
 from ..core.method import CARDS, FAMILIES, methods as list_methods
 from ..core.pattern import as_pattern
 from . import board as boards, runner
 from .entry import entry_path, write_json
-from .run import REPLACED, frame, settled
+from .run import AROUND, REPLACED, frame, settled
 from .suites import SUITES, with_controls
 from .tasks import page, task as find_task, tasks as list_tasks
 
@@ -57,7 +58,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="wildcard, e.g. '*magnit
     emit(found if as_json else found[["method", "family", "stage", "space", "needs", "what"]], as_json)
 
 # %% ../../nbs/bench/97_cli.ipynb #f6749bac
-ALWAYS = (*REPLACED, "skip", "control") # settings of every method
+ALWAYS = (*REPLACED, *AROUND) # settings of every method
 
 def read_settings(method:str, pairs:list)->dict: # {name: value}
     "Read `--set name=value` arguments; raises `BadInput` for unknown names."
@@ -72,9 +73,11 @@ def read_settings(method:str, pairs:list)->dict: # {name: value}
     return settings
 
 def read_sparsities(method:str, texts:list, settings:dict)->tuple: # (sparsities, settings)
-    "Fractions as numbers; a pattern such as 2:4 moves to the settings with the sparsity it implies."
-    found = []
-    for text in texts:
+    "Fractions as numbers; a pattern such as 2:4 moves to the settings with the sparsity it implies, a resource as in macs=0.5 with its name."
+    found, kinds = [], list(dict.fromkeys(text.rpartition("=")[0] for text in texts))
+    if len(kinds) > 1: raise BadInput(f"one run has one budget, not {' and '.join(k or 'plain fractions' for k in kinds)}: ask in two runs")
+    if kinds[0]: choose(kinds[0], BUDGETS, "budget"); settings = {**settings, "budget": kinds[0]}
+    for text in (t.rpartition("=")[2] for t in texts):
         try: s = float(text)
         except ValueError:
             pattern = as_pattern(text)
@@ -104,7 +107,7 @@ def variant_of(settings:dict)->str: # "default" or "name=value,..."
 
 @app.command()
 def run(task: str, method: str,
-        sparsity: Annotated[Optional[list[str]], typer.Option(help="fraction to remove or a pattern such as 2:4; may be repeated; 0.5 if not given")] = None,
+        sparsity: Annotated[Optional[list[str]], typer.Option(help="fraction to remove, a pattern such as 2:4 or a budget such as macs=0.5; may be repeated; 0.5 if not given")] = None,
         seeds: Annotated[int, typer.Option(help="number of paired seeds", min=1)] = 3, device: str = "cpu",
         setting: Annotated[Optional[list[str]], typer.Option("--set", help="name=value, an argument of the method, a replaced part or skip; may be repeated")] = None,
         control: Annotated[Optional[list[str]], typer.Option(help="random, shuffled, scratch, scratch-b or smaller: a control to run beside the method; may be repeated")] = None,
