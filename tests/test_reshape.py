@@ -296,3 +296,15 @@ def test_inductor_compiles_what_is_left():
     here = out(model, batch)
     torch._dynamo.reset()
     assert torch.allclose(out(torch.compile(model), batch), here, atol=1e-4 * here.abs().max().item())
+
+
+def test_a_plan_travels_without_its_model(tmp_path):
+    import pickle
+    model, batch = made("cnn")
+    plan = prune(model, "l1-filter", .5, [batch])
+    for other in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan)):
+        assert other == plan and other.model is None and other.build == plan.build
+        other.save(tmp_path / "decision")
+        assert not (tmp_path / "decision" / "model.json").exists()
+        other.save(tmp_path / "both", model)   # unless the model is passed
+        assert torch.equal(out(load_pruned(tmp_path / "both", cnn), batch), out(model, batch))
