@@ -188,7 +188,7 @@ class Caller(TorchFunctionMode):
 
 WHOLE = {}   # function -> (rule, names of its arguments)
 
-# %% ../../nbs/structured/40_groups.ipynb #69a31a7d
+# %% ../../nbs/structured/40_groups.ipynb #3b51669d
 LISTENING = []   # functions of the model that give a context to listen in
 
 def hear(graph:Graph, model, batch, run, training:bool)->None:
@@ -197,7 +197,9 @@ def hear(graph:Graph, model, batch, run, training:bool)->None:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with seeded(0), in_mode(model, training), torch.no_grad(), Caller(graph), Listen(graph): out = run(model, batch)
+        with ExitStack() as stack, seeded(0), in_mode(model, training), torch.no_grad():
+            for way in LISTENING: stack.enter_context(way(model))
+            with Caller(graph), Listen(graph): out = run(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     for t in tensors(out):
         for f in graph.of(t): graph.freeze(f, "is an output of the model")
