@@ -83,7 +83,7 @@ def test_a_budget_is_met_within_one_unit(of, scope):
     model, batch = made("residual")
     space = Channels(model, [batch], stream=True)
     price, full = BUDGETS[of](space), {"params": parameters(model), "macs": macs(model, batch), "channels": sum(map(len, space.groups.values()))}
-    for remove in (.2, .5, .8):
+    for remove in (.2, .8) if of == "macs" else (.5,):
         net = copy.deepcopy(model)
         plan = prune(net, "l1-filter", {of: remove}, [batch], allocate=scope, stream=True)
         kept = {n: int(m.sum()) for n, m in plan.masks.items()}

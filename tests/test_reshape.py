@@ -59,7 +59,7 @@ def out(model, batch):
     return tensors(forward(model, batch))[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "resnet18" else n for n in MODELS])
 def test_what_is_saved_comes_back(name, tmp_path):
     model, batch = made(name)
     dense = sum(p.numel() for p in model.parameters())
@@ -155,6 +155,7 @@ def test_masks_on_what_is_left_come_back(tmp_path):
     assert masks_of(back).keys() == masks_of(model).keys() != set() and torch.equal(out(back, batch), out(model, batch))
 
 
+@pytest.mark.slow   # the chapter does the same with a residual network
 def test_a_fresh_process_needs_only_the_folder_and_the_class(tmp_path):
     torch.manual_seed(0)
     model = torchvision.models.squeezenet1_1(weights=None).eval()
