@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning_bench import BadInput, build, methods, prune
+from pruning_bench.core.allocate import global_
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.method import CARDS
 from pruning_bench.core.pattern import count_of
@@ -106,6 +107,8 @@ def test_counts_are_exact(name, sparsity):
     if record.pattern.name == "per_row":
         assert all((m.sum(-1) == count_of(keep, m.shape[-1])).all() for m in plan.masks.values())
     elif plan.space == "weights":
+        assert sum(int(m.sum()) for m in plan.masks.values()) == count_of(keep, total)
+    elif record.allocate is global_:
         assert sum(int(m.sum()) for m in plan.masks.values()) == count_of(keep, total)
     else:
         assert all(int(m.sum()) == max(1, count_of(keep, m.numel())) for m in plan.masks.values())

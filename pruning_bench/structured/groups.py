@@ -431,7 +431,7 @@ def left_out(g, dead, first, names)->dict: # {parameter: reason}
         if name in out and (whys := dead[start:start + len(atoms)]).max() >= 0: out[name] = g.frozen[whys.max()][1]
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #6662451f
+# %% ../../nbs/structured/40_groups.ipynb #b586c690
 def note_of(g:Group)->str:
     "What is special about a group."
     return ", ".join(filter(None, ["one unit: nothing to choose" * (len(g) == 1), "residual stream" * g.stream, g.why and f"not exact: {g.why}", g.guess and f"to be rehearsed: {g.guess}"]))
@@ -452,6 +452,7 @@ def page_of(c:Coupling)->str: # HTML
     fixed_ones = [f"<li>{html.escape(n)}: {html.escape(why)}</li>" for n, (_, why) in c.frozen.items()] + [f"<li>{html.escape(n)}: never ran on the example</li>" for n in c.silent]
     return f"{''.join(folds)}<details><summary>{len(fixed_ones)} layers fixed</summary><ul>{''.join(fixed_ones)}</ul></details>"
 
+# %% ../../nbs/structured/40_groups.ipynb #e2497273
 def table_of(c:Coupling): # pandas DataFrame
     "Groups first, then what is fixed, with its reason."
     import pandas as pd
@@ -885,7 +886,10 @@ def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the grou
     first = lambda some: {n: torch.arange(len(g)) > 0 for n, g in some.items()}
     def runs(some):
         try: rehearse(double, example, run, kept_slices(double, some, first(some)))
-        except BadInput as e: return e
+        except BadInput as e:
+            if double is model or not isinstance(e.__cause__, NotImplementedError): return e
+            try: rehearse(model, batch, run, kept_slices(model, some, first(some)))   # the cut model asks for values
+            except BadInput as e: return e
     wrong = culprits(groups, runs)
     left = {n: g for n, g in groups.items() if n not in wrong}
     if wrong and (not left or runs(left)): raise next(iter(wrong.values()))
@@ -930,7 +934,7 @@ def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: #
 def close(a:Tensor, b:Tensor)->bool: # equal up to rounding
     "Whether two outputs agree."
     eps = {torch.float64: 1e-6, torch.float32: 1e-3}.get(a.dtype, 5e-2)
-    return a.shape == b.shape and (a.numel() == 0 or torch.allclose(a, b, rtol=0, atol=eps * a.abs().max().item(), equal_nan=True))
+    return a.shape == b.shape and (a.numel() == 0 or torch.allclose(a, b, rtol=0, atol=eps * a.nan_to_num().abs().max().item(), equal_nan=True))
 
 def alike_in_shape(a:Tensor, b:Tensor)->bool:
     "What is left to check when removing is not the same as masking."
