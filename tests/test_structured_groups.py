@@ -11,7 +11,7 @@ from torch import nn
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.inputs import forward
 from pruning_bench.core.mask import masks_of
-from pruning_bench.structured.groups import Channels, components, coupling, gone, tensors
+from pruning_bench.structured.groups import Channels, components, coupling, cut, gone, kept_slices, tensors
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -117,6 +117,67 @@ def test_a_plan_rebuilds_the_model(make, tmp_path):
     twin = copy.deepcopy(fresh)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(out(twin, batch), out(model, batch)) and {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+def permuted(model, groups):
+    "Units of every group in another order, in every tensor."
+    named, generator = dict(model.named_parameters()) | dict(model.named_buffers()), torch.Generator().manual_seed(2)
+    for g in groups:
+        order = torch.randperm(len(g), generator=generator).numpy()
+        for (p, d), index in g.members.items():
+            source = named[p].data.clone()
+            named[p].data.index_copy_(d, torch.as_tensor(index.ravel()), source.index_select(d, torch.as_tensor(index[order].ravel())))
+    return model
+
+@pytest.mark.parametrize("make", models)
+def test_units_have_no_order(make):
+    model, batch = ready(make)
+    try: groups = Channels(model, [batch], stream=True).groups.values()
+    except BadInput: pytest.skip("nothing to prune")
+    before = out(model, batch)
+    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-9 * before.abs().max()
+
+@pytest.mark.parametrize("middle, why", [(nn.LayerNorm(8), "layer norm"), (nn.RMSNorm(8), "mean"), (nn.Softmax(-1), "softmax")])
+def test_what_mixes_channels_is_prunable_and_says_so(middle, why):
+    model, x = nn.Sequential(nn.Linear(3, 8), middle, nn.Linear(8, 2)).double(), torch.randn(4, 3).double()
+    [group] = coupling(model, x).groups
+    assert not group.exact and why in group.why and len(group) == 8
+    plan = prune(model, "l1-filter", .5, data=[x])
+    assert plan.masks[group.name].sum() == 4 and model(x).shape == (4, 2) and model[2].in_features == 4
+    if not isinstance(middle, nn.Softmax): assert tuple(model[1].normalized_shape) == (4,)
+
+@pytest.mark.parametrize("groups, units", [(4, 4), (8, 8), (1, 8)])
+def test_group_norm(groups, units):
+    model, x = nn.Sequential(nn.Conv2d(1, 8, 1), nn.GroupNorm(groups, 8), nn.Conv2d(8, 2, 1)), torch.randn(2, 1, 4, 4)
+    [group] = coupling(model, x).groups
+    assert len(group) == units and group.exact == (groups > 1)
+
+def test_channel_shuffle_is_a_permutation():
+    class Shuffle(nn.Module):
+        def forward(self, x): b, c, h, w = x.shape; return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+    [group] = coupling(nn.Sequential(nn.Conv2d(1, 6, 1), Shuffle(), nn.Conv2d(6, 1, 1)), torch.randn(2, 1, 4, 4)).groups
+    assert group.members["0.weight", 0].tolist() == [[0, 3], [1, 4], [2, 5]] and group.members["2.weight", 1].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_go_as_a_whole(cell):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.cell, self.b = nn.Linear(3, 6), cell(6, 8, 2, bidirectional=True, batch_first=True), nn.Linear(16, 2)
+        def forward(self, x): return self.b(self.cell(self.a(x))[0])
+    torch.manual_seed(0)
+    model, x = Net().double().eval(), torch.randn(2, 5, 3).double()
+    space = Channels(model, [x])
+    assert sorted(len(g) for g in space.groups.values()) == [6, 8] and all(g.exact for g in space.groups.values())
+    unread, choice = copy.deepcopy(model), lottery(space)
+    for (p, d), lost in gone(space.groups, {n: k for n, (_, k) in choice.items()}).items():
+        if any((p, d) in g.consumes for g in space.groups.values()): unread.get_parameter(p).data.index_fill_(d, torch.as_tensor(lost), 0)
+    cut(model, kept_slices(model, space.groups, {n: k for n, (_, k) in choice.items()}))
+    assert torch.allclose(out(model, x), out(unread, x), atol=1e-12) and model.cell.hidden_size == 4 and model.cell.input_size == 3
+
+def test_every_parameter_is_accounted_for():
+    for make in (SMALL["resnet18"], SMALL["unet"], SMALL["vit"]):
+        model, batch = ready(make)
+        c = coupling(model, batch)
+        known = {p for g in c.groups for p, _ in g.members} | set(c.frozen) | set(c.silent) | set(c.others)
+        assert {n for n, _ in model.named_parameters()} <= known and all(why for why in c.others.values())
 
 def test_attributes_follow():
     model, batch = ready(SMALL["mobilenet_v2"])
