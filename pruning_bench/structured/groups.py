@@ -545,7 +545,7 @@ def along(g, outs, a):
     for d in dims: left = [h for f in left for h in pin(g, f, d, f"`{g.op}` runs along it")]
     return left
 
-# %% ../../nbs/structured/40_groups.ipynb #9a181725
+# %% ../../nbs/structured/40_groups.ipynb #e8ba2a49
 def blocks(old, new)->list: # [(axes of the old shape, axes of the new one)]
     "Factor both shapes into the smallest blocks with equal products."
     o, n, out = [d for d, k in enumerate(old) if k > 1], [d for d, k in enumerate(new) if k > 1], []
@@ -567,6 +567,7 @@ def strided(g, outs, a):
     except RuntimeError: same = False
     return reshape(g, outs, a) if same and a.storage_offset in (None, a.self.storage_offset()) else unknown(g, outs, a)
 
+# %% ../../nbs/structured/40_groups.ipynb #9c99b416
 @rule("view", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias")
 def reshape(g, outs, a):
     "Atoms keep their order in memory; what comes to lie along several axes is decided later."
