@@ -47,9 +47,8 @@ def test_half_of_the_multiplications_is_nearly_twice_as_fast(name, batch):
         promised, factor = rows[label] = delivered(dense, request, batch)
         print(f"\n{name}, batch {batch}, {DEVICE}, {label}: promised {promised:.2f}, delivered {'unstable' if factor is None else f'{factor:.2f}, share {factor / promised:.2f}'}")
         if factor is not None and factor >= PROMISE * promised: return
-    if all(factor is None for _, factor in rows.values()): pytest.skip("the machine was too busy to say anything")
-    promised, factor = rows["macs in steps of 32"] if rows["macs in steps of 32"][1] is not None else rows["macs"]
-    assert factor >= PROMISE * promised
+    if any(factor is None for _, factor in rows.values()): pytest.skip("the machine was too busy to say anything")
+    assert max(factor / promised for promised, factor in rows.values()) >= PROMISE
 
 
 @pytest.mark.timeout(1800)
