@@ -8,7 +8,7 @@ __all__ = ['FREE', 'QUERY', 'KEY', 'WIDTHS', 'INNER', 'attention', 'index', 'put
            'liberate', 'clearly', 'shape_of', 'heads_of', 'recount', 'rewidth', 'facts', 'fit_config', 'agree',
            'config_fits', 'Heads', 'gate_gradient', 'gate', 'attention_heads']
 
-# %% ../../nbs/structured/42_attention.ipynb #3f49384c
+# %% ../../nbs/structured/42_attention.ipynb #39c61416
 import copy, functools, math
 from contextlib import contextmanager
 import numpy as np
@@ -21,7 +21,7 @@ from ..core.method import Method, register
 from ..core.score import score
 from ..core.space import space
 from ..core.stats import provider, sample_gradients
-from .groups import AFTER_CUT, LISTENING, Channels, apart, covers, give_up, lay, meet, pin, rule, unknown, vector
+from .groups import AFTER_CUT, LISTENING, Channels, apart, lay, meet, pin, rule, unknown, vector
 
 # %% ../../nbs/structured/42_attention.ipynb #3a9cbd0f
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
