@@ -330,3 +330,15 @@ def test_a_good_choice_beats_a_lottery_after_recalibration_on_digits():
             rows.append(cnn.evaluate(model, "validation")["accuracy"])
     lottery, greedy = torch.tensor(rows).view(3, 2).mean(0)
     assert greedy > lottery + .05
+
+@pytest.mark.slow
+def test_readers_of_heads_and_gated_layers_are_refitted():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)).eval()
+    ids = [{"input_ids": torch.randint(0, 48, (8, 16))} for _ in range(8)]
+    def error(solve):
+        model = copy.deepcopy(dense)
+        prune(model, "obspa", .25, ids, solve=solve)
+        with torch.no_grad(): return (model(**ids[0]).logits - dense(**ids[0]).logits).square().mean().item()
+    assert error("compensate") < .6 * error("zero")
