@@ -7,6 +7,7 @@ from pathlib import Path
 from pruning_bench.core.inputs import BadInput, batch_loss
 from pruning_bench.core.method import Method, build, cite, methods, prune, register
 from pruning_bench.core.plan import Plan, load_plan
+from pruning_bench.structured.reshape import load_pruned
 
 for _family in ("weight", "structured", "diffusion", "data"):   # importing a method registers it
     for _module in pkgutil.iter_modules([str(Path(__file__).parent / _family)]):

@@ -15,9 +15,9 @@ __all__ = ['RULES', 'WHOLE', 'LISTENING', 'AFTER_CUT', 'fixed', 'lay', 'covers',
            'said', 'writers', 'rewrite', 'mask_out', 'state_of', 'put_back', 'outputs', 'rehearse', 'rehearsed',
            'culprits', 'misread', 'cut_and_compare', 'close', 'alike_in_shape', 'cut_if_it_fits']
 
-# %% ../../nbs/structured/40_groups.ipynb #f7d047cc
+# %% ../../nbs/structured/40_groups.ipynb #018b12d4
 import copy, math, re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -215,7 +215,7 @@ def heard(model:nn.Module, batch, run)->Graph:
     for b, k in zip(model.buffers(), kept): b.data.copy_(k)
     return graph
 
-# %% ../../nbs/structured/40_groups.ipynb #a1b0b2a9
+# %% ../../nbs/structured/40_groups.ipynb #a9f9b782
 def ghost(model:nn.Module)->nn.Module: # a copy without numbers
     "The same modules with tensors on the meta device; tied weights stay tied."
     same, memo = {}, {}
@@ -227,7 +227,8 @@ def ghost(model:nn.Module)->nn.Module: # a copy without numbers
 def observe(model:nn.Module, batch, # the example
             run=forward,            # `run(model, batch)`
     )->Graph:
-    "Listen to a ghost of the model, or to the model itself when its code asks for values."
+    "Listen to a ghost of the model, or to the model itself when its code asks for values, or when `run` is not ours."
+    if run is not forward: return heard(model, batch, run)
     try: return heard(ghost(model), move(batch, "meta"), run)
     except Exception: return heard(model, batch, run)
 
@@ -877,13 +878,14 @@ def rehearse(model:nn.Module, batch, run, slices:dict)->None:
         raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
     finally: put_back(state)
 
-# %% ../../nbs/structured/40_groups.ipynb #c8b72ab8
+# %% ../../nbs/structured/40_groups.ipynb #883dbf4e
 def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the groups that can be cut
     "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also compare; fix the groups that fail."
-    try:
-        double, example = ghost(model), move(batch, "meta")
-        outputs(double, lambda: run(double, example))
-    except Exception: double, example = model, batch   # its code asks for values
+    double, example = model, batch
+    if run is forward:
+        with suppress(Exception):   # its code may ask for values
+            outputs(twin := ghost(model), lambda: run(twin, move(batch, "meta")))
+            double, example = twin, move(batch, "meta")
     first = lambda some: {n: torch.arange(len(g)) > 0 for n, g in some.items()}
     def runs(some):
         try: rehearse(double, example, run, kept_slices(double, some, first(some)))
@@ -921,7 +923,7 @@ def misread(model:nn.Module, groups:dict, kept:dict, run): # an error or None
         put_back(state)
         for p, t in kept_data.items(): model.get_parameter(p).data = t
 
-# %% ../../nbs/structured/40_groups.ipynb #f42f6344
+# %% ../../nbs/structured/40_groups.ipynb #7301d6ad
 def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: # `run()` -> outputs; what mixes channels can only be compared in shape
     "Cut, and compare with the masked model; a difference undoes the cut and raises `BadInput`."
     before, state = outputs(model, run), state_of(model)
