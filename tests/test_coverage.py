@@ -7,7 +7,7 @@ from pruning_bench import BadInput
 from pruning_bench.structured.coverage import cover, coverage, half, lottery, multiplications, zoo
 from pruning_bench.structured.groups import Channels
 
-SMALL = ("alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5", "regnet_y_400mf", "UNet2DModel")
+SMALL = ("alexnet", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
 models = [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in zoo()]
 
 @pytest.mark.parametrize("name", models)

@@ -44,9 +44,9 @@ def conditional():
                                  norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     return model, {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 500]), "encoder_hidden_states": torch.randn(2, 7, 32)}
 
-SMALL = {"cnn": lambda: (cnn(), IMAGE), "resnet18": vision("resnet18"), "mobilenet_v2": vision("mobilenet_v2"), "shufflenet": vision("shufflenet_v2_x0_5"),
-         "vit": vit, "llama": llama, "unet": unet, "conditional unet": conditional}
-LARGE = {"vgg11_bn": vision("vgg11_bn"), "densenet121": vision("densenet121"), "efficientnet_b0": vision("efficientnet_b0"), "googlenet": vision("googlenet", init_weights=False),
+SMALL = {"cnn": lambda: (cnn(), IMAGE), "resnet18": vision("resnet18"), "shufflenet": vision("shufflenet_v2_x0_5"),
+         "vit": vit, "llama": llama, "unet": unet}
+LARGE = {"mobilenet_v2": vision("mobilenet_v2"), "conditional unet": conditional, "vgg11_bn": vision("vgg11_bn"), "densenet121": vision("densenet121"), "efficientnet_b0": vision("efficientnet_b0"), "googlenet": vision("googlenet", init_weights=False),
          "squeezenet": vision("squeezenet1_1"), "regnet": vision("regnet_y_400mf"), "convnext": vision("convnext_tiny"), "swin": vision("swin_t"), "vit_b_16": lambda: (torchvision.models.vit_b_16(weights=None, image_size=32), IMAGE)}
 models = [pytest.param(m, id=n) for n, m in SMALL.items()] + [pytest.param(m, id=n, marks=pytest.mark.slow) for n, m in LARGE.items()]
 
@@ -133,8 +133,8 @@ def test_units_have_no_order(make):
     model, batch = ready(make)
     try: groups = Channels(model, [batch], stream=True).groups.values()
     except BadInput: pytest.skip("nothing to prune")
-    before = out(model, batch)
-    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-9 * before.abs().max()
+    before = out(model, batch)   # norms of LLaMA compute in single precision whatever the model
+    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-6 * before.abs().max()
 
 @pytest.mark.parametrize("middle, why", [(nn.LayerNorm(8), "layer norm"), (nn.RMSNorm(8), "mean"), (nn.Softmax(-1), "softmax")])
 def test_what_mixes_channels_is_prunable_and_says_so(middle, why):
