@@ -180,7 +180,7 @@ def test_every_parameter_is_accounted_for():
         assert {n for n, _ in model.named_parameters()} <= known and all(why for why in c.others.values())
 
 def test_attributes_follow():
-    model, batch = ready(SMALL["mobilenet_v2"])
+    model, batch = ready(LARGE["mobilenet_v2"])
     prune(model, "l1-filter", .5, data=[batch])
     for m in model.modules():
         if isinstance(m, nn.Conv2d): assert (m.out_channels, m.in_channels // m.groups) == m.weight.shape[:2]

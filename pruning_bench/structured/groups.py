@@ -878,7 +878,7 @@ def rehearse(model:nn.Module, batch, run, slices:dict)->None:
         raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
     finally: put_back(state)
 
-# %% ../../nbs/structured/40_groups.ipynb #883dbf4e
+# %% ../../nbs/structured/40_groups.ipynb #cb309b82
 def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the groups that can be cut
     "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also compare; fix the groups that fail."
     double, example = model, batch
@@ -907,6 +907,7 @@ def culprits(some:dict, test)->dict: # {name: error}; `test(groups)` -> error or
     if error is None or len(names) == 1: return {n: error for n in names if error}
     return culprits({n: some[n] for n in names[::2]}, test) | culprits({n: some[n] for n in names[1::2]}, test)
 
+# %% ../../nbs/structured/40_groups.ipynb #4c086dcb
 def misread(model:nn.Module, groups:dict, kept:dict, run): # an error or None
     "Whether a cut computes something else than the dense model in which nobody reads the removed units."
     reads, state = {key for g in groups.values() for key in g.consumes}, state_of(model)
