@@ -192,7 +192,7 @@ def page(table:pd.DataFrame)->str: # HTML
         section["boards"].append(dict(name=name, about=heading(part), svg=svg(part), columns=list(text.columns), rows=cells))
     return PAGE.render(style=STYLE, sort=SORT, about=ABOUT, sections=sections.values())
 
-# %% ../../nbs/bench/96_board.ipynb #ac7022a5
+# %% ../../nbs/bench/96_board.ipynb #ccb7bb9b
 BEGIN, END = "<!-- BEGIN LEADERBOARD -->", "<!-- END LEADERBOARD -->"
 
 def between(text:str, new:str)->str: # the text with its generated part replaced
@@ -216,7 +216,7 @@ def digest_board(table:pd.DataFrame)->str: # Markdown for the first page
         name, part = next(((n, p) for n, p in parts if n == STAGES["after_recover"]), parts[-1])
         part = part[part.sparsity == part.sparsity.max()]
         chosen = pd.concat([part.dropna(subset=["value"]).head(3), part[part.control].head(1)]).drop_duplicates(["method", "variant"])
-        lines += [dict(task=f"[{task}](leaderboard/README.md#{task})", board=name, sparsity=f"{r.sparsity:.3g}", method=label(r), result=f"{r.metric} {spread(r)}", dense=number(r.dense)) for r in chosen.itertuples()]
+        lines += [dict(task=f"[{task}](leaderboard/README.md#{re.sub('[^a-z0-9_-]', '', task)})", board=name, sparsity=f"{r.sparsity:.3g}", method=label(r), result=f"{r.metric} {spread(r)}", dense=number(r.dense)) for r in chosen.itertuples()]
     return markdown(pd.DataFrame(lines))
 
 def from_notebook(path)->str: # Markdown
