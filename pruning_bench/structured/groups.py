@@ -783,7 +783,7 @@ def kept_slices(model:nn.Module, groups:dict, kept:dict)->dict: # {parameter: {d
     for (p, d), lost in gone(groups, kept).items(): out.setdefault(p, {})[d] = np.setdiff1d(np.arange(shape[p][d]), lost).tolist()
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #2d6611c9
+# %% ../../nbs/structured/40_groups.ipynb #4bc6da7e
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must go with one channel."
@@ -805,7 +805,7 @@ class Channels:
     def names(self): return list(self.groups)
     def cost(self, name): return 1.
     def alive(self, name): return self.kept[name].to(next(self.model.parameters()).device)
-    def w(self, name): return self.reduce(name, {n: l.read().float().square() for n, l in self.layers.items()}).sqrt()
+    def w(self, name): return self.reduce(name, {p: self.layers[p].read().float().square() for p, _ in self.groups[name].produces if p in self.layers}).sqrt()
 
     def reduce(self, name, leaf): # sum over the rows that write each unit
         rows = [(leaf[p].sum(1), i) for (p, d), i in self.groups[name].members.items() if (p, d) in self.groups[name].produces and p in leaf]
