@@ -419,8 +419,7 @@ class Block(nn.Module):
 def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
     "Half of the inner channels of a small residual network, trained with weight decay; batch norms recalibrated, nothing retrained."
     from pruning_bench.bench.embedded import digits
-    from pruning_bench.core.recover import finetune
-    from pruning_bench.weight.lottery import recalibrate
+    from pruning_bench.core.recover import finetune, renew_norms
     @criterion()
     def worst(space, batches=None, loss=None): return {n: -s for n, s in group_norm.read(space).items()}
     images, classes = map(torch.cat, zip(*map(digits, ("train", "validation", "test"))))
@@ -434,7 +433,7 @@ def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
         def tried(name, method, seed=0, **how):
             model = copy.deepcopy(net)
             prune(model, method, .5, batches[:4], F.cross_entropy, allocate="uniform", seed=seed, **how)
-            recalibrate(model, batches[:16]).eval()
+            renew_norms(model, batches[:16]).eval()
             with torch.no_grad(): reached.setdefault(name, []).append(100 * (model(images[order[1000:]]).argmax(1) == classes[order[1000:]]).float().mean().item())
         for name, how in {"l1": dict(method="depgraph", p=1), "l2": dict(method="depgraph"), "fpgm": dict(method="fpgm"), "worst": dict(method="depgraph", score=worst)}.items(): tried(name, **how)
         for lottery in range(5): tried("random", "rand-struct", lottery)

@@ -13,10 +13,10 @@ from pruning_bench.core.allocate import global_
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import hold, masks_of
 from pruning_bench.core.pattern import n_m, per_row, unstructured
-from pruning_bench.core.recover import after_training, finetune, go_back
+from pruning_bench.core.recover import after_training, finetune, go_back, renew_norms
 from pruning_bench.core.schedule import cubic, cuts, geometric
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.lottery import barrier, distance, late, mix, overlap, path, recalibrate
+from pruning_bench.weight.lottery import barrier, distance, late, mix, overlap, path
 from pruning_bench.weight.rounds import adaptive, pq_index, silent, soup_of, standing, start_w, surplus, waking
 
 
@@ -157,18 +157,18 @@ def test_paths_between_children_of_a_ticket_stay_sparse():
     for i, child in enumerate(children): finetune(5, 1e-2)(child, batches(i), F.cross_entropy)
     assert max(path(*children, lambda m: sum(int((w != 0).sum()) for w in m.parameters() if w.dim() > 1))) <= total(masks_of(net))
 
-def test_recalibrate_is_the_mean_over_batches_and_touches_nothing_else():
+def test_renewed_norms_are_the_mean_over_batches_and_touches_nothing_else():
     net, data = conv(), batches()
     finetune(4, 1e-2)(net, data, F.cross_entropy)
     net.eval()
     before = copy.deepcopy(net)
-    assert recalibrate(net, []) is net and equal(net.state_dict(), before.state_dict())
-    recalibrate(net, (b for b in data)); recalibrate(net, data)
+    assert renew_norms(net, []) is net and equal(net.state_dict(), before.state_dict())
+    renew_norms(net, (b for b in data)); renew_norms(net, data)
     with torch.no_grad(): first = torch.cat([net[0](x) for x, _ in data])
     assert torch.allclose(net[1].running_mean, first.mean((0, 2, 3)), atol=1e-6) and not torch.allclose(net[1].running_mean, before[1].running_mean)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters())) and net[1].momentum == .1 and not any(m.training for m in net.modules())
     plain = mlp()
-    assert recalibrate(plain, iter(())) is plain
+    assert renew_norms(plain, iter(())) is plain
 
 
 # soups

@@ -11,11 +11,11 @@ from torch import nn
 
 from pruning_bench import BadInput, prune
 from pruning_bench.core.inputs import in_mode
-from pruning_bench.core.recover import finetune
+from pruning_bench.core.recover import finetune, renew_norms
 from pruning_bench.structured.groups import Channels
 from pruning_bench.structured.search import (Residuals, block_cka, block_lists, cka, crop, dressed, ends_of, evolved, gated, joined,
                                              precrop, whole)
-from pruning_bench.structured.supernets import (Mixed, Widths, best_widths, distilled, measure_norms, mixture, pool, ranked, readers)
+from pruning_bench.structured.supernets import (Mixed, Widths, best_widths, distilled, mixture, pool, ranked, readers)
 
 WEIGHTS = {"a": 1, "b": 2, "c": 4}
 
@@ -365,7 +365,7 @@ def test_the_added_gradient_is_that_of_the_written_loss():
 def test_norms_are_plain_means_over_the_batches():
     net, data = chain().train(), batches(4)
     with torch.no_grad(): seen = [net[0](x) for x, _ in data]
-    measure_norms(net, data)
+    renew_norms(net, data)
     assert torch.allclose(net[1].running_mean, torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0))
     assert torch.allclose(net[1].running_var, torch.stack([s.var((0, 2, 3)) for s in seen]).mean(0))
     assert net[1].momentum == .1 and all(m.training for m in net.modules())
@@ -423,7 +423,7 @@ def test_narrow_networks_from_a_supernet_are_far_ahead_of_those_cut_from_the_den
         for name in ("l1-filter", "ofa"):
             net = cnn.dense(seed)
             prune(net, name, .75, cnn.batches(seed), F.cross_entropy, recover=cnn.recover if name == "ofa" else "none", seed=seed)
-            measure_norms(net, cnn.calibration(seed))
+            renew_norms(net, cnn.calibration(seed))
             made[name] = cnn.evaluate(net, "validation")["accuracy"]
         gain.append(made["ofa"] - made["l1-filter"])
     assert sum(gain) / 3 > .05

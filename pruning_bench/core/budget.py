@@ -6,17 +6,17 @@
 __all__ = ['BUDGETS', 'BOUNDS', 'budget', 'channels', 'Budget', 'as_budget', 'levels', 'units', 'meet', 'filled', 'bounded',
            'width_of', 'blame', 'within', 'account']
 
-# %% ../../nbs/core/14_budget.ipynb #db4808b3
+# %% ../../nbs/core/14_budget.ipynb #5ad60a27
 import inspect, math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from numbers import Real
 from types import SimpleNamespace
 import torch
 from .inputs import BadInput, choose
 from .allocate import as_left
+from .space import matches
 
 # %% ../../nbs/core/14_budget.ipynb #f88075af
 BUDGETS = {}   # resource -> function (space, options) -> price, a function {group: units kept} -> cost
@@ -61,18 +61,17 @@ def as_budget(request): # `{"macs": .5, "round_to": 8}` -> Budget; None for a pl
     if not isinstance(rest.get("round_to", 1), int) or rest.get("round_to", 1) < 1: raise BadInput(f"round_to={rest['round_to']!r} is not a positive whole number: write for instance 8")
     return Budget(of, float(remove), **{k: rest[k] for k in BOUNDS if k in rest}, options={k: v for k, v in rest.items() if k not in BOUNDS})
 
-# %% ../../nbs/core/14_budget.ipynb #6d3147c8
+# %% ../../nbs/core/14_budget.ipynb #4d0208e2
 def levels(sizes:dict,  # {group: units}
            widths:dict, # {group: channels per unit}
            b:Budget)->dict: # {group: numbers of units it may come to, ascending}
     "Read the bounds; raises `BadInput` for a group that would vanish and for bounds that contradict each other."
-    fits = lambda n, p: fnmatch(n, p) or fnmatch(n, f"{p}.*")
     for p in (*b.at_least, *b.at_most):
-        if not any(fits(n, p) for n in sizes): raise BadInput(f"no group is called {p!r}: groups are called {', '.join([*sizes][:3])}{', ...' if len(sizes) > 3 else ''}")
+        if not any(matches(n, p) for n in sizes): raise BadInput(f"no group is called {p!r}: groups are called {', '.join([*sizes][:3])}{', ...' if len(sizes) > 3 else ''}")
     out = {}
     for n, size in sizes.items():
-        low = max([1, *(min(size, units(v, size, math.ceil)) for p, v in b.at_least.items() if fits(n, p))])
-        high = min([size, *(units(v, size, math.floor) for p, v in b.at_most.items() if fits(n, p))])
+        low = max([1, *(min(size, units(v, size, math.ceil)) for p, v in b.at_least.items() if matches(n, p))])
+        high = min([size, *(units(v, size, math.floor) for p, v in b.at_most.items() if matches(n, p))])
         step = b.round_to // math.gcd(b.round_to, widths[n])
         out[n] = [k for k in range(low, high + 1) if k % step == 0 or k == size]
         if high < 1: raise BadInput(f"group {n!r} would vanish: at_most leaves none of its {size} units; leave at least one, or name it in skip=")

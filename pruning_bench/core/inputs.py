@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'choose', 'as_batches', 'is_pair', 'seeded', 'first_batch', 'as_dataset', 'move', 'device_of', 'forward',
-           'some', 'size_of', 'batch_loss', 'as_loss', 'own_loss', 'in_mode']
+           'some', 'size_of', 'runner', 'batch_loss', 'as_loss', 'own_loss', 'in_mode']
 
 # %% ../../nbs/core/00_inputs.ipynb #3efcb091
 import difflib, functools, random
@@ -106,7 +106,11 @@ def size_of(batch)->int: # examples in the batch
     inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
-# %% ../../nbs/core/00_inputs.ipynb #6bec362b
+# %% ../../nbs/core/00_inputs.ipynb #30ab5020
+def runner(loss): # function (model, batch) -> output
+    "How to run a model once: as the loss does when it runs the model itself, else a plain forward pass."
+    return loss if getattr(loss, "runs_model", False) else forward
+
 def batch_loss(fn): # fn(model, batch) -> scalar tensor
     "Mark a loss that runs the model itself."
     fn.runs_model = True

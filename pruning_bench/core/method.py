@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FAMILIES', 'STAGES', 'CARDS', 'PAST', 'Method', 'drive', 'Card', 'register', 'build', 'methods', 'cite',
-           'keep_of', 'check', 'Ledger', 'resolve', 'unknown', 'take', 'prune', 'built', 'magnitude_', 'random']
+           'keep_of', 'check', 'Ledger', 'resolve', 'unknown', 'take', 'Job', 'ready', 'built', 'prune', 'magnitude_',
+           'random']
 
 # %% ../../nbs/core/11_method.ipynb #9a9794f7
 import inspect, time, warnings, weakref
@@ -134,7 +135,7 @@ def cite(*names:str)->str: # markdown list
     link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
     return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (choose(n, CARDS, "method") for n in names))
 
-# %% ../../nbs/core/11_method.ipynb #1b133124
+# %% ../../nbs/core/11_method.ipynb #e27d3a1a
 def keep_of(sparsity, # fraction to remove, or a pattern such as "2:4"
             pattern:Pattern)->float: # fraction to keep
     "The budget as a fraction to keep."
@@ -165,7 +166,7 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     if trains or any(r.reads_loss for r in readers):
         with torch.no_grad(), in_mode(model, False): as_loss(loss)(model, first_batch(data))
     if method.pattern.fixed is not None and method.allocate not in (uniform, as_left):
-        warnings.warn(f"pattern {method.pattern.name} fixes the density of every layer: the allocation has no effect", stacklevel=3)
+        warnings.warn(f"pattern {method.pattern.name} fixes the density of every layer: the allocation has no effect", stacklevel=4)
 
 # %% ../../nbs/core/11_method.ipynb #c18b7ae2
 class Ledger:
@@ -194,7 +195,7 @@ class Ledger:
     def __call__(self)->dict: # JSON values; `peak_bytes` is None where nobody can measure it
         return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, forward=self.forward, backward=self.backward, samples=self.samples)
 
-# %% ../../nbs/core/11_method.ipynb #5a1a9489
+# %% ../../nbs/core/11_method.ipynb #d542bc2f
 def resolve(method, parts:dict, settings:dict, sparsity)->tuple: # (Method, sparsity)
     "Read names, records and overrides into one record."
     record = method if isinstance(method, Method) else build(method, **settings) if method else Method(**settings and unknown(settings))
@@ -213,17 +214,48 @@ def unknown(settings:dict):
     "Settings without a method: point at the nearest part."
     choose(next(iter(settings)), dict.fromkeys([*PARTS, "space", "skip", "seed", "calibration"]), "argument of prune")
 
-def take(data, n:int)->list: # batches with about n examples in all
+def take(data, n:int): # yields batches with about n examples in all
     "The first batches of a loader, until n examples are reached."
-    got, batches = 0, []
-    for batch in data or ():
-        batches.append(batch); got += size_of(batch)
-        if got >= n: break
-    return batches
+    got, batches = 0, iter(data or ())
+    while got < n and (batch := next(batches, None)) is not None:
+        yield batch; got += size_of(batch)
 
-# %% ../../nbs/core/11_method.ipynb #3940cc13
+# %% ../../nbs/core/11_method.ipynb #8cddb773
+@dataclass
+class Job:
+    "A request that has passed all checks."
+    record: Method; space: object; keep: float; data: object; calib: list; bound: object; before: dict; skip: tuple
+
+    def report(self, noted:dict, cost:dict)->Plan: # what else the recipe should say, and the ledger's figures
+        masks = {n: self.space.alive(n).cpu() for n in self.space.names()}
+        met = account(self.bound, {n: int(m.sum()) for n, m in masks.items()}) if self.bound is not None else {}
+        recipe = {**self.record.recipe, "skip": [self.skip] if isinstance(self.skip, str) else list(self.skip), **noted}
+        return Plan(self.record.space, masks, recipe, self.keep, cost, self.space.slices(), met, *built(self.space.model, self.before, self.data))
+
+def ready(record:Method, model, sparsity, data, loss, skip, calibration:int, seed:int)->Job: # as for `prune`
+    "Read a request and check it; raises `BadInput` before any work."
+    budget = as_budget(sparsity)
+    keep, data = keep_of(budget.remove if budget else sparsity, record.pattern), as_batches(data)
+    with seeded(seed):
+        units = SPACES[record.space](model, data, skip, loss, **record.options)
+        check(record, units, data, loss)
+        bound = bounded(units, budget) if budget else None
+        if budget: record = replace(record, allocate=within(record.allocate, bound))
+        return Job(record, units, keep, data, list(take(data, calibration)), bound, portrait(model) if model is not None else None, skip)
+
 PAST = weakref.WeakKeyDictionary()   # model -> what earlier calls changed in its architecture
 
+def built(model, before, data)->tuple: # (changes since the vanilla class, reference to the model); empty where the architecture is the old one
+    "What `Plan.save` needs besides the decision."
+    if model is None: return {}, None
+    now = changes(before, portrait(model))
+    tensors = lambda shapes: {n for n in shapes if not n.endswith("_mask")}
+    if not tensors(now["shapes"]) and tensors(before["shapes"]) <= {*model.state_dict()}: return PAST.get(model, {}), weakref.ref(model)
+    batch = first_batch(data) if data is not None else None
+    PAST[model] = {**together(PAST.get(model, {}), now), "example": outline(some(batch[0] if isinstance(batch, (tuple, list)) and batch else batch, slice(0, 2)))}
+    return PAST[model], weakref.ref(model)
+
+# %% ../../nbs/core/11_method.ipynb #ebd7d82a
 def prune(model:nn.Module,   # pruned in place
           method=None,       # a registered name, a `Method`, or nothing: magnitude unless parts say otherwise
           sparsity=None,     # fraction of units to remove, a pattern such as "2:4", or a budget such as {"macs": .5}; 0.5 if not given
@@ -238,30 +270,9 @@ def prune(model:nn.Module,   # pruned in place
     "Prune a model with any method, or any combination of parts; raises `BadInput` before work starts."
     given = dict(score=score, allocate=allocate, pattern=pattern, solve=solve, schedule=schedule, recover=recover, space=space)
     record, sparsity = resolve(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
-    budget = as_budget(sparsity)
-    keep, data = keep_of(budget.remove if budget else sparsity, record.pattern), as_batches(data)
-    with seeded(seed):
-        units = SPACES[record.space](model, data, skip, loss, **record.options)
-        check(record, units, data, loss)
-        if budget:
-            bound = bounded(units, budget)
-            record = replace(record, allocate=within(record.allocate, bound))
-        calib, before = take(data, calibration), portrait(model) if model is not None else None
-    with seeded(seed), Ledger(model) as cost: drive(record, units, keep, data, calib, loss)   # as if no loader had drawn a number
-    masks = {n: units.alive(n).cpu() for n in units.names()}
-    recipe = {**record.recipe, "seed": seed, "skip": [skip] if isinstance(skip, str) else list(skip), "settings": {k: repr(v) for k, v in settings.items()}}
-    met = account(bound, {n: int(m.sum()) for n, m in masks.items()}) if budget else {}
-    return Plan(record.space, masks, recipe, keep, cost(), units.slices(), met, *built(model, before, data))
-
-def built(model, before, data)->tuple: # (changes since the vanilla class, reference to the model); empty where the architecture is the old one
-    "What `Plan.save` needs besides the decision."
-    if model is None: return {}, None
-    now = changes(before, portrait(model))
-    tensors = lambda shapes: {n for n in shapes if not n.endswith("_mask")}
-    if not tensors(now["shapes"]) and tensors(before["shapes"]) <= {*model.state_dict()}: return PAST.get(model, {}), weakref.ref(model)
-    batch = first_batch(data) if data is not None else None
-    PAST[model] = {**together(PAST.get(model, {}), now), "example": outline(some(batch[0] if isinstance(batch, (tuple, list)) and batch else batch, slice(0, 2)))}
-    return PAST[model], weakref.ref(model)
+    job = ready(record, model, sparsity, data, loss, skip, calibration, seed)
+    with seeded(seed), Ledger(model) as cost: drive(job.record, job.space, job.keep, job.data, job.calib, loss)   # as if no loader had drawn a number
+    return job.report({"seed": seed, "settings": {k: repr(v) for k, v in settings.items()}}, cost())
 
 # %% ../../nbs/core/11_method.ipynb #ed8c8a30
 @register("Comparing Biases for Minimal Network Construction with Back-Propagation", "NeurIPS 1988", 1988, "weight")

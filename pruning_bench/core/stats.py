@@ -6,14 +6,14 @@
 __all__ = ['aten', 'PROVIDERS', 'Overhear', 'features', 'spread', 'provider', 'plain', 'listen', 'act_norm', 'gram',
            'mean_gradient', 'grad', 'untrained', 'init_grad', 'sample_gradients', 'collect']
 
-# %% ../../nbs/core/03_stats.ipynb #9d7bfec5
+# %% ../../nbs/core/03_stats.ipynb #e39702cf
 from contextlib import contextmanager
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from .inputs import BadInput, as_loss, choose, forward, in_mode, size_of, some
+from .inputs import BadInput, as_loss, choose, in_mode, runner, size_of, some
 
 # %% ../../nbs/core/03_stats.ipynb #37149570
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ def spread(x:Tensor, stride)->Tensor: # zeros between the pixels, as a transpose
     out[(..., *[slice(None, None, s) for s in stride])] = x
     return out
 
-# %% ../../nbs/core/03_stats.ipynb #9b70f0b7
+# %% ../../nbs/core/03_stats.ipynb #48eff8ee
 PROVIDERS = {}   # reading -> function(space, batches, loss) -> {name: tensor}
 
 def provider(reads_loss:bool=False): # whether the reading needs a loss (and so, usually, labels)
@@ -88,7 +88,7 @@ def plain(space): # runs without fused kernels where a layer of the space has th
 
 def listen(space, batches, visit, loss=None)->None: # visit(name, layer, x, args)
     "Run the model over the calibration batches in evaluation mode, overhearing every layer."
-    run = loss if getattr(loss, "runs_model", False) else forward
+    run = runner(loss)
     with in_mode(space.model, False), torch.no_grad(), plain(space), Overhear(space.layers, visit):
         for batch in tqdm(batches, desc="calibration", leave=False, delay=3): run(space.model, batch)
 

@@ -7,16 +7,16 @@ __all__ = ['beside', 'fits', 'adapt', 'correction', 'fuse', 'enlist', 'fused_siz
            'clients_of', 'candidates', 'wear', 'average', 'settled_norms', 'elected', 'quota', 'wishes', 'exchanged',
            'federate']
 
-# %% ../../nbs/structured/54_adapters_federated.ipynb #efa7dad5
+# %% ../../nbs/structured/54_adapters_federated.ipynb #6ecf0282
 import copy
 import math
 import torch
 from torch import nn, Tensor
 from ..core.allocate import poured, settle, winners
-from ..core.inputs import BadInput, as_loss, forward, in_mode, size_of
+from ..core.inputs import BadInput, as_loss, in_mode, size_of
 from ..core.mask import release
 from ..core.method import Method, register
-from ..core.recover import finetune
+from ..core.recover import finetune, renew_norms
 from ..core.schedule import geometric
 from ..core.space import Weights
 from .filters import criterion
@@ -129,7 +129,7 @@ def clients_of(labels:Tensor,      # (examples,)
         parts[i], parts[rich] = parts[rich][:1], parts[rich][1:]
     return parts
 
-# %% ../../nbs/structured/54_adapters_federated.ipynb #ac437d74
+# %% ../../nbs/structured/54_adapters_federated.ipynb #b20de92e
 def candidates(model:nn.Module, keep:float, n:int=5, spread:float=.3, seed:int=0)->list: # of {parameter: mask}
     "Masks of the largest weights, all of one size, whose densities scatter around Erdős–Rényi-Kernel; the first does not scatter."
     space, draw, out = Weights(model), torch.Generator().manual_seed(seed), []
@@ -154,14 +154,8 @@ def average(states:list, sizes:list)->dict: # state dicts, numbers of examples -
 @torch.no_grad()
 def settled_norms(model:nn.Module, homes:list)->None: # homes: per client, a list of batches
     "Every client runs its examples through to learn the statistics of batch norm, and the server averages them."
-    states, norms = [], [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    for home in homes:
-        twin = copy.deepcopy(model)
-        for m in (m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._NormBase)): m.reset_running_stats(); m.momentum = None
-        with in_mode(twin, True):
-            for batch in home: forward(twin, batch)
-        states.append({k: v for k, v in twin.state_dict().items() if "running" in k})
-    if norms: model.load_state_dict({**model.state_dict(), **average(states, [sum(map(size_of, h)) for h in homes])})
+    states = [{k: v for k, v in renew_norms(copy.deepcopy(model), home).state_dict().items() if "running" in k} for home in homes]
+    if states[0]: model.load_state_dict({**model.state_dict(), **average(states, [sum(map(size_of, h)) for h in homes])})
 
 def elected(model:nn.Module, masks:list, homes:list, loss, adapt_norms:bool=True)->tuple: # (masks, mean losses)
     "The candidate with the smallest loss over all clients."

@@ -8,7 +8,7 @@ __all__ = ['WEIGHTED', 'AVERAGE', 'PASS', 'MOVE', 'taylor', 'taylor_filter', 'ga
            'filter_surgeon', 'obs_struct', 'Follow', 'of_rows', 'hrank', 'hrank_', 'betarank', 'betarank_', 'Rule',
            'shared', 'halves', 'Explain', 'explain', 'relevance', 'lrp']
 
-# %% ../../nbs/structured/47_criteria.ipynb #09006bdb
+# %% ../../nbs/structured/47_criteria.ipynb #16f1f9fa
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core.allocate import global_
-from ..core.inputs import BadInput, as_loss, choose, forward, in_mode, move, size_of, some
+from ..core.inputs import BadInput, as_loss, choose, forward, in_mode, move, runner, size_of, some
 from ..core.method import Method, register
 from ..core.schedule import linear
 from ..core.score import score
@@ -215,11 +215,11 @@ def of_rows(space, rows:dict)->dict: # {parameter: (rows,)} -> {group: (units,)}
     parts = lambda g: [rows[p][torch.as_tensor(g.members[p, d], device=rows[p].device)].sum(1) for p, d in g.produces if p in rows]
     return {n: sum(parts(g)) for n, g in space.groups.items() if parts(g)}
 
-# %% ../../nbs/structured/47_criteria.ipynb #d15706df
+# %% ../../nbs/structured/47_criteria.ipynb #4f9f1ea5
 @criterion()
 def hrank(space, batches, loss=None)->dict: # {group: (units,)}
     "Mean rank of the map a channel draws (Lin et al., 2020)."
-    run, total, count = loss if getattr(loss, "runs_model", False) else forward, {}, 0
+    run, total, count = runner(loss), {}, 0
     for batch in batches:
         with in_mode(space.model, False), torch.no_grad(), Follow(space.layers) as seen: run(space.model, batch)
         for n, m in seen.maps.items():

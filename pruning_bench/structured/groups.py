@@ -15,11 +15,10 @@ __all__ = ['RULES', 'WHOLE', 'LISTENING', 'AFTER_CUT', 'fixed', 'lay', 'covers',
            'said', 'writers', 'rewrite', 'mask_out', 'state_of', 'put_back', 'outputs', 'rehearse', 'rehearsed',
            'culprits', 'misread', 'cut_and_compare', 'close', 'alike_in_shape', 'cut_if_it_fits']
 
-# %% ../../nbs/structured/40_groups.ipynb #018b12d4
+# %% ../../nbs/structured/40_groups.ipynb #e23f4034
 import copy, math, re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -27,9 +26,9 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
-from ..core.inputs import BadInput, first_batch, forward, in_mode, move, seeded
+from ..core.inputs import BadInput, first_batch, forward, in_mode, move, runner, seeded
 from ..core.mask import held_names, hold, release
-from ..core.space import Layer, order_of, space
+from ..core.space import Layer, layers_of, matches, space
 
 # %% ../../nbs/structured/40_groups.ipynb #d29caf0c
 def fixed(n:int)->np.ndarray: # (n,) zeros
@@ -783,19 +782,18 @@ def kept_slices(model:nn.Module, groups:dict, kept:dict)->dict: # {parameter: {d
     for (p, d), lost in gone(groups, kept).items(): out.setdefault(p, {})[d] = np.setdiff1d(np.arange(shape[p][d]), lost).tolist()
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #4bc6da7e
+# %% ../../nbs/structured/40_groups.ipynb #58c09661
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must go with one channel."
     unit = "channel"
 
     def __init__(self, model, data=None, skip=(), loss=None, stream=False):
-        self.model, self.batch, self.run = model, first_batch(data) if data is not None else None, loss if getattr(loss, "runs_model", False) else forward
+        self.model, self.batch, self.run = model, first_batch(data) if data is not None else None, runner(loss)
         if self.batch is None: raise BadInput("channels need data=, at least one batch: a forward pass shows which channels are coupled")
         try: self.coupling = coupling(model, self.batch, self.run)
         except Exception as e: raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {said(e)}") from e
-        skip = (skip,) if isinstance(skip, str) else skip
-        named = lambda g: any(fnmatch(p, s) or fnmatch(p, f"{s}.*") for p, _ in g.members for s in skip)
+        named = lambda g: any(matches(p, skip) for p, _ in g.members)
         self.groups = {g.name: g for g in self.coupling.groups if len(g) > 1 and (stream or not g.stream) and not named(g)}
         if self.groups: self.groups = rehearsed(model, self.batch, self.run, self.coupling, self.groups)
         if not self.groups: raise BadInput(f"{type(model).__name__} has no channels to remove{' outside its residual streams' if not stream else ''}: coupling(model, batch).table() lists the reasons")
@@ -826,7 +824,7 @@ class Channels:
     @staticmethod
     def restore(model, plan): cut_if_it_fits(model, plan.slices)
 
-# %% ../../nbs/structured/40_groups.ipynb #5e7df0d8
+# %% ../../nbs/structured/40_groups.ipynb #9f1ebc01
 def said(error:Exception)->str: # one line
     "An error in one line."
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
@@ -834,7 +832,7 @@ def said(error:Exception)->str: # one line
 def writers(model:nn.Module, groups:dict)->dict: # {parameter: Layer}
     "The layers whose rows make channels."
     wanted = {p for g in groups.values() for p, _ in g.produces}
-    layers = {f"{n}.{a}" if n else a: Layer(m, a, perm) for n, m in model.named_modules() for a, perm in order_of(m).items()}
+    layers = layers_of(model)
     bare = {p: d for g in groups.values() for p, d in g.produces if not any(q in layers for q, _ in g.produces)}   # experts in one tensor
     home = lambda p: (model.get_submodule(p.rpartition(".")[0]), p.rpartition(".")[2], model.get_parameter(p).dim())
     return {n: l for n, l in layers.items() if n in wanted} | {p: Layer(m, a, (d, *(i for i in range(n) if i != d))) for p, d in bare.items() for m, a, n in [home(p)]}

@@ -7,34 +7,27 @@ __all__ = ['recalibrate', 'norms_behind', 'home_of', 'Reader', 'consumers', 'by_
            'absorb', 'compensate', 'channel_obs', 'obspa', 'folded_filters', 'twins', 'merge', 'udfc', 'thinet_order',
            'thinet']
 
-# %% ../../nbs/structured/49_repair.ipynb #033cec7b
+# %% ../../nbs/structured/49_repair.ipynb #045f9a50
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from types import SimpleNamespace
 import torch
 from torch import nn, Tensor
-from ..core.inputs import BadInput, forward, in_mode, size_of
-from ..core.method import Method, register
-from ..core.recover import recovery
+from ..core.inputs import BadInput, in_mode, runner
+from ..core.method import Method, register, take
+from ..core.recover import recovery, renew_norms
 from ..core.score import magnitude, score
 from ..core.solve import solver
-from ..core.space import Layer, order_of
+from ..core.space import Layer, layers_of, order_of
 from ..core.stats import features, listen, provider
 
-# %% ../../nbs/structured/49_repair.ipynb #4b18e2e3
+# %% ../../nbs/structured/49_repair.ipynb #0c06e9a7
 @recovery
 def recalibrate(examples:int=256, # to estimate from
     ): # a recovery without labels, gradients and steps
     "Estimate the running statistics of every batch norm again, from nothing."
     def estimate(model, data, loss, part=1.):
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-        run, before, seen = loss if getattr(loss, "runs_model", False) else forward, [m.momentum for m in norms], 0
-        with in_mode(model, False), torch.no_grad():
-            for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-            for batch in data if norms else ():
-                run(model, batch)
-                if (seen := seen + size_of(batch)) >= examples: break
-        for m, b in zip(norms, before): m.momentum = b
+        renew_norms(model, take(data, examples), runner(loss))
     estimate.steps, estimate.reads, estimate.name = 0, True, "recalibrate"
     return estimate
 
@@ -79,14 +72,13 @@ class Reader:
             out[name] = values + sign * ((self.matrix() - new) @ self.mean[..., None]).flatten()
         return out
 
-# %% ../../nbs/structured/49_repair.ipynb #52c48321
+# %% ../../nbs/structured/49_repair.ipynb #42dd6a26
 def consumers(space)->dict: # {parameter: Reader}
     "The layers that read the channels of a space; a weight with two owners is nobody's to change."
-    homes = {f"{n}.{a}" if n else a: (n, Layer(m, a, perm)) for n, m in space.model.named_modules() for a, perm in order_of(m).items()}
-    owned, norms, found = [id(p) for m in space.model.modules() for p in m._parameters.values()], norms_behind(space), {}
+    layers, owned, norms, found = layers_of(space.model), [id(p) for m in space.model.modules() for p in m._parameters.values()], norms_behind(space), {}
     for g in space.groups.values():
         for p, d in g.consumes:
-            owner, layer = homes.get(p, (None, None))
+            owner, layer = p.rpartition(".")[0], layers.get(p)
             if layer is None or d != layer.perm[-1] or owned.count(id(layer.weight)) > 1: continue
             if p not in found: found[p] = Reader(p, layer, {}, home_of(owner, layer.module, norms.get(owner)))
             index, size = torch.as_tensor(g.members[p, d], device=layer.weight.device), layer.read().shape[1]

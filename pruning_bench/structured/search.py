@@ -7,21 +7,20 @@ __all__ = ['ends_of', 'crop', 'whole', 'sizes', 'shares', 'precrop', 'precrop_',
            'cka', 'last_features', 'block_cka', 'cka_change', 'cka_layer', 'layer_lottery', 'Gate', 'parts_of',
            'dressed', 'gated', 'fresh', 'places', 'answers', 'damage', 'evolved', 'joined', 'once', 'emo', 'emo_pms']
 
-# %% ../../nbs/structured/50_search.ipynb #3d64735a
+# %% ../../nbs/structured/50_search.ipynb #1b42f4f0
 import math
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from functools import partial
 import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from ..core.allocate import ALLOCATORS, allocator
-from ..core.inputs import BadInput, first_batch, forward, in_mode, seeded
+from ..core.inputs import BadInput, first_batch, forward, in_mode, runner, seeded
 from ..core.method import Method, register
 from ..core.schedule import linear
 from ..core.score import magnitude, random, score
-from ..core.space import drop_blocks, order_of, passthrough, prunable, space
+from ..core.space import drop_blocks, matches, order_of, passthrough, prunable, space
 from ..core.stats import provider, untrained
 from .blocks import watch
 from .groups import said
@@ -114,7 +113,7 @@ def removable(model:nn.Module, lists:dict, run)->dict: # {path: indices of block
         for h in handles: h.remove()
     return {p: sorted(f) for p, f in free.items() if f}
 
-# %% ../../nbs/structured/50_search.ipynb #87150c7c
+# %% ../../nbs/structured/50_search.ipynb #cc9517f1
 @space
 class Residuals:
     "Every residual block that can be left out is a unit, in all lists of equal blocks."
@@ -123,12 +122,12 @@ class Residuals:
     def __init__(self, model, data=None, skip=(), loss=None):
         self.model, self.layers = model, prunable(model, skip)
         if data is None: raise BadInput("residual blocks need data=, at least one batch: a forward pass shows which of them can be left out")
-        run, skip = loss if getattr(loss, "runs_model", False) else forward, (skip,) if isinstance(skip, str) else skip
+        run = runner(loss)
         self.lists, batch = block_lists(model), first_batch(data)
         free = removable(model, self.lists, lambda: run(model, batch)) if self.lists else {}
-        named = lambda p, i: any(fnmatch(f"{p}.{i}{end}".lstrip("."), s) for s in skip for end in ("", "."))
+        named = lambda p, i: any(matches(f"{p}.{i}{end}".lstrip("."), skip) for end in ("", "."))
         self.units = [(p, i) for p, f in free.items() for i in f if not named(p, i)]
-        if not self.units: raise BadInput(f"{type(model).__name__} has no residual block that returns the shape it was given, outside skip={tuple(skip)}: choose a method that removes channels")
+        if not self.units: raise BadInput(f"{type(model).__name__} has no residual block that returns the shape it was given, outside skip={skip!r}: choose a method that removes channels")
         self.all = [self.lists[p][i] for p, i in self.units]
         self.kept, self.hooks = torch.ones(len(self.units), dtype=torch.bool), {}
 

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['logits', 'distilled', 'ranked', 'order', 'first_channels', 'stepping', 'shrink', 'trial', 'moved', 'best_widths',
-           'measure_norms', 'norms_again', 'ofa', 'pool', 'mixture', 'Mixed', 'readers', 'Widths', 'transform',
-           'as_found', 'taught', 'tas']
+           'norms_again', 'ofa', 'pool', 'mixture', 'Mixed', 'readers', 'Widths', 'transform', 'as_found', 'taught',
+           'tas']
 
-# %% ../../nbs/structured/56_supernets.ipynb #7e7238b3
+# %% ../../nbs/structured/56_supernets.ipynb #9bbbd45e
 import copy, itertools, math
 from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.inputs import as_loss, forward
+from ..core.inputs import as_loss
 from ..core.method import Method, register
-from ..core.recover import finetune
+from ..core.recover import finetune, renew_norms
 from ..core.score import magnitude, score, unit_scores
 from ..core.stats import provider
 from .search import dressed, fresh, gated, once, places, shares, sizes, whole
@@ -94,7 +94,7 @@ def moved(count:dict, size:dict)->dict: # {group: units}, with the same sum
     n = 1 + int(torch.rand(()) * n / 2) if n > 0 else 0
     return {**count, a: count[a] - n, b: count[b] + n}
 
-# %% ../../nbs/structured/56_supernets.ipynb #6a4bb189
+# %% ../../nbs/structured/56_supernets.ipynb #e1db596f
 def best_widths(rounds:int, people:int): # an allocator: generations, and members of each
     "Of all widths with the right sum, the one whose network has the smallest loss, by mutation and selection."
     def search(scores, keep, space, stats):
@@ -111,30 +111,16 @@ def best_widths(rounds:int, people:int): # an allocator: generations, and member
             herd = [whole({n: keep * s for n, s in size.items()}, size, total)]
             for _ in range(rounds):
                 herd += [moved(herd[i % len(herd)], size) for i in range(people)] if len(size) > 1 else []
-                herd = sorted(herd, key=cost)[:max(1, people // 4)]
+                herd = sorted({tuple(c.values()): c for c in herd}.values(), key=cost)[:max(1, people // 4)]
         return shares(herd[0], scores)
     search.needs, search.name = frozenset({"trial"}), "best_widths"
     return search
 
-# %% ../../nbs/structured/56_supernets.ipynb #1852ed39
-@torch.no_grad()
-def measure_norms(model:nn.Module, batches)->None:
-    "Running statistics of all batch norms: plain means over the batches."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
-    model.eval()
-    try:
-        for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-        for batch in batches if norms else (): forward(model, batch)
-    finally:
-        for m, momentum in zip(norms, momenta): m.momentum = momentum
-        for m, mode in modes.items(): m.training = mode
-
-# %% ../../nbs/structured/56_supernets.ipynb #a019f464
+# %% ../../nbs/structured/56_supernets.ipynb #3b57ee75
 def norms_again(passes:int=8): # a `between` for a `Method`: batches to look at
     "When no cut is left, measure the batch norms; nothing is trained."
     def after(model, start, train, n, left):
-        if not left: measure_norms(model, itertools.islice(train.data, passes))
+        if not left: renew_norms(model, itertools.islice(train.data, passes))
     return after
 
 # %% ../../nbs/structured/56_supernets.ipynb #70e3edf9

@@ -6,7 +6,7 @@
 __all__ = ['SCOPES', 'soup_of', 'simmer', 'soup', 'pq_index', 'surplus', 'adaptive', 'standing', 'sap', 'Silence', 'silent',
            'start_w', 'waking', 'ap']
 
-# %% ../../nbs/weight/30_rounds.ipynb #92fd00a9
+# %% ../../nbs/weight/30_rounds.ipynb #f5a38cde
 import copy, itertools
 from functools import partial, update_wrapper
 import torch
@@ -16,14 +16,14 @@ from ..core.allocate import global_, winners
 from ..core.inputs import BadInput, choose, forward, in_mode
 from ..core.mask import masks_of
 from ..core.method import Method, register
-from ..core.recover import after_training, finetune, go_back
+from ..core.recover import after_training, finetune, go_back, renew_norms
 from ..core.schedule import geometric
 from ..core.score import magnitude, score
 from ..core.solve import solver
 from ..core.stats import aten, provider
-from .lottery import mix, recalibrate
+from .lottery import mix
 
-# %% ../../nbs/weight/30_rounds.ipynb #3760ff1e
+# %% ../../nbs/weight/30_rounds.ipynb #b761a692
 def soup_of(models:list, # networks that share one mask
             data=(),     # batches to estimate batch statistics from
     )->nn.Module:        # a new network
@@ -35,7 +35,7 @@ def soup_of(models:list, # networks that share one mask
                 raise BadInput(f"the masks of {n!r} differ, so the average would be denser than its members: retrain copies of one pruned network")
     soup = copy.deepcopy(models[0])
     soup.load_state_dict(mix([m.state_dict() for m in models], [1 / len(models)] * len(models)))
-    return recalibrate(soup, data)
+    return renew_norms(soup, data)
 
 # %% ../../nbs/weight/30_rounds.ipynb #87315015
 def simmer(members:int, # networks to average
