@@ -4,6 +4,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from pruning_bench import BadInput, load_plan, prune
-from pruning_bench.core.allocate import ALLOCATORS, settle, spent, winners
+from pruning_bench.core.allocate import ALLOCATORS, kth, settle, spent, winners
 from pruning_bench.core.mask import hold, masks_of, release
 from pruning_bench.core.pattern import as_pattern, block, count_of, n_m, per_row, top_rows, unstructured
 from pruning_bench.core.schedule import SCHEDULES
@@ -35,6 +36,27 @@ def test_winners_agree_with_a_stable_sort(seed, dtype):
         expected = torch.zeros(200, dtype=torch.bool)
         expected[s.float().sort(descending=True, stable=True).indices[:k]] = True
         assert torch.equal(winners(s, k), expected)
+
+
+MANY = 70_001
+LOTS = {"normal": lambda r: r, "ties": lambda r: r.round(), "equal": torch.zeros_like, "half dead": lambda r: torch.where(r < 0, -math.inf, r), "rising": lambda r: r.sort().values,
+        "sample sees the highest": lambda r: r + 9 * (torch.arange(MANY) % (MANY // 2**14) == 0), "sample sees the lowest": lambda r: r - 9 * (torch.arange(MANY) % (MANY // 2**14) == 0)}
+
+
+@pytest.mark.parametrize("kind", LOTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_winners_among_so_many_that_a_sample_is_drawn(kind, dtype):
+    s = LOTS[kind](torch.randn(MANY, generator=torch.Generator().manual_seed(0))).to(dtype)
+    order = s.double().sort(descending=True, stable=True).indices
+    for k in (1, 300, 7_000, 35_000, 63_001, 70_000):
+        assert winners(s, k).sum() == k and winners(s, k)[order[:k]].all(), k
+
+
+def test_few_of_many_scores_are_ranked(monkeypatch):
+    s, rank, seen = torch.randn(10**6, generator=torch.Generator().manual_seed(0)), np.partition, []
+    monkeypatch.setattr(np, "partition", lambda x, i: (seen.append(len(x)), rank(x, i))[1])
+    for k in (10**5, 5 * 10**5, 9 * 10**5): assert kth(s, k) == s.sort(descending=True).values[k - 1]
+    assert max(seen) < .05 * len(s) and len(seen) == 3
 
 
 @pytest.mark.parametrize("p", [unstructured(), per_row(), n_m(2, 4), n_m(1, 4), block(2, 4)])
