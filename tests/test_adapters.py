@@ -11,7 +11,8 @@ from pruning_bench.core.mask import masks_of
 from pruning_bench.core.recover import finetune
 from pruning_bench.core.space import Weights
 from pruning_bench.structured.adapters import adapt, average, candidates, clients_of, elected, enlist, exchanged, federate, fits, fuse, fused_size, quota, settled_norms, wishes
-from pruning_bench.structured.groups import Channels, cut, kept_slices
+from pruning_bench.structured.groups import Channels
+from pruning_bench.structured.surgery import cut, kept_slices
 
 
 class Net(nn.Module):

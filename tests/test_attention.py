@@ -13,7 +13,9 @@ from torch import nn
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.inputs import forward
 from pruning_bench.structured.attention import Heads, config_fits, gate_gradient, heads_of, multihead
-from pruning_bench.structured.groups import Channels, coupling, cut, gone, kept_slices, tensors
+from pruning_bench.structured.groups import Channels, coupling
+from pruning_bench.structured.surgery import cut, gone, kept_slices
+from pruning_bench.structured.trace import tensors
 
 tf.logging.set_verbosity_error()
 IDS = {"input_ids": torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))}

@@ -13,7 +13,8 @@ from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.bench.measure import macs, parameters
 from pruning_bench.core.budget import BUDGETS, as_budget, filled, levels, meet
 from pruning_bench.structured.budgets import macs as macs_of, params as params_of
-from pruning_bench.structured.groups import Channels, cut, kept_slices, put_back, state_of
+from pruning_bench.structured.groups import Channels
+from pruning_bench.structured.surgery import cut, kept_slices, put_back, state_of
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 IDS = {"input_ids": torch.arange(24).view(2, 12)}

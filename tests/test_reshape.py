@@ -15,7 +15,7 @@ from torch import nn
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.checkpoint import agrees, answer, changes, invented, outline, portrait, together
 from pruning_bench.core.inputs import forward
-from pruning_bench.structured.groups import tensors
+from pruning_bench.structured.trace import tensors
 from pruning_bench.structured.reshape import following, load_pruned
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

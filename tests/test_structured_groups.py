@@ -11,7 +11,9 @@ from torch import nn
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.inputs import forward
 from pruning_bench.core.mask import masks_of
-from pruning_bench.structured.groups import Channels, components, coupling, cut, gone, kept_slices, tensors
+from pruning_bench.structured.groups import Channels, components, coupling
+from pruning_bench.structured.surgery import cut, gone, kept_slices
+from pruning_bench.structured.trace import tensors
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

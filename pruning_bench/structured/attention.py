@@ -21,7 +21,10 @@ from ..core.method import Method, register
 from ..core.score import score
 from ..core.space import space
 from ..core.stats import provider, sample_gradients
-from .groups import AFTER_CUT, LISTENING, Channels, apart, lay, meet, pin, rule, unknown, vector
+from .groups import Channels
+from .rules import meet
+from .surgery import AFTER_CUT
+from .trace import LISTENING, apart, lay, pin, rule, unknown, vector
 
 # %% ../../nbs/structured/42_attention.ipynb #3a9cbd0f
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",

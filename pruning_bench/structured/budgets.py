@@ -18,7 +18,8 @@ from torch.utils.flop_counter import flop_registry
 from ..core.budget import budget
 from ..core.inputs import BadInput, device_of, in_mode, move, seeded, size_of, some
 from ..core.meters import VECTORS, grouped, in_turns, plain, steady, stopwatch
-from .groups import LISTENING, cut, kept_slices, put_back, state_of
+from .surgery import cut, kept_slices, put_back, state_of
+from .trace import LISTENING
 
 # %% ../../nbs/structured/44_budgets.ipynb #9b9eb3af
 class Sizes:

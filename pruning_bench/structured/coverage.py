@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.inputs import BadInput, forward, in_mode, move
-from .groups import Channels, cut, ghost, gone, kept_slices, said, tensors
+from .groups import Channels
+from .surgery import cut, gone, kept_slices, said
+from .trace import ghost, tensors
 
 # %% ../../nbs/structured/45_coverage.ipynb #18c9db2c
 SIZES = {"inception*": 299, "maxvit*": 224, "vit_h*": 28, "vit*": 32, "*": 64}   # images that a classifier accepts

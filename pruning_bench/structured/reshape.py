@@ -17,7 +17,7 @@ from ..core.checkpoint import agrees, answer, digest_of_file
 from ..core.inputs import BadInput, device_of
 from ..core.mask import hold
 from ..core.plan import load_plan
-from .groups import cut, put_back, selected, state_of
+from .surgery import cut, put_back, selected, state_of
 
 # %% ../../nbs/structured/43_reshape.ipynb #d86facb3
 def difference(model:nn.Module, # of the vanilla class

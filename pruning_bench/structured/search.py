@@ -23,7 +23,7 @@ from ..core.score import magnitude, random, score
 from ..core.space import drop_blocks, matches, order_of, passthrough, prunable, space
 from ..core.stats import provider, untrained
 from .blocks import watch
-from .groups import said
+from .surgery import said
 from ..weight.allocation import answer
 from ..weight.at_init import snip
 

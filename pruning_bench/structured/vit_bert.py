@@ -20,7 +20,7 @@ from ..core.pattern import Pattern, count_of, pattern
 from ..core.score import magnitude, score
 from ..core.space import block_list
 from ..core.stats import mean_gradient, provider
-from .groups import cut
+from .surgery import cut
 from ..weight.allocation import answer, lamp
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #e8cad447
