@@ -328,3 +328,59 @@ def test_groups_agree_with_torch_pruning():
         theirs = graph.get_pruning_group(model.get_submodule(group.name.removesuffix(".weight")), tp.prune_conv_out_channels, [0])
         layers = {(name[d.target.module], d.handler.__name__) for d, _ in theirs if isinstance(d.target.module, (nn.Conv2d, nn.Linear))}
         assert layers == {(p.removesuffix(".weight"), f"prune_{'out' if d == 0 else 'in'}_channels") for p, d in group.produces + group.consumes}
+
+class Sphere(nn.Module):
+    "Features over their own norm, which is expanded to their shape."
+    def __init__(self, p): super().__init__(); self.p = p
+    def forward(self, x): return F.normalize(x, p=self.p)
+
+@pytest.mark.parametrize("p", [1., 2.])
+def test_features_over_their_own_norm_can_be_cut_and_say_so(p):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Sphere(p), nn.Conv2d(8, 4, 3))
+    [group] = Channels(model, [IMAGE]).groups.values()
+    assert len(group) == 8 and not group.exact and "norm" in group.why
+    prune(model, "rand-struct", .5, data=[IMAGE])
+    assert model[0].out_channels == 4 and model(IMAGE).shape == (2, 4, 28, 28)
+
+def test_a_constant_that_is_not_expanded_still_pins():
+    class Shifted(nn.Module):
+        def forward(self, x): return x * torch.arange(8.)[:, None, None]
+    found = coupling(nn.Sequential(nn.Conv2d(3, 8, 3), Shifted(), nn.Conv2d(8, 4, 3)), IMAGE)
+    assert not found.groups and "constant" in found.frozen["0.weight"][1]
+
+class Gathers(nn.Module):
+    "A box of each of two maps, gathered in one tensor as detectors do."
+    def __init__(self): super().__init__(); self.one, self.two, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 4, 1)
+    def forward(self, x):
+        seen, boxes = torch.zeros(2, self.one.out_channels, 3, 3, dtype=x.dtype), x.new_tensor([[0, 0, 0, 9, 9]])
+        for i, at in enumerate((self.one(x), self.two(x))): seen[torch.tensor([1 - i])] = torchvision.ops.roi_align(at, boxes, 3)
+        return self.out(seen)
+
+def test_boxes_of_two_maps_share_their_channels():
+    torch.manual_seed(0)
+    model = Gathers().double()
+    found = coupling(model, IMAGE.double())
+    [group] = found.groups
+    assert group.exact and len(group) == 8 and {p for p, _ in group.produces} == {"one.weight", "two.weight"} and group.consumes == [("out.weight", 1)]
+    deaf = copy.deepcopy(model)
+    deaf.out.weight.data[:, :3] = 0
+    cut(model, kept_slices(model, {group.name: group}, {group.name: torch.arange(8) >= 3}))
+    assert model.out.in_channels == 5 and torch.allclose(model(IMAGE.double()), deaf(IMAGE.double()), rtol=0, atol=1e-12)
+
+def test_rows_written_into_an_input_are_found_by_the_rehearsal():
+    class Overwrites(nn.Module):
+        def __init__(self): super().__init__(); self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        def forward(self, x):
+            y = self.one(x[:2]); x = x.clone(); x[torch.tensor([0, 1])] = y
+            return self.three(self.two(x))
+    space = Channels(Overwrites(), [torch.randn(5, 4)])
+    assert [*space.groups] == ["two.weight"] and "written into another tensor" in space.coupling.frozen["one.weight"][1]
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_maps_of_one_channel_are_joined_like_others(outputs):
+    class Heads(nn.Module):
+        "Scores of two scales in one tensor, as dense detectors do."
+        def __init__(self): super().__init__(); self.body, self.score = nn.Conv2d(3, 8, 1), nn.Conv2d(8, outputs, 1)
+        def forward(self, x): return torch.cat([self.score(self.body(y).relu()).sigmoid().flatten(2) for y in (x, x[..., ::2, ::2])], 2)
+    [group] = coupling(Heads(), IMAGE).groups
+    assert group.name == "body.weight" and len(group) == 8 and group.exact and group.consumes == [("score.weight", 1)]

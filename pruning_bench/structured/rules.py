@@ -6,7 +6,8 @@
 __all__ = ['convolution', 'depthwise', 'filters', 'backwards', 'meet', 'broadcast', 'pointwise', 'batch_norm', 'contract',
            'product', 'product_and_bias', 'permute', 'add', 'over', 'reduction', 'softmax', 'along', 'blocks',
            'constant', 'strided', 'reshape', 'left_open', 'cat', 'stack', 'split', 'halves', 'pick', 'expand', 'pad',
-           'spatial', 'shuffled', 'unshuffled', 'recurrent', 'group_norm', 'layer_norm', 'embedding', 'attention']
+           'spatial', 'shuffled', 'unshuffled', 'cropped', 'gathered', 'recurrent', 'group_norm', 'layer_norm',
+           'embedding', 'attention']
 
 # %% ../../nbs/structured/38_rules.ipynb #8d6747f3
 import math, re
@@ -43,12 +44,12 @@ def backwards(g, x, into, out, groups): # a transposed convolution reads with it
     g.mark("produces", out); g.mark("consumes", into)
     return np.tile(out, groups)
 
-# %% ../../nbs/structured/38_rules.ipynb #242e42bc
+# %% ../../nbs/structured/38_rules.ipynb #80687204
 def meet(g, shape, given): # given: [(shape, its arrays of atoms)], aligned from the right
     "Arrays along the same axes agree, index by index; a tensor that is constant along an axis pins it; a length of one says nothing."
     n, alive, pinned = len(shape), [], set()
     for s, fs in given:
-        alive += [f.reshape((1,) * (n - f.ndim) + f.shape) for f in fs]
+        alive += [f.reshape((1,) * (n - f.ndim) + f.shape) for f in fs if f.size > 1]
         pinned |= {d for d in range(-len(s), 0) if s[d] == shape[d] > 1 and all(f.shape[d] == 1 for f in fs)}
     for d in pinned: alive = [h for f in alive for h in pin(g, f, d, f"meets a constant in `{g.op}`")]
     out = []
@@ -64,7 +65,7 @@ def meet(g, shape, given): # given: [(shape, its arrays of atoms)], aligned from
         out.append(np.where(np.all(mine, 0), mine[0], 0) if any((f == 0).any() for f in mine) else mine[0])
     return out
 
-def broadcast(g, shape, inputs): return meet(g, shape, [(t.shape, g.of(t)) for t in inputs])
+def broadcast(g, shape, inputs): return meet(g, shape, [([n if i else 1 for n, i in zip(t.shape, t.stride())], g.of(t)) for t in inputs])   # an expanded axis has stride 0
 
 @rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "zeros_like", "ones_like", "rand_like", "randn_like", "empty_like", "full_like", "bernoulli", "native_dropout", "where", "masked_fill",
       "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "log_sigmoid_forward", "celu", "selu", "lerp", "copy", "fill", "zero", "_conj", "rrelu_with_noise")
@@ -271,6 +272,22 @@ def shuffled(g, outs, a):
 
 @rule("pixel_unshuffle")
 def unshuffled(g, outs, a): return [lay(np.repeat(vector(g, a.self, -3), a.downscale_factor ** 2), -3, outs[0].dim())]
+
+# %% ../../nbs/structured/38_rules.ipynb #77c26db5
+@rule("roi_align", "roi_pool")
+def cropped(g, outs, a):
+    for f in apart(g, a.input, 1): g.freeze(f, "boxes are cut out of it")
+    return [[lay(vector(g, a.input, 1), 1, 4)], *[[] for _ in outs[1:]]]
+
+@rule("index_put", "_index_put_impl")
+def gathered(g, outs, a):
+    "Rows are written into another tensor: the other axes agree with what is there; a tensor that holds no channels is believed to follow."
+    n = a.self.dim()
+    if len(a.indices) != 1: return give_up(g, outs, [a.self, a.values], f"`{g.op}` writes into a part of a tensor")
+    given = [*g.of(a.self), *(f.reshape((1,) * (n - f.ndim) + f.shape) for f in g.of(a.values))]
+    left = [h for f in given for h in pin(g, f, 0, "positions are picked by numbers")]
+    for f in left: g.guess(f, "is written into another tensor")
+    return meet(g, a.self.shape, [(f.shape, [f]) for f in left])
 
 # %% ../../nbs/structured/38_rules.ipynb #54687f8e
 @rule("recurrent")
