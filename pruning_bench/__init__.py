@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 import importlib, pkgutil
 from pathlib import Path
 
+from pruning_bench.core.during import pruning
 from pruning_bench.core.inputs import BadInput, batch_loss
 from pruning_bench.core.method import Method, build, cite, methods, prune, register
 from pruning_bench.core.plan import Plan, load_plan

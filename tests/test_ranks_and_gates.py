@@ -12,8 +12,9 @@ from pruning_bench.core.allocate import as_left
 from pruning_bench.core.method import Method
 from pruning_bench.core.recover import finetune, rest
 from pruning_bench.core.score import magnitude
-from pruning_bench.core.space import prunable
-from pruning_bench.weight.ranks_and_gates import Pair, Ranks, consensus, cut_down, decided, paired, polarisation, rank_at, svd
+from pruning_bench.core.space import SPACES, prunable
+from pruning_bench.weight.ranks_and_gates import (FilterRanks, Pair, Ranks, SpatialRanks, by_axes, by_filters, by_outputs, consensus, cut_down, decided, paired, polarisation,
+                                                  pooled, rank_at, room, svd)
 
 
 def net(seed=0):
@@ -58,16 +59,112 @@ def test_the_smallest_rank_that_holds_the_energy(level, rank): assert rank_at(to
 CONVS = [nn.Linear(7, 9), nn.Linear(7, 9, bias=False), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 6, (3, 1), dilation=2, padding_mode="circular", padding=1),
          nn.Conv1d(5, 8, 3, bias=False), nn.Conv3d(3, 4, 2)]
 
-@pytest.mark.parametrize("module", CONVS, ids=repr)
-def test_two_thin_layers_compute_what_the_layer_of_low_rank_computes(module):
+WAYS = [by_outputs, by_axes, by_filters]
+UNROLLED = {"by_outputs": lambda w: w.permute(1, 2, 3, 0).reshape(-1, len(w)),   # channels, height, width x filters
+            "by_axes": lambda w: w.permute(1, 2, 0, 3).reshape(w.shape[1] * w.shape[2], -1),   # channels, height x filters, width
+            "by_filters": lambda w: w.reshape(*w.shape[:2], -1)}   # a matrix for each filter: channels x height, width
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: w.__name__)
+@pytest.mark.parametrize("module", [*CONVS, nn.Conv2d(4, 6, (2, 3), padding="same"), nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(0, 1), padding_mode="replicate", bias=False), nn.Conv2d(5, 7, 1)], ids=repr)
+def test_two_thin_layers_compute_what_the_layer_of_low_rank_computes(module, way):
     model = nn.Sequential(copy.deepcopy(module))
-    layer = prunable(model)["0.weight"]
+    layer = way(prunable(model)["0.weight"])
     parts = svd(layer.read())
-    pair = paired(layer, *(p[..., :3] for p in parts))
-    layer.weight.data.copy_(layer.tensor(cut_down(*parts, 3)))
+    pair = paired(layer, *(p[..., :2] for p in parts))
+    layer.weight.data.copy_(layer.tensor(cut_down(*parts, 2)))
     x = torch.randn(2, 7) if isinstance(module, nn.Linear) else torch.randn(2, module.in_channels, *[7] * (module.weight.dim() - 2))
     assert torch.allclose(pair(x), model(x), atol=1e-5)
     assert torch.allclose(pair.weight, layer.weight, atol=1e-5) and pair.bias is layer.module.bias
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: w.__name__)
+def test_a_kernel_of_low_rank_is_the_nearest_of_its_rank_in_the_matrix_of_its_way(way):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(5, 6, (3, 2)).double())
+    start = model[0].weight.detach().clone()
+    layer, m = way(prunable(model)["0.weight"]), UNROLLED[way.__name__](start)
+    assert torch.equal(layer.read(), m) and torch.equal(layer.tensor(layer.read()), start)
+    s = torch.linalg.svdvals(m)
+    for r in range(1, room(layer) + 1):
+        low = paired(layer, *(p[..., :r] for p in svd(m))).weight
+        assert torch.allclose((start - low).square().sum(), s[..., r:].square().sum(), atol=1e-10)   # Eckart and Young
+        assert (torch.linalg.matrix_rank(UNROLLED[way.__name__](low), rtol=1e-9) == r).all()
+
+@pytest.mark.parametrize("way,thin,wide", [(by_outputs, (3, 5, 3, 2), (6, 3, 1, 1)), (by_axes, (3, 5, 3, 1), (6, 3, 1, 2)), (by_filters, (18, 5, 1, 1), (6, 3, 3, 2))], ids=lambda x: getattr(x, "__name__", ""))
+def test_shapes_and_prices_of_three_directions(way, thin, wide):
+    model = nn.Sequential(nn.Conv2d(5, 6, (3, 2)))
+    space = {by_outputs: Ranks, by_axes: SpatialRanks, by_filters: FilterRanks}[way](model)
+    pair = paired(space.seen["0.weight"], *(p[..., :3] for p in svd(space.seen["0.weight"].read())))
+    assert (tuple(pair[0].weight.shape), tuple(pair[1].weight.shape)) == (thin, wide)
+    assert pair[0].weight.numel() + pair[1].weight.numel() == 3 * space.cost("0.weight")
+
+class Pictures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.short, self.head = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 1, stride=2), nn.Linear(8, 4)
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return self.head((self.b(x) + self.short(x)).relu().mean((2, 3)))
+
+def pictures(seed=0):
+    torch.manual_seed(seed)
+    return Pictures()
+
+FORMS = ["ranks", "spatialranks", "filterranks"]
+
+@pytest.mark.parametrize("space", FORMS)
+@pytest.mark.parametrize("method", ["truncated-svd", "trp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_way_keeps_exact_counts_and_its_plan_makes_the_same_network(space, method, dtype, tmp_path):
+    model, x = pictures().to(dtype), torch.randn(2, 4, 6, 6, dtype=dtype)
+    data = [(a.to(dtype), y) for a, y in batches(shape=(4, 6, 6))]
+    plan = prune(model, method, .5, data, F.cross_entropy, space=space, **({"recover": finetune(6, 1e-2)} if method == "trp" else {}))
+    assert all(int(m.sum()) == max(1, int(.5 * len(m) + .5)) for m in plan.masks.values()) and {p.dtype for p in model.parameters()} == {dtype}
+    assert isinstance(model.b, Pair) and plan.space == space
+    fresh = pictures().to(dtype)
+    plan.save(tmp_path / "plan")
+    load_plan(tmp_path / "plan").apply(fresh)
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+    if method == "truncated-svd":
+        again = pictures().to(dtype)
+        plan.apply(again)
+        assert torch.allclose(again(x), prune_and_run(space, x), atol=1e-4)
+
+def prune_and_run(space, x):
+    model = pictures().to(x.dtype)
+    prune(model, space=space, score="magnitude", sparsity=.5)   # magnitude, read along a direction, is its singular value
+    return model(x)
+
+@pytest.mark.parametrize("space", FORMS)
+def test_the_split_after_trained_ranks_costs_nothing_in_every_way(space):
+    model, data, seen = pictures(), batches(shape=(4, 6, 6)), []
+    def train(model, data, loss, part=1.): finetune(10, 1e-2)(model, data, loss, part); seen.append(model(data_x).detach())
+    train.steps, data_x = 10, data[0][0]
+    prune(model, "trp", .5, data, F.cross_entropy, recover=train, space=space)
+    assert torch.allclose(model(data_x), seen[0], atol=1e-4)
+    assert prune(pictures(), "trp", .5, data, F.cross_entropy, recover=train, space=space) == prune(pictures(), "trp", .5, data, F.cross_entropy, recover=train, **{"space": space})
+
+def test_a_budget_over_layers_with_different_prices_is_met_within_one_direction():
+    for space in FORMS:
+        model = pictures()
+        units = SPACES[space](pictures())
+        plan = prune(model, space=space, score="energy", allocate="global", sparsity=.4)
+        spent = sum(units.cost(n) * int(m.sum()) for n, m in plan.masks.items())
+        total = sum(units.cost(n) * len(m) for n, m in plan.masks.items())
+        assert abs(spent - .6 * total) <= max(units.cost(n) for n in plan.masks)
+
+def test_directions_shared_by_filters_are_weighed_together():
+    units = FilterRanks(pictures())
+    s = torch.linalg.svdvals(dict(pictures().named_parameters())["b.weight"].detach().reshape(8, 8, 9))
+    assert torch.allclose(units.w("b.weight"), s.square().sum(0).sqrt()[:len(units.w("b.weight"))], atol=1e-5)
+    assert torch.equal(pooled(torch.tensor([[3., 1], [4, 0]])), torch.tensor([5., 1]))
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(BadInput, match="unknown space 'spatial'"): prune(pictures(), "truncated-svd", .5, space="spatial")
+    from pruning_bench import build
+    with pytest.raises(BadInput, match="unknown space"): build("trp", space="spatial")
+    assert build("trp", space="spatialranks").space == "spatialranks"
 
 def test_units_fill_the_room_and_the_numbers_kept_are_the_fraction_kept():
     model = net()

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['blank', 'softly', 'sfp', 'soft_fpgm', 'passes', 'gated', 'share', 'learning', 'lapp']
 
-# %% ../../nbs/structured/55_soft_filters.ipynb #158b939a
+# %% ../../nbs/structured/55_soft_filters.ipynb #7942f333
 from contextlib import contextmanager
 import torch
 from torch import Tensor
 from ..core.allocate import global_
-from ..core.during import along, under
+from ..core.during import along, around, under
 from ..core.method import Method, register
 from ..core.recover import finetune, rest
 from ..core.schedule import falling
@@ -90,7 +90,7 @@ def gated(space, factor): # `factor(group)` -> (units,), or None for a group wit
     finally:
         for h in handles: h.remove()
 
-# %% ../../nbs/structured/55_soft_filters.ipynb #1d315e91
+# %% ../../nbs/structured/55_soft_filters.ipynb #ee67dfcf
 def share(scores:dict, thresholds:dict, heat:float)->Tensor: # scalar, differentiable in the thresholds
     "How many channels pass, softly."
     return torch.cat([torch.sigmoid((s - thresholds[n]) / heat) for n, s in scores.items()]).mean()
@@ -101,10 +101,11 @@ def learning(reach:float,  # how far a threshold can move, in mean importances
              end:float,    # fraction of the training before the cut
     ): # a `prepare`
     "Learn a threshold per group under a falling budget, then keep what exceeds it most."
-    def prepare(method, space, keep, train):
+    @contextmanager
+    def inside(method, space, keep, steps):
         s = norms(space, "mean")
         ts = {n: (v.min() - heat).requires_grad_() for n, v in s.items()}
-        own = torch.optim.Adam(ts.values(), reach / max(1., end * train.steps))
+        own = torch.optim.Adam(ts.values(), reach / max(1., end * steps))
         def factor(n): return None if chosen else passes(s[n], ts[n], heat)
         def press(course, method):
             s.update(norms(space, "mean"))
@@ -115,9 +116,8 @@ def learning(reach:float,  # how far a threshold can move, in mean importances
             chosen.append(course.step)
             return picked(course, {n: v - ts[n].detach() for n, v in s.items()}, method.allocate)
         chosen, rule = [], pressing(press, choose, end)(method, keep)
-        with gated(space, factor), under(rule, space, keep, train.steps, method.pattern): train(1.)
-    prepare.trains = True
-    return prepare
+        with gated(space, factor), under(rule, space, keep, steps, method.pattern) as course: yield course
+    return around(inside)
 
 @register("LAPP: Layer Adaptive Progressive Pruning for Compressing CNNs from Scratch", "arXiv:2309.14157", 2023, "structured", stage="init")
 def lapp(reach:float=3.,    # how far a threshold can move, in mean importances

@@ -7,11 +7,12 @@ __all__ = ['fallen', 'shares', 'best', 'soft', 'threshold', 'softly', 'pdp', 'co
            'str_', 'passing', 'learned', 'moving', 'movement', 'Upper', 'bilevel', 'bip', 'limited', 'masked_only',
            'searching', 'jackpot']
 
-# %% ../../nbs/weight/29_learned_masks.ipynb #ac59e2c6
+# %% ../../nbs/weight/29_learned_masks.ipynb #0e16e927
+from contextlib import contextmanager
 import torch
 from torch import nn, Tensor
 from ..core.allocate import as_left, global_, settle, uniform, winners
-from ..core.during import Rule, along
+from ..core.during import Rule, along, around
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.pattern import unstructured
@@ -214,7 +215,7 @@ def bip(implicit:float=1e-4, # the weight 1/gamma of the implicit term
     "Alternate steps of the weights and of the mask, which counts on the weights' answer."
     return Method(prepare=along(bilevel(implicit)), allocate=as_left, between=rest, recover=finetune(steps, lr))
 
-# %% ../../nbs/weight/29_learned_masks.ipynb #6a1743fa
+# %% ../../nbs/weight/29_learned_masks.ipynb #e10a052d
 def limited(old:Tensor,    # the mask so far
             scores:Tensor, # like the mask
             share:float,   # of the proposed swaps, that may happen
@@ -230,15 +231,16 @@ def limited(old:Tensor,    # the mask so far
 
 def masked_only(rule): # a `prepare`, as from `along`
     "Prune while the mask trains alone: biases and norms are frozen as well."
-    def prepare(method, space, keep, train):
+    @contextmanager
+    def inside(method, space, keep, steps):
         mine = {id(layer.weight) for layer in space.layers.values()}
         others = [p for p in space.model.parameters() if p.requires_grad and id(p) not in mine]
         for p in others: p.requires_grad_(False)
-        try: along(rule)(method, space, keep, train)
+        try:
+            with along(rule).context(method, space, keep, steps) as course: yield course
         finally:
             for p in others: p.requires_grad_(True)
-    prepare.trains, prepare.name = True, "masked_only"
-    return prepare
+    return around(inside)
 
 # %% ../../nbs/weight/29_learned_masks.ipynb #7cb11fed
 def searching(start:str,   # name of the score that makes the first mask

@@ -6,13 +6,13 @@
 __all__ = ['DECAYS', 'Through', 'chosen', 'straight', 'fading', 'stages', 'tightening', 'product', 'turned', 'other_way',
            'both_ways', 'recipe', 'nm_ste', 'sr_ste', 'mdgf', 'sdgf', 'bdwp']
 
-# %% ../../nbs/weight/31_nm_training.ipynb #53b261d5
+# %% ../../nbs/weight/31_nm_training.ipynb #b7e82937
 import math
 from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.during import Rule, along
+from ..core.during import Rule, along, around, under
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.pattern import n_m, top_rows
@@ -70,7 +70,7 @@ def tightening(pattern, # N:M
         return Through.apply(w, top_rows(w.detach().abs().reshape(len(w), -1, kept[0]), now).view(w.shape), 0.)
     return Rule(view=view)
 
-# %% ../../nbs/weight/31_nm_training.ipynb #caa0f3d2
+# %% ../../nbs/weight/31_nm_training.ipynb #86518bc2
 def product(module,   # linear layer or convolution
             x:Tensor, # its input
             w:Tensor, # like its weight
@@ -104,10 +104,10 @@ def other_way(space,   # of weights
     finally:
         for h in handles: h.remove()
 
-def both_ways(method, space, keep:float, train)->None: # a `prepare`
-    "Prune while training, forward along the inputs and backward along the outputs."
-    with other_way(space, method.pattern, keep): along(straight())(method, space, keep, train)
-both_ways.trains = True
+@contextmanager
+def both_ways(method, space, keep:float, steps:int): # yields the `Course`
+    "Inside, the network is pruned forward along the inputs and backward along the outputs."
+    with other_way(space, method.pattern, keep), under(straight(), space, keep, steps, method.pattern) as course: yield course
 
 # %% ../../nbs/weight/31_nm_training.ipynb #196a781e
 def recipe(prepare,   # trains under a rule
@@ -140,7 +140,7 @@ def mdgf(decay="exponential", # of the pruned weights: "exponential", "linear", 
     "N:M training under a mask whose zeros fade in."
     return recipe(along(fading(decay if callable(decay) else choose(decay, DECAYS, "decay"))), steps, lr)
 
-# %% ../../nbs/weight/31_nm_training.ipynb #ae817489
+# %% ../../nbs/weight/31_nm_training.ipynb #1b0ecc02
 @register("Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", "arXiv:2402.04744", 2024, "weight", stage="init")
 def sdgf(steps:int=600, # optimiser steps
          lr:float=3e-3, # peak learning rate
@@ -153,4 +153,4 @@ def bdwp(steps:int=600, # optimiser steps
          lr:float=3e-3, # peak learning rate
     ):
     "Straight-through N:M training with a second mask, along the outputs, for the gradient of the inputs."
-    return recipe(both_ways, steps, lr)
+    return recipe(around(both_ways), steps, lr)
