@@ -11,7 +11,7 @@ from torch import nn
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.inputs import forward
 from pruning_bench.core.mask import masks_of
-from pruning_bench.structured.groups import Channels, components, coupling
+from pruning_bench.structured.groups import Channels, components, coupling, graph_of, seats
 from pruning_bench.structured.surgery import cut, gone, kept_slices
 from pruning_bench.structured.trace import tensors
 
@@ -384,3 +384,15 @@ def test_maps_of_one_channel_are_joined_like_others(outputs):
         def forward(self, x): return torch.cat([self.score(self.body(y).relu()).sigmoid().flatten(2) for y in (x, x[..., ::2, ::2])], 2)
     [group] = coupling(Heads(), IMAGE).groups
     assert group.name == "body.weight" and len(group) == 8 and group.exact and group.consumes == [("score.weight", 1)]
+
+def test_the_drawing_shows_every_member():
+    model, batch = ready(SMALL["resnet18"])
+    found = coupling(model, batch)
+    net, home = graph_of(found), lambda p: ("module", p.rpartition(".")[0])
+    for g in found.groups:
+        hub = ("group", g.name)
+        writers, readers = ({home(p) for p, _ in keys} for keys in (g.produces, g.consumes))
+        assert writers == {a for a, _, r in net.in_edges(hub, data="role")} and readers == {b for _, b, r in net.out_edges(hub, data="role") if r == "reads"}
+        assert {home(p) for p, _ in g.members} == {*net.predecessors(hub), *net.successors(hub)} and net.nodes[hub] == {"units": len(g), "stream": g.stream}
+    at = seats(net, found.modules)
+    assert len(set(at.values())) == len(at) == len(net) and at["module", "conv1"][1] > at["module", "layer1.0.conv1"][1] > at["module", "fc"][1]

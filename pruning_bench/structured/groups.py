@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['components', 'roots', 'decide', 'Group', 'Coupling', 'coupling', 'put', 'notes', 'note', 'alike', 'grouped', 'named',
-           'frozen_of', 'left_out', 'note_of', 'tree_of', 'page_of', 'table_of', 'plot_of', 'Channels', 'writers',
-           'rewrite']
+           'frozen_of', 'left_out', 'note_of', 'tree_of', 'page_of', 'table_of', 'plot_of', 'graph_of', 'seats',
+           'draw_of', 'Channels', 'writers', 'rewrite']
 
 # %% ../../nbs/structured/40_groups.ipynb #fb6c9d9a
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def decide(g)->None:
             settle(g, f, axis if axis in free else free[-1])
             label = roots(g)
 
-# %% ../../nbs/structured/40_groups.ipynb #a7891d27
+# %% ../../nbs/structured/40_groups.ipynb #4964ff78
 @dataclass(repr=False)
 class Group:
     "Interchangeable units: each one takes the same number of indices from the same parameters."
@@ -76,6 +76,7 @@ class Coupling:
     def __repr__(self): return f"Coupling({len(self.groups)} groups, {len(self.frozen)} layers fixed, {len(self.silent)} silent)"
     def table(self): return table_of(self)
     def plot(self, ax=None): return plot_of(self, ax)
+    def draw(self, ax=None): return draw_of(self, ax)
     def tree(self): return "\n\n".join(map(tree_of, self.groups))
     def _repr_html_(self): return page_of(self)
 
@@ -198,6 +199,57 @@ def plot_of(c:Coupling, ax=None): # a matplotlib axis
     ax.set_yticks(range(len(c.groups)), [f"{g.name.removesuffix('.weight')} ({len(g)}){' *' if g.stream else ''}" for g in c.groups], fontsize=7)
     ax.set_xticks(range(len(owners)), owners if len(owners) <= 24 else [""] * len(owners), rotation=90, fontsize=7)
     ax.invert_yaxis()
+    return ax
+
+# %% ../../nbs/structured/40_groups.ipynb #efca9d18
+def graph_of(c:Coupling): # networkx DiGraph
+    "Modules and groups as nodes; edges lead from who writes to the group, and from the group to who carries or reads its channels."
+    import networkx as nx
+    net, owner = nx.DiGraph(), lambda p: ("module", p.rpartition(".")[0] or p)
+    for g in c.groups:
+        hub = ("group", g.name)
+        net.add_node(hub, units=len(g), stream=g.stream)
+        for p, d in g.members:
+            if (p, d) in g.produces: net.add_edge(owner(p), hub, role="writes")
+            elif (p, d) in g.consumes: net.add_edge(hub, owner(p), role="reads")
+            elif not net.has_edge(owner(p), hub) and not net.has_edge(hub, owner(p)): net.add_edge(hub, owner(p), role="carries")
+    return net
+
+# %% ../../nbs/structured/40_groups.ipynb #4c583ce1
+def seats(net, modules:list)->dict: # {node: (x, y)}
+    "Modules from top to bottom in the order of the model, their groups beside them: inner ones near, streams far."
+    order = {n: i for i, n in enumerate(modules)}
+    rows = sorted((n for n in net if n[0] == "module"), key=lambda n: order.get(n[1], 0))
+    at = {n: (0., -float(i)) for i, n in enumerate(rows)}
+    far = [n for n in net if n[0] == "group" and net.nodes[n]["stream"]]
+    for n in (n for n in net if n[0] == "group"):
+        near = [at[m][1] for m in (*net.predecessors(n), *net.successors(n))]
+        at[n] = (2. + .6 * far.index(n) if n in far else 1., sum(near) / len(near))
+    return at
+
+# %% ../../nbs/structured/40_groups.ipynb #8e509883
+def draw_of(c:Coupling, ax=None): # a matplotlib axis
+    "Squares are groups and their units, circles are modules in the colour of what they write or carry; arrows: written and read; dotted: carried."
+    import matplotlib.pyplot as plt, networkx as nx
+    net = graph_of(c)
+    at, paint = seats(net, c.modules), {("group", g.name): plt.cm.tab10(i % 10) for i, g in enumerate(c.groups)}
+    rows, hubs = ([n for n in at if n[0] == kind] for kind in ("module", "group"))
+    labels = {n: ".".join(n[1].split(".")[-2:]) for n in rows}
+    if ax is None: _, ax = plt.subplots(figsize=(4, .6 + .3 * len(rows)))
+    for n in rows:
+        mine = [*net.successors(n), *(g for g in net.predecessors(n) if net[g][n]["role"] == "carries")]
+        paint[n] = paint[mine[0]] if mine else "white"
+        ax.text(-.15, at[n][1], labels[n], ha="right", va="center", fontsize=8)
+    nx.draw_networkx_nodes(net, at, rows, node_size=90, node_color=[paint[n] for n in rows], edgecolors="black", ax=ax)
+    for g in hubs:
+        nx.draw_networkx_nodes(net, at, [g], node_size=260, node_shape="s", node_color=[paint[g]], ax=ax)
+        ax.text(*at[g], net.nodes[g]["units"], ha="center", va="center", fontsize=8, color="white")
+        for role in ("writes", "reads", "carries"):
+            some, dotted = [(a, b) for a, b in net.edges if g in (a, b) and net[a][b]["role"] == role], role == "carries"
+            nx.draw_networkx_edges(net, at, some, edge_color=[paint[g]] * len(some), style="dotted" if dotted else "solid", arrows=True, arrowstyle="-" if dotted else "-|>",
+                                   arrowsize=10, node_size=150, connectionstyle="arc3,rad=.08", ax=ax)
+    ax.set(xlim=(-.3 - .07 * max(map(len, labels.values()), default=0), max(x for x, _ in at.values()) + .3), ylim=(.3 - len(rows), .7))
+    ax.axis("off")
     return ax
 
 # %% ../../nbs/structured/40_groups.ipynb #58c09661
