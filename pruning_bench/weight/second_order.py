@@ -7,13 +7,15 @@ __all__ = ['LIMIT', 'each_gradient', 'by_layer', 'fisher_diag', 'obd', 'obd_', '
            'some_rows', 'obc', 'row_refit', 'obc_', 'gradients', 'Fisher', 'fisher', 'fisher_obs', 'moved', 'surgeon',
            'refit', 'mfac']
 
-# %% ../../nbs/weight/27_second_order.ipynb #d7733c20
+# %% ../../nbs/weight/27_second_order.ipynb #a598cdda
+from functools import reduce
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.allocate import global_
 from ..core.inputs import BadInput, size_of
+from ..core.memory import afford
 from ..core.method import Method, register
 from ..core.recover import wait
 from ..core.schedule import geometric
@@ -146,18 +148,21 @@ def obc_():
     "Exact OBS on every row of every layer, for the squared error of the layer's output."
     return Method(score=obc, solve=row_refit)
 
-# %% ../../nbs/weight/27_second_order.ipynb #ff2732c1
+# %% ../../nbs/weight/27_second_order.ipynb #c372c255
 def gradients(space, batches, loss, # as every reading
               each:int=1,           # examples per gradient
     )->Tensor: # (m, d)
-    "All gradients at once: m times d numbers."
-    g, m = None, sum(-(-size_of(b) // each) for b in batches)
-    for i, row in enumerate(each_gradient(space, batches, loss, each)):
-        if g is None: g = row.new_empty(m, len(row))
-        g[i] = row
+    "All gradients at once: m times d numbers; raises `BadInput` before the first where they do not fit twice."
+    weights = [l.weight for l in space.layers.values()]
+    m, d = sum(-(-size_of(b) // each) for b in batches), sum(w.numel() for w in weights)
+    dtype, device = reduce(torch.promote_types, (w.dtype for w in weights), torch.float32), weights[0].device
+    afford(2 * m * d * dtype.itemsize, f"keeping {m} gradients of {d:,} weights",
+           f"read fewer examples with calibration=, take more than {each} per gradient with each=, or leave layers out with skip=", device)
+    g = torch.empty(m, d, dtype=dtype, device=device)
+    for i, row in enumerate(each_gradient(space, batches, loss, each)): g[i] = row
     return g
 
-# %% ../../nbs/weight/27_second_order.ipynb #f167178f
+# %% ../../nbs/weight/27_second_order.ipynb #ebc37e13
 class Fisher:
     "damp I + G'G / m, in blocks of consecutive weights: its inverse is applied, never formed."
     def __init__(self, g:Tensor, # (m, d), gradients
@@ -169,11 +174,12 @@ class Fisher:
         over = -self.size % width
         self.g = (F.pad(g, (0, over)) if over else g).view(len(g), -1, width).transpose(0, 1)
         self.root = self.rooted(self.g)
-        self.diag = self.flat((1 - self.half().square().sum(1)).clamp_min(torch.finfo(g.dtype).eps)) / damp   # of the inverse
+        self.diag = self.flat((1 - self.half().square_().sum(1)).clamp_min(torch.finfo(g.dtype).eps)) / damp   # of the inverse
 
     def rooted(self, g): # (blocks, m, width) -> (blocks, m, m), double
         "Cholesky factor of m damp I + G G'."
-        k = sum(c.double() @ c.double().mT for c in g.split(2**16, dim=2))
+        few = max(1, 2**16 // g.shape[2])   # blocks at a time
+        k = torch.cat([sum(c @ c.mT for c in map(Tensor.double, b.split(2**16, dim=2))) for b in g.split(few)])
         k.diagonal(dim1=1, dim2=2).add_(g.shape[1] * self.damp)
         root, failed = torch.linalg.cholesky_ex(k)
         if failed.any(): raise BadInput(f"the gradients are not finite, or too large for damp={self.damp:g}: check the loss, or raise damp")
