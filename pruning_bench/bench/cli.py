@@ -6,7 +6,7 @@
 __all__ = ['app', 'JSON', 'ALWAYS', 'terminal', 'emit', 'tasks', 'methods', 'coverage', 'read_settings', 'read_sparsities',
            'check_device', 'brief', 'variant_of', 'run', 'suite', 'board', 'main']
 
-# %% ../../nbs/bench/97_cli.ipynb #9f653166
+# %% ../../nbs/bench/97_cli.ipynb #fda29edb
 import ast, inspect, json, sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -18,10 +18,10 @@ from ..core.inputs import BadInput, choose, first_batch
 from ..core.method import CARDS, FAMILIES, methods as list_methods
 from ..core.pattern import as_pattern
 from . import board as boards, runner
-from .entry import entry_path, write_json
+from .entry import code_digest, entry_path, write_json
 from .run import AROUND, REPLACED, frame, settled
 from .suites import SUITES, with_controls
-from .tasks import page, task as find_task, tasks as list_tasks
+from .tasks import cache_folder, page, task as find_task, tasks as list_tasks
 
 # %% ../../nbs/bench/97_cli.ipynb #df2f1360
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -57,14 +57,14 @@ def methods(pattern: Annotated[str, typer.Argument(help="wildcard, e.g. '*magnit
     found = list_methods(pattern, **({"family": family} if family else {}))
     emit(found if as_json else found[["method", "family", "stage", "space", "needs", "what"]], as_json)
 
-# %% ../../nbs/bench/97_cli.ipynb #839ed139
+# %% ../../nbs/bench/97_cli.ipynb #57c6adfe
 @app.command()
 def coverage(pattern: Annotated[str, typer.Argument(help="wildcard on models, e.g. 'resnet*'")] = "*", as_json: JSON = False):
-    "Cut every model of torchvision and two of diffusers to half of their multiplications, and say what happened."
+    "Cut every model of torchvision and some of transformers and diffusers to half of their multiplications, and say what happened."
     from pruning_bench.structured.coverage import coverage as cut_in_half
-    emit(cut_in_half(pattern), as_json)
+    emit(cut_in_half(pattern, cache_folder() / "coverage" / code_digest()[:16]), as_json)
 
-# %% ../../nbs/bench/97_cli.ipynb #f6749bac
+# %% ../../nbs/bench/97_cli.ipynb #39ddd176
 ALWAYS = (*REPLACED, *AROUND) # settings of every method
 
 def read_settings(method:str, pairs:list)->dict: # {name: value}
@@ -94,7 +94,7 @@ def read_sparsities(method:str, texts:list, settings:dict)->tuple: # (sparsities
         found.append(s)
     return tuple(dict.fromkeys(found)), settings
 
-# %% ../../nbs/bench/97_cli.ipynb #0da79024
+# %% ../../nbs/bench/97_cli.ipynb #70bfae00
 def check_device(device:str)->str:
     "A device that exists here."
     import torch
