@@ -269,6 +269,17 @@ def test_a_baked_width_is_noticed_and_undone():
     with pytest.raises(BadInput, match="skip="): prune(model, "l1-filter", .5, data=[x])
     assert torch.equal(model(x), before) and model.a.out_channels == 8 and not masks_of(model)
 
+def test_code_that_asks_for_values_is_rehearsed_on_the_model_itself():
+    class Asks(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        def forward(self, x):
+            h = self.a(x).relu()
+            if not h.isfinite().all(): raise ValueError
+            return self.c(self.b(h).view(-1, 6))
+    model, x = Asks(), torch.randn(4, 3)
+    space = Channels(model, [x])
+    assert space.names() == ["a.weight"] and "its width" in space.coupling.frozen["b.weight"][1] and model.a.out_features == 8
+
 def test_a_cut_that_changes_the_function_is_undone():
     class Counts(nn.Module):
         def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFTER_CUT', 'cut', 'selected', 'refresh', 'gone', 'kept_slices', 'mask_out', 'said', 'outputs', 'close',
-           'alike_in_shape', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'culprits', 'misread', 'cut_and_compare',
-           'cut_if_it_fits']
+           'alike_in_shape', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'stands', 'culprits', 'misread',
+           'cut_and_compare', 'cut_if_it_fits']
 
 # %% ../../nbs/structured/39_surgery.ipynb #6422ebcd
 from contextlib import suppress
@@ -127,20 +127,21 @@ def rehearse(model:nn.Module, batch, run, slices:dict)->None:
         raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
     finally: put_back(state)
 
-# %% ../../nbs/structured/39_surgery.ipynb #cb309b82
+# %% ../../nbs/structured/39_surgery.ipynb #d7c9520c
 def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the groups that can be cut
     "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also compare; fix the groups that fail."
-    double, example = model, batch
+    on = [(model, batch)]
     if run is forward:
-        with suppress(Exception):   # its code may ask for values
-            outputs(twin := ghost(model), lambda: run(twin, move(batch, "meta")))
-            double, example = twin, move(batch, "meta")
+        with suppress(Exception): on = [(ghost(model), move(batch, "meta"))]
     first = lambda some: {n: torch.arange(len(g)) > 0 for n, g in some.items()}
     def runs(some):
+        double, example = on[0]
         try: rehearse(double, example, run, kept_slices(double, some, first(some)))
         except BadInput as e:
-            if double is model or not isinstance(e.__cause__, NotImplementedError): return e
-            try: rehearse(model, batch, run, kept_slices(model, some, first(some)))   # the cut model asks for values
+            if double is model: return e
+            if not stands(double, example, run): on[0] = model, batch   # its code asks for values
+            elif not isinstance(e.__cause__, NotImplementedError): return e   # else the cut model asks for values
+            try: rehearse(model, batch, run, kept_slices(model, some, first(some)))
             except BadInput as e: return e
     wrong = culprits(groups, runs)
     left = {n: g for n, g in groups.items() if n not in wrong}
@@ -149,6 +150,12 @@ def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the grou
     wrong |= culprits(doubtful, lambda some: misread(model, some, first(some), lambda: run(model, batch)))
     for n in wrong: found.frozen[groups[n].produces[0][0]] = (len(groups[n]), groups[n].guess or f"the code contains its width ({str(wrong[n].__cause__).splitlines()[0][:80]})")
     return {n: g for n, g in groups.items() if n not in wrong}
+
+def stands(model:nn.Module, batch, run)->bool:
+    "Whether a model runs on an example."
+    try: outputs(model, lambda: run(model, batch))
+    except Exception: return False
+    return True
 
 def culprits(some:dict, test)->dict: # {name: error}; `test(groups)` -> error or None
     "The groups that fail a test, by halving."
