@@ -202,6 +202,19 @@ def test_a_product_of_computed_matrices_is_refused_for_macs_and_fine_for_params(
     assert parameters(net) == full
 
 
+class Boxes(nn.Module):
+    "The second head gets nothing to look at, as in a detector without a hit."
+    def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.b(h), self.c(h[:0])
+
+def test_a_product_of_nothing_costs_nothing():
+    model, x = Boxes().eval(), torch.randn(8, 6)
+    plan = prune(model, "l1-filter", {"macs": .5}, x)
+    assert plan.budget["full"] == 6 * 16 + 16 * 4 and model.a.out_features == model.b.in_features == model.c.in_features == 8 and plan.budget["left"] == 80
+
 def test_meeting_is_exact_for_any_monotone_price():
     g = torch.Generator().manual_seed(1)
     for trial in range(300):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMULAS', 'Sizes', 'params', 'Products', 'products', 'rehearsed', 'Work', 'macs', 'latency']
 
-# %% ../../nbs/structured/44_budgets.ipynb #9eba81bc
+# %% ../../nbs/structured/44_budgets.ipynb #6607cb38
 import copy, math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -75,7 +75,7 @@ def products(space, batch)->list: # [(multiplications, parameter or None)], in o
         space.run(space.model, batch)
     return mode.found
 
-# %% ../../nbs/structured/44_budgets.ipynb #7e34a4be
+# %% ../../nbs/structured/44_budgets.ipynb #830a7bc6
 def rehearsed(space, batch, kept:dict)->list: # what `products` returns
     "The products of the model with so many units per group; afterwards it is as before."
     masks = {n: torch.arange(len(g)) < kept[n] for n, g in space.groups.items()}
@@ -96,7 +96,8 @@ class Work:
         loose = [i for i, (m, _) in enumerate(shrunk) if m != self.one(i, half)]
         if loose: self.attribute(space, batch, loose, half, shrunk)
         self.terms = {}   # (parameter, group) -> products that shrink alike
-        for i, (m, p) in enumerate(self.dense): self.terms.setdefault((p, self.follows.get(i)), []).append(i)
+        for i, (m, p) in enumerate(self.dense):
+            if m: self.terms.setdefault((p, self.follows.get(i)), []).append(i)
 
     def one(self, i:int, kept:dict)->Fraction: # multiplications of one product
         m, p = self.dense[i]
@@ -113,7 +114,7 @@ class Work:
         for bit, (kept, found) in enumerate(zip(tests, seen)):
             for i in loose: code[i] += (found[i][0] != self.one(i, kept)) << bit
         for i, c in code.items():
-            if not 0 < c <= len(names): continue
+            if not 0 < c <= len(names) or not self.dense[i][0]: continue   # nothing to be a share of
             n = names[c - 1]
             self.follows[i] = n, (1 - Fraction(shrunk[i][0]) / self.one(i, half)) / (self.sizes.units[n] - half[n])
         if any(m != self.one(i, kept) for kept, found in zip([half, *tests], [shrunk, *seen]) for i, (m, _) in enumerate(found)):
