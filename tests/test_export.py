@@ -71,6 +71,12 @@ def test_notebook_is_light(notebook): assert notebook.stat().st_size <= 400_000
 def test_no_error_is_kept_as_output(notebook):
     assert not [o for c in cells(notebook) for o in c.get("outputs", []) if o["output_type"] == "error"]
 
+@each_notebook
+def test_what_a_slow_cell_shows_is_kept(notebook):
+    "A cell that ends in an expression shows something; where it is slow, readers see what was stored."
+    slow = [c for c in cells(notebook) if c["cell_type"] == "code" and re.match(r"(#\|.*\n)*#\| slow", source(c)) and "#| gpu" not in source(c)]
+    assert not [source(c) for c in slow if not c["outputs"] and isinstance(ast.parse(source(c)).body[-1], ast.Expr)]
+
 @each_template
 def test_template_has_a_parameters_cell_and_no_outputs(notebook):
     tags = [c["metadata"].get("tags", []) for c in cells(notebook)]
