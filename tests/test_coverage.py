@@ -98,6 +98,15 @@ def test_rows_are_kept(monkeypatch, tmp_path):
     row_of("calm", None)
     assert asked == ["calm", "calm"]
 
+def test_a_row_that_was_interrupted_is_made_again(monkeypatch, tmp_path):
+    monkeypatch.setattr("pruning_bench.structured.coverage.cover", lambda name, make: dict(model=name, runs=True))
+    def power_cut(path, text): path.write_bytes(text[:5].encode()); raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr("pathlib.Path.write_text", power_cut)
+        with pytest.raises(KeyboardInterrupt): row_of("calm", None, tmp_path)
+    assert not [*tmp_path.rglob("*.json")]
+    assert row_of("calm", None, tmp_path) == dict(model="calm", runs=True) and len([*tmp_path.rglob("calm*")]) == 1
+
 def test_the_command_prints_the_table(monkeypatch, tmp_path):
     from typer.testing import CliRunner
     from pruning_bench.bench.cli import app

@@ -184,7 +184,7 @@ def cover(name:str, make)->dict: # one row
     left, note = sum(p.numel() for p in model.parameters()) / total, sorted({why for _, why in space.coupling.frozen.values()} - {"is an output of the model"})
     return row | dict(runs=trains(model.eval(), batch), of=of, removed=removed, left=left, seconds=seconds, note="; ".join(note))
 
-# %% ../../nbs/structured/45_coverage.ipynb #7c9cb4c7
+# %% ../../nbs/structured/45_coverage.ipynb #044537a6
 def row_of(name:str, make, folder=None)->dict:
     "A row, read from a folder of rows or written there; a model that fails is a row with its reason."
     path = folder and Path(folder) / "-".join(map(version, ("torch", "torchvision", "transformers", "diffusers"))) / f"{name}.json"
@@ -192,7 +192,10 @@ def row_of(name:str, make, folder=None)->dict:
     try: row = cover(name, make)
     except Exception as e: return dict(model=name, runs=False, note=said(e))
     finally: gc.collect()
-    if path: path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(row))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (whole := path.with_suffix(".part")).write_text(json.dumps(row))
+        whole.replace(path)
     return row
 
 def coverage(pattern:str="*", # wildcard on names
