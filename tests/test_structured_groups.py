@@ -296,6 +296,17 @@ def test_earlier_masks_survive():
     rows, columns = (torch.tensor(plan.slices["4.conv1.weight"].get(d, range(8))) for d in (0, 1))
     assert torch.equal(model[4].conv1.weight == 0, zero[rows][:, columns]) and "4.conv1.weight" in masks_of(model)
 
+@pytest.mark.parametrize("needs, examples", [(None, 2), (64, 64)])
+def test_a_large_batch_is_compared_on_two_examples(needs, examples):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            if needs: assert len(x) == needs
+            if not x.is_meta: seen.add(len(x))
+            return super().forward(x)
+    seen, net = set(), Net(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    prune(net, "l1-filter", .5, [torch.randn(64, 1, 8, 8)])
+    assert seen == {examples} and net[0].out_channels == 3
+
 def test_a_plan_for_another_width_is_refused():
     model, batch = ready(SMALL["cnn"])
     plan = prune(copy.deepcopy(model), "l1-filter", .25, data=[batch])

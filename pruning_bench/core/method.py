@@ -135,7 +135,7 @@ def cite(*names:str)->str: # markdown list
     link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
     return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (choose(n, CARDS, "method") for n in names))
 
-# %% ../../nbs/core/11_method.ipynb #e27d3a1a
+# %% ../../nbs/core/11_method.ipynb #bf785a97
 def keep_of(sparsity, # fraction to remove, or a pattern such as "2:4"
             pattern:Pattern)->float: # fraction to keep
     "The budget as a fraction to keep."
@@ -153,7 +153,7 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     "Refuse what cannot work, before any work."
     model = space.model
     for name, p in model.named_parameters() if model is not None else ():
-        if not torch.isfinite(p).all(): raise BadInput(f"the weights of {name!r} are not all finite: repair the model before pruning it")
+        if not torch.isfinite(p.sum()) and not torch.isfinite(p).all(): raise BadInput(f"the weights of {name!r} are not all finite: repair the model before pruning it")
     for name, layer in space.layers.items() if space.unit == "weight" else (): method.pattern.check(name, layer)
     if method.solve.unit not in ("any", space.unit): raise BadInput(f"solver {method.solve.__name__!r} repairs {method.solve.unit}s, but this space has {space.unit}s: choose another solver or space")
     trains = getattr(method.recover, "steps", 0)

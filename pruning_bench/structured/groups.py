@@ -7,14 +7,14 @@ __all__ = ['components', 'roots', 'decide', 'Group', 'Coupling', 'coupling', 'pu
            'frozen_of', 'left_out', 'note_of', 'tree_of', 'page_of', 'table_of', 'plot_of', 'graph_of', 'seats',
            'draw_of', 'Channels', 'writers', 'rewrite']
 
-# %% ../../nbs/structured/40_groups.ipynb #fb6c9d9a
+# %% ../../nbs/structured/40_groups.ipynb #8e119ae4
 from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
 from ..core.inputs import BadInput, first_batch, forward, runner
 from ..core.space import Layer, layers_of, matches, space
-from .surgery import cut_and_compare, cut_if_it_fits, kept_slices, mask_out, rehearsed, said
+from .surgery import cut_and_compare, cut_if_it_fits, few, kept_slices, mask_out, rehearsed, said
 from .trace import covers, fixed, observe, settle
 
 # %% ../../nbs/structured/40_groups.ipynb #59e232bd
@@ -252,7 +252,7 @@ def draw_of(c:Coupling, ax=None): # a matplotlib axis
     ax.axis("off")
     return ax
 
-# %% ../../nbs/structured/40_groups.ipynb #58c09661
+# %% ../../nbs/structured/40_groups.ipynb #8e85c663
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must go with one channel."
@@ -263,9 +263,9 @@ class Channels:
         if self.batch is None: raise BadInput("channels need data=, at least one batch: a forward pass shows which channels are coupled")
         try: self.coupling = coupling(model, self.batch, self.run)
         except Exception as e: raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {said(e)}") from e
-        named = lambda g: any(matches(p, skip) for p, _ in g.members)
+        self.example, named = few(model, self.batch, self.run), lambda g: any(matches(p, skip) for p, _ in g.members)
         self.groups = {g.name: g for g in self.coupling.groups if len(g) > 1 and (stream or not g.stream) and not named(g)}
-        if self.groups: self.groups = rehearsed(model, self.batch, self.run, self.coupling, self.groups)
+        if self.groups: self.groups = rehearsed(model, self.example, self.run, self.coupling, self.groups)
         if not self.groups: raise BadInput(f"{type(model).__name__} has no channels to remove{' outside its residual streams' if not stream else ''}: coupling(model, batch).table() lists the reasons")
         self.kept = {n: torch.ones(len(g), dtype=torch.bool) for n, g in self.groups.items()}
         self.layers, self.cuts = writers(model, self.groups), {}
@@ -287,7 +287,7 @@ class Channels:
     def remove(self):
         self.cuts = kept_slices(self.model, self.groups, self.kept)
         exact = all(g.exact or self.kept[n].all() for n, g in self.groups.items())
-        if self.cuts: cut_and_compare(self.model, self.cuts, lambda: self.run(self.model, self.batch), exact)
+        if self.cuts: cut_and_compare(self.model, self.cuts, lambda: self.run(self.model, self.example), exact)
 
     def slices(self): return self.cuts
 

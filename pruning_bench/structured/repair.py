@@ -31,7 +31,7 @@ def recalibrate(examples:int=256, # to estimate from
     estimate.steps, estimate.reads, estimate.name = 0, True, "recalibrate"
     return estimate
 
-# %% ../../nbs/structured/49_repair.ipynb #49ef5cff
+# %% ../../nbs/structured/49_repair.ipynb #78190051
 def norms_behind(space)->dict: # {module: (module of the batch norm, the batch norm)}
     "Which batch norm receives exactly what a layer puts out."
     found, made, hooks = {}, {}, []
@@ -40,7 +40,7 @@ def norms_behind(space)->dict: # {module: (module of the batch norm, the batch n
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
             hooks.append(m.register_forward_pre_hook(lambda m, args, n=n: found.update({made[id(args[0])][0]: (n, m)} if id(args[0]) in made else {})))
     try:
-        with in_mode(space.model, False), torch.no_grad(): space.run(space.model, space.batch)
+        with in_mode(space.model, False), torch.no_grad(): space.run(space.model, space.example)
     finally:
         for h in hooks: h.remove()
     return found

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['AFTER_CUT', 'cut', 'selected', 'refresh', 'gone', 'kept_slices', 'mask_out', 'said', 'outputs', 'close',
-           'alike_in_shape', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'stands', 'culprits', 'misread',
+           'alike_in_shape', 'stands', 'few', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'culprits', 'misread',
            'cut_and_compare', 'cut_if_it_fits']
 
-# %% ../../nbs/structured/39_surgery.ipynb #6422ebcd
+# %% ../../nbs/structured/39_surgery.ipynb #141f234c
 from contextlib import suppress
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core.inputs import BadInput, forward, in_mode, move, seeded
+from ..core.inputs import BadInput, forward, in_mode, move, seeded, some
 from ..core.mask import held_names, hold, release
 from .trace import ghost, place, tensors
 
@@ -64,7 +64,7 @@ def refresh(m:nn.Module)->None: # called on every module after a cut
     conv = getattr(m, "conv", None)   # resampling blocks of diffusers check their widths
     if isinstance(conv, nn.Conv2d) and hasattr(m, "channels"): m.out_channels, m.channels = conv.weight.shape[:2]
 
-# %% ../../nbs/structured/39_surgery.ipynb #f5ae8b81
+# %% ../../nbs/structured/39_surgery.ipynb #2ba04750
 def gone(groups:dict, kept:dict)->dict: # {(parameter, dimension): removed indices}
     "From units to indices of parameters."
     out = {}
@@ -75,16 +75,20 @@ def gone(groups:dict, kept:dict)->dict: # {(parameter, dimension): removed indic
 def kept_slices(model:nn.Module, groups:dict, kept:dict)->dict: # {parameter: {dimension: kept indices}}, only what shrinks
     "What `cut` needs."
     shape, out = {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]}, {}
-    for (p, d), lost in gone(groups, kept).items(): out.setdefault(p, {})[d] = np.setdiff1d(np.arange(shape[p][d]), lost).tolist()
+    for (p, d), lost in gone(groups, kept).items():
+        stays = np.ones(shape[p][d], bool)
+        stays[lost] = False
+        out.setdefault(p, {})[d] = np.flatnonzero(stays).tolist()
     return out
 
-# %% ../../nbs/structured/39_surgery.ipynb #d669687e
+# %% ../../nbs/structured/39_surgery.ipynb #6858b610
 def mask_out(model:nn.Module, slices:dict)->None:
     "Hold zeros where `cut` would remove; masks that are already there stay."
     homes = {f"{n}.{a}" if n else a: (m, a) for n, m in model.named_modules() for a in m._parameters}
     for name, dims in ((n, d) for n, d in slices.items() if n in homes):   # running statistics need no mask
         module, attr = homes[name]
-        mask = getattr(module, f"{attr}_mask", torch.ones_like(getattr(module, attr), dtype=torch.bool)).clone()
+        mask = module._buffers.get(f"{attr}_mask")
+        mask = torch.ones_like(getattr(module, attr), dtype=torch.bool) if mask is None else mask.clone()
         for d, kept in dims.items(): mask.index_fill_(d, torch.as_tensor(np.setdiff1d(np.arange(mask.shape[d]), kept), device=mask.device), False)
         hold(module, attr, mask)
 
@@ -105,6 +109,19 @@ def close(a:Tensor, b:Tensor)->bool: # equal up to rounding
 def alike_in_shape(a:Tensor, b:Tensor)->bool:
     "What is left to check when removing is not the same as masking."
     return a.shape == b.shape and bool((b.isfinite() | ~a.isfinite()).all())
+
+# %% ../../nbs/structured/39_surgery.ipynb #7d15d7bb
+def stands(model:nn.Module, batch, run)->bool:
+    "Whether a model runs on an example."
+    try: outputs(model, lambda: run(model, batch))
+    except Exception: return False
+    return True
+
+def few(model:nn.Module, batch, run): # two examples, or the batch
+    "As many examples as a comparison needs."
+    part = some(batch, slice(0, 2))
+    whole = [t.shape for t in tensors(part)] == [t.shape for t in tensors(batch)]
+    return batch if whole or not stands(model, part, run) else part
 
 # %% ../../nbs/structured/39_surgery.ipynb #8f5183b1
 def state_of(model:nn.Module)->list: # [(module, its class, its attributes)]
@@ -127,7 +144,7 @@ def rehearse(model:nn.Module, batch, run, slices:dict)->None:
         raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
     finally: put_back(state)
 
-# %% ../../nbs/structured/39_surgery.ipynb #d7c9520c
+# %% ../../nbs/structured/39_surgery.ipynb #38062826
 def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the groups that can be cut
     "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also compare; fix the groups that fail."
     on = [(model, batch)]
@@ -150,12 +167,6 @@ def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the grou
     wrong |= culprits(doubtful, lambda some: misread(model, some, first(some), lambda: run(model, batch)))
     for n in wrong: found.frozen[groups[n].produces[0][0]] = (len(groups[n]), groups[n].guess or f"the code contains its width ({str(wrong[n].__cause__).splitlines()[0][:80]})")
     return {n: g for n, g in groups.items() if n not in wrong}
-
-def stands(model:nn.Module, batch, run)->bool:
-    "Whether a model runs on an example."
-    try: outputs(model, lambda: run(model, batch))
-    except Exception: return False
-    return True
 
 def culprits(some:dict, test)->dict: # {name: error}; `test(groups)` -> error or None
     "The groups that fail a test, by halving."
