@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import unserializable_hook
 
-# %% ../../nbs/core/01_mask.ipynb #aa31da26
+# %% ../../nbs/core/01_mask.ipynb #20cb090e
 _held = weakref.WeakSet()   # modules with at least one mask
 _listeners = weakref.WeakKeyDictionary()   # module -> {parameter name: who hears its gradients}; a copy has none
 
@@ -21,9 +21,9 @@ def held_names(module:nn.Module)->list: # parameter names of `module` that have 
     return [a for a in module._parameters if f"{a}_mask" in module._buffers]
 
 @torch.no_grad()
-def zero_out(module:nn.Module): # the module whose held parameters are cleaned
+def zero_out(module:nn.Module, names=None): # the module, and which of its held parameters are cleaned; all if not given
     "Write the zeros again, without touching autograd's version counter."
-    for a in held_names(module):
+    for a in held_names(module) if names is None else names:
         getattr(module, a).data.masked_fill_(~getattr(module, f"{a}_mask"), 0)
 
 # %% ../../nbs/core/01_mask.ipynb #4900e61a
@@ -53,7 +53,7 @@ def _after_step(optimizer, args, kwargs):
     for module in list(_held):
         if any(id(getattr(module, a)) in mine for a in held_names(module)): zero_out(module)
 
-# %% ../../nbs/core/01_mask.ipynb #352bfc61
+# %% ../../nbs/core/01_mask.ipynb #d94eea69
 def hold(module:nn.Module, # owner of the parameter
          attr:str,         # parameter name within the module
          mask:Tensor,      # bool, same shape as the parameter, True = keep
@@ -69,7 +69,7 @@ def hold(module:nn.Module, # owner of the parameter
         module.register_load_state_dict_post_hook(_after_load)
     _held.add(module)
     _mask_gradient(module, attr)
-    zero_out(module)
+    zero_out(module, [attr])
     if not _step_hook: _step_hook.append(register_optimizer_step_post_hook(_after_step))
 
 _step_hook = []   # registered once per process, at the first mask

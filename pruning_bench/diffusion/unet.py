@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['noised', 'denoising_loss', 'loss_profile', 'generate']
 
-# %% ../../nbs/diffusion/60_unet.ipynb #526f44ac
+# %% ../../nbs/diffusion/60_unet.ipynb #4a158608
 from collections.abc import Mapping
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from tqdm import tqdm
 from ..core.inputs import BadInput, batch_loss, device_of, in_mode, move, seeded
 
-# %% ../../nbs/diffusion/60_unet.ipynb #004d7d22
+# %% ../../nbs/diffusion/60_unet.ipynb #ebb53491
 def noised(scheduler,      # of diffusers
            batch,          # images as the model was trained on, `(images, ...)`, or a dict with "sample" and further inputs
            timesteps=None, # (n,), drawn at random when missing
@@ -28,7 +28,7 @@ def noised(scheduler,      # of diffusers
     target = {"epsilon": lambda: noise, "v_prediction": lambda: scheduler.get_velocity(x, noise, t), "sample": lambda: x}[kind]()
     return {**inputs, "sample": scheduler.add_noise(x, noise, t), "timestep": t}, target
 
-# %% ../../nbs/diffusion/60_unet.ipynb #e9ee441e
+# %% ../../nbs/diffusion/60_unet.ipynb #0ed8160b
 def denoising_loss(scheduler, # of diffusers; its `prediction_type` is respected
     ): # a `batch_loss`
     "Mean squared error of a denoising network at random times and noises (Ho et al., 2020)."
@@ -38,7 +38,7 @@ def denoising_loss(scheduler, # of diffusers; its `prediction_type` is respected
         return F.mse_loss(model(**inputs).sample, target)
     return loss
 
-# %% ../../nbs/diffusion/60_unet.ipynb #0c7c1bcc
+# %% ../../nbs/diffusion/60_unet.ipynb #0989f554
 @torch.no_grad()
 def loss_profile(model:nn.Module, scheduler, images, # images or a dict with "sample"
                  timesteps,                          # times to look at
@@ -53,7 +53,7 @@ def loss_profile(model:nn.Module, scheduler, images, # images or a dict with "sa
             found[t] = F.mse_loss(model(**inputs).sample, target).item()
     return found
 
-# %% ../../nbs/diffusion/60_unet.ipynb #ce730d32
+# %% ../../nbs/diffusion/60_unet.ipynb #150938f4
 @torch.no_grad()
 def generate(model:nn.Module, scheduler, noise:Tensor, # (n, channels, height, width)
              steps:int=25,  # network calls per image

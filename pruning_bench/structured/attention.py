@@ -8,7 +8,7 @@ __all__ = ['FREE', 'QUERY', 'KEY', 'WIDTHS', 'INNER', 'attention', 'index', 'put
            'liberate', 'clearly', 'shape_of', 'heads_of', 'recount', 'rewidth', 'facts', 'fit_config', 'agree',
            'config_fits', 'Heads', 'gate_gradient', 'gate', 'attention_heads']
 
-# %% ../../nbs/structured/42_attention.ipynb #39c61416
+# %% ../../nbs/structured/42_attention.ipynb #69627d7d
 import copy, functools, math
 from contextlib import contextmanager
 import numpy as np

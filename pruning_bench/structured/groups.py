@@ -17,7 +17,7 @@ from ..core.space import Layer, layers_of, matches, space
 from .surgery import cut_and_compare, cut_if_it_fits, few, kept_slices, mask_out, rehearsed, said
 from .trace import covers, fixed, observe, settle
 
-# %% ../../nbs/structured/40_groups.ipynb #59e232bd
+# %% ../../nbs/structured/40_groups.ipynb #cebc1e38
 def components(n:int, a:np.ndarray, b:np.ndarray)->np.ndarray: # (n,) smallest atom of each component
     "Connected components of the edges `a - b`, by hooking and pointer jumping."
     label = np.arange(n)
@@ -39,7 +39,7 @@ def decide(g)->None:
     for f, axis in g.splits:
         lies = label[f]
         free = [d for d in covers(f) if (lies != lies.take([0], d)).any()]
-        g.guess(f, "is split by a view")
+        if axis not in free: g.guess(f, "is split by a view")
         if len(free) > 1:
             settle(g, f, axis if axis in free else free[-1])
             label = roots(g)
