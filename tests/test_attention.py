@@ -239,3 +239,12 @@ def test_llama_is_analysed_in_two_seconds():
     start = time.process_time()
     assert sum(g.heads for g in coupling(model, IDS).groups) == 16
     assert time.process_time() - start < 2
+
+def test_heads_along_an_open_axis_are_no_guess():
+    vit = torchvision.models.VisionTransformer(32, 8, 1, 4, 64, 128).eval()
+    bert = tf.BertModel(tf.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)).eval()
+    gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32, bos_token_id=None, eos_token_id=None)).eval()
+    told = lambda model, batch: [g.guess for g in coupling(model, batch).groups if g.heads]
+    words = {"input_ids": torch.arange(24).view(2, 12)}
+    assert told(vit, torch.randn(1, 3, 32, 32)) == told(bert, words) == [""]
+    assert told(gpt2, words) == ["`split` cuts it at fixed places"]   # its code knows how wide queries are
