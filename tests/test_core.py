@@ -232,3 +232,8 @@ def test_top_rows_and_patterns_read_strings():
     for bad in ("4:4", "0:4", "nothing"):
         with pytest.raises(BadInput):
             as_pattern(bad)
+
+def test_finite_weights_are_welcome_even_where_their_sum_overflows():
+    layer = nn.Linear(4, 4)
+    layer.weight.data.fill_(3e38)
+    assert layer.weight.sum().isinf() and prune(layer, "random", .5).density == .5

@@ -252,7 +252,7 @@ def draw_of(c:Coupling, ax=None): # a matplotlib axis
     ax.axis("off")
     return ax
 
-# %% ../../nbs/structured/40_groups.ipynb #8e85c663
+# %% ../../nbs/structured/40_groups.ipynb #c299de44
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must go with one channel."
@@ -263,7 +263,8 @@ class Channels:
         if self.batch is None: raise BadInput("channels need data=, at least one batch: a forward pass shows which channels are coupled")
         try: self.coupling = coupling(model, self.batch, self.run)
         except Exception as e: raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {said(e)}") from e
-        self.example, named = few(model, self.batch, self.run), lambda g: any(matches(p, skip) for p, _ in g.members)
+        self.example = few(model, self.batch, self.run)
+        named = lambda g: any(matches(p, skip) for p, _ in g.members)
         self.groups = {g.name: g for g in self.coupling.groups if len(g) > 1 and (stream or not g.stream) and not named(g)}
         if self.groups: self.groups = rehearsed(model, self.example, self.run, self.coupling, self.groups)
         if not self.groups: raise BadInput(f"{type(model).__name__} has no channels to remove{' outside its residual streams' if not stream else ''}: coupling(model, batch).table() lists the reasons")

@@ -169,7 +169,7 @@ def strided(g, outs, a):
     except RuntimeError: same = False
     return reshape(g, outs, a) if same and a.storage_offset in (None, a.self.storage_offset()) else unknown(g, outs, a)
 
-# %% ../../nbs/structured/38_rules.ipynb #ce00e91b
+# %% ../../nbs/structured/38_rules.ipynb #e36eb398
 @rule("view", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias")
 def reshape(g, outs, a):
     "Atoms keep their order in memory; what comes to lie along several axes is decided later."
@@ -196,9 +196,10 @@ def reshape(g, outs, a):
 def left_open(g, new)->int: # an axis, or -1
     "The axis that the caller of a view did not name."
     asked = [n for n in g.sizes if isinstance(n, int)]
-    first = asked.pop(0) % (len(new) - len(asked) + 1) if g.call == "unflatten" and 1 < len(asked) <= len(new) else 0   # its axis comes first
-    whole = g.call == "unflatten" or g.call in ("view", "reshape") and len(asked) == len(new)
-    return first + asked.index(-1) if whole and -1 in asked else -1
+    if g.call == "unflatten": first, asked = asked[:1], asked[1:]   # the axis, then its parts
+    elif g.call in ("view", "reshape") and len(asked) == len(new): first = [0]
+    else: return -1
+    return first[0] % (len(new) - len(asked) + 1) + asked.index(-1) if -1 in asked else -1
 
 # %% ../../nbs/structured/38_rules.ipynb #c2fc3e9b
 @rule("cat")
