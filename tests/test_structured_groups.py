@@ -418,3 +418,7 @@ def test_the_drawing_shows_every_member():
         assert {home(p) for p, _ in g.members} == {*net.predecessors(hub), *net.successors(hub)} and net.nodes[hub] == {"units": len(g), "stream": g.stream}
     at = seats(net, found.modules)
     assert len(set(at.values())) == len(at) == len(net) and at["module", "conv1"][1] > at["module", "layer1.0.conv1"][1] > at["module", "fc"][1]
+
+def test_a_norm_that_does_not_fit_is_found_out():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(9), nn.Conv2d(8, 4, 3)).eval()
+    with pytest.raises(BadInput, match="does not run on the first batch of data: RuntimeError: running_mean should contain 8 elements not 9"): prune(model, "l1-filter", .5, data=[torch.randn(2, 3, 8, 8)])
