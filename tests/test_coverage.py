@@ -7,17 +7,19 @@ import torchvision
 from torch import nn
 
 from pruning_bench import BadInput
-from pruning_bench.structured.coverage import audible, classifier, cover, coverage, halved, permuted_error, row_of, unread_error, zoo
+from pruning_bench.structured.coverage import FURTHER, audible, classifier, cover, coverage, diffuser, halved, permuted_error, row_of, unread_error, zoo
 from pruning_bench.structured.groups import Channels
 
-SMALL = ("alexnet", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "LlamaForCausalLM")
+SMALL = ("alexnet", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "LlamaForCausalLM", *FURTHER)
 models = [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in zoo()]
 
 @pytest.mark.parametrize("name", models)
 def test_half_of_the_multiplications(name):
     row = cover(name, zoo()[name])
     assert row["runs"] and row["groups"] > 0 and row["error"] <= 1e-5 and row["permuted"] <= 1e-4
-    if name != "MixtralForCausalLM": assert row["of"] == "macs" and .5 <= row["removed"] <= .51 and row["prunable"] > .98
+    small = name in FURTHER or zoo()[name] is diffuser   # coarse units, and some layers that cannot be cut
+    if name.split("For")[0] in ("Mixtral", "Qwen3Moe"): assert row["of"] == "params"
+    else: assert row["of"] == "macs" and .5 <= row["removed"] <= (.54 if small else .51) and row["prunable"] > (.9 if small else .98)
     if zoo()[name] is classifier and name not in ("googlenet", "inception_v3"): assert row["heard"] == row["exact"]   # these two have heads for training only
 
 def test_no_classifier_is_left_out():

@@ -422,3 +422,34 @@ def test_the_drawing_shows_every_member():
 def test_a_norm_that_does_not_fit_is_found_out():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(9), nn.Conv2d(8, 4, 3)).eval()
     with pytest.raises(BadInput, match="does not run on the first batch of data: RuntimeError: running_mean should contain 8 elements not 9"): prune(model, "l1-filter", .5, data=[torch.randn(2, 3, 8, 8)])
+
+def test_one_norm_group_for_all_channels_is_cut_channel_by_channel():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    plan = prune(model, "l1-filter", .5, data=[x])
+    assert model[1].num_groups == 1 and model[1].num_channels == model[3].in_channels == 4 and model(x).shape == (2, 4, 4, 4) and int(plan.masks["0.weight"].sum()) == 4
+
+class Picks(nn.Module):
+    "Words at places that the data tells, one for each sentence."
+    def __init__(self): super().__init__(); self.embed, self.inner, self.head = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+    def forward(self, ids): return self.head((self.embed(ids) + self.inner(self.embed(ids)))[torch.arange(len(ids), device=ids.device), ids.argmax(1)])
+
+def test_picks_from_two_axes_let_the_others_follow():
+    torch.manual_seed(0)
+    model, ids = Picks().eval(), torch.randint(0, 20, (4, 6))
+    group = next(g for g in coupling(model, ids).groups if g.name == "embed.weight")
+    assert len(group) == 12 and ("head.weight", 1) in group.members and ("inner.weight", 1) in group.members
+    prune(model, "rand-struct", .5, data=[ids], stream=True)
+    assert model.head.in_features == 6 and model(ids).shape == (4, 3)
+
+def test_index_puts_what_lies_apart_first():
+    class Apart(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+        def forward(self, x):   # (batch, 3, 4, 5)
+            y = self.a(x)[torch.tensor([0, 1]), :, torch.tensor([1, 2])]   # (2, 3, 8)
+            return self.b(y)
+    torch.manual_seed(0)
+    model, x = Apart().eval(), torch.randn(2, 3, 4, 5)
+    assert [len(g) for g in coupling(model, x).groups] == [8]
+    prune(model, "rand-struct", .5, data=[x])
+    assert model.b.in_features == 4 and model(x).shape == (2, 3, 2)

@@ -42,7 +42,7 @@ def embedded()->list: # jobs
         + jobs("digits-data", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9))
         + jobs("digits-data-noisy", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9)))
 
-# %% ../../nbs/bench/99_suites.ipynb #03533e59
+# %% ../../nbs/bench/99_suites.ipynb #cdbc06db
 def real()->list: # jobs
     "Published networks and networks trained by recipe on real data, in the tiers for two cores."
     two_four = {"2:4": {"pattern": "2:4"}}
@@ -74,6 +74,6 @@ def structured()->list: # jobs
     refit = {"refitted": {"solve": "compensate"}}
     return (jobs("digits-cnn", choose_by, (.5, .75)) + jobs("digits-cnn", ["rand-struct", "l1-filter"], (.5, .75), **refit)
         + [c for j in jobs("digits-cnn", ["l1-filter"], (.5, .75)) for c in with_controls(j, "random", "scratch", "scratch-b", "smaller")[1:]]
-        + jobs("cifar10-resnet20@smoke", choose_by, (.5,), (0,)) + jobs("cifar10-resnet20@smoke", ["rand-struct", "l1-filter"], (.5,), (0,), **refit))
+        + jobs("cifar10-resnet20", choose_by, (.3,)) + jobs("cifar10-resnet20", ["rand-struct", "l1-filter"], (.3,), **refit))
 
 SUITES = {"embedded": embedded, "real": real, "oneshot": oneshot, "retrained": retrained, "structured": structured, "smoke": smoke}

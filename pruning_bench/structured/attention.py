@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FREE', 'QUERY', 'KEY', 'WIDTHS', 'INNER', 'attention', 'index', 'put_rows', 'ranked', 'grouped_product', 'strided',
            'shut', 'multihead', 'tiles', 'strangers', 'shifted_windows', 'partitions', 'path_of', 'free', 'born',
-           'liberate', 'clearly', 'shape_of', 'heads_of', 'recount', 'rewidth', 'facts', 'fit_config', 'agree',
-           'config_fits', 'Heads', 'gate_gradient', 'gate', 'attention_heads']
+           'liberate', 'clearly', 'shape_of', 'heads_of', 'recount', 'rewidth', 'with_experts', 'facts', 'fit_config',
+           'agree', 'config_fits', 'Heads', 'gate_gradient', 'gate', 'attention_heads']
 
 # %% ../../nbs/structured/42_attention.ipynb #69627d7d
 import copy, functools, math
@@ -41,14 +41,17 @@ def attention(g, outs, a):
     if bias is not None and bias.dim() > 2 and bias.shape[-3] == len(crowds[0]): g.join(crowds[0], vector(g, bias, -3))
     return [[lay(crowds[0], -3, a.query.dim()), *apart(g, a.query, -3, -2, -1)], *[[] for _ in outs[1:]]]
 
-# %% ../../nbs/structured/42_attention.ipynb #9c8d6d3f
+# %% ../../nbs/structured/42_attention.ipynb #11101f01
 @rule("index")
 def index(g, outs, a):
-    "Positions of one axis, picked by numbers: that axis keeps its length, the others follow."
+    "Positions of some axes, picked by numbers: these axes keep their length, the others follow."
     at = [d for d, i in enumerate(a.indices) if i is not None]
-    if len(at) != 1 or a.indices[at[0]].dtype == torch.bool and a.indices[at[0]].dim() > 1: return unknown(g, outs, a)
-    left = [h for f in g.of(a.self) for h in pin(g, f, at[0], "positions are picked by numbers")]
-    return [f.reshape(*f.shape[:at[0]], *[1] * (outs[0].dim() - a.self.dim() + 1), *f.shape[at[0] + 1:]) for f in left]
+    if any(a.indices[d].dtype == torch.bool and a.indices[d].dim() > 1 for d in at): return unknown(g, outs, a)
+    left, first = g.of(a.self), at[0] if at[-1] - at[0] == len(at) - 1 else 0   # what is picked from axes that lie apart comes first
+    for d in at: left = [h for f in left for h in pin(g, f, d, "positions are picked by numbers")]
+    picked = [1] * (outs[0].dim() - a.self.dim() + len(at))
+    rest = lambda f: [n for d, n in enumerate(f.shape) if d not in at]
+    return [f.reshape(*rest(f)[:first], *picked, *rest(f)[first:]) for f in left]
 
 @rule("index_add", "index_copy")
 def put_rows(g, outs, a):
@@ -177,9 +180,9 @@ def clearly(model:nn.Module):
 
 LISTENING.append(clearly)
 
-# %% ../../nbs/structured/42_attention.ipynb #83ab4e4e
-QUERY = {"in_proj_weight": 3, "q_proj_weight": 1, "q_attn.weight": 1, "c_attn.weight": 3, "qkv.weight": 3, "to_qkv.weight": 3, "q_proj.weight": 1, "query.weight": 1, "to_q.weight": 1}
-KEY = ("k_proj_weight", "k_proj.weight", "key.weight", "to_k.weight")
+# %% ../../nbs/structured/42_attention.ipynb #b0dc0aa5
+QUERY = {"in_proj_weight": 3, "q_proj_weight": 1, "q_attn.weight": 1, "c_attn.weight": 3, "qkv.weight": 3, "to_qkv.weight": 3, "q_proj.weight": 1, "query.weight": 1, "query_proj.weight": 1, "to_q.weight": 1}
+KEY = ("k_proj_weight", "k_proj.weight", "key.weight", "key_proj.weight", "to_k.weight")
 
 def shape_of(m:nn.Module, path:str): # (outputs, inputs) of a projection of `m`, None if it has none there
     "Rows and columns; GPT-2 stores them the other way round."
@@ -223,14 +226,18 @@ def rewidth(m:nn.Module)->None:
         for name, d in places:
             if isinstance(getattr(m, a, None), int) and isinstance(t := getattr(m, name, None), Tensor): setattr(m, a, t.shape[d])
 
-# %% ../../nbs/structured/42_attention.ipynb #82254881
+# %% ../../nbs/structured/42_attention.ipynb #5e18905f
+def with_experts(model:nn.Module)->list: # of modules
+    "Those that keep all experts in one tensor."
+    return [m for m in model.modules() if isinstance(getattr(m, "gate_up_proj", None), Tensor)]
+
 INNER = ("gate_proj.weight", "fc1.weight", "c_fc.weight", "intermediate.dense.weight")   # rows of these are the feed-forward width
 
 def facts(model:nn.Module)->dict: # {key of a configuration: the values its layers have}
     "Widths and head counts, as the tensors have them."
     found = [h for m in model.modules() if (h := heads_of(m))]
     if not found: return {}
-    inner = {s[0] for m in model.modules() for p in INNER if (s := shape_of(m, p))} | {m.intermediate_dim for m in model.modules() if hasattr(m, "gate_up_proj")}
+    inner = {s[0] for m in model.modules() for p in INNER if (s := shape_of(m, p))} | {m.intermediate_dim for m in with_experts(model)}
     heads, keys, sizes, streams = map(set, zip(*found))
     told = {"head_dim": sizes} if any(h * s != w for h, _, s, w in found) else {}
     return told | {"num_attention_heads": heads, "num_key_value_heads": keys, "hidden_size": streams} | dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), inner)
@@ -241,7 +248,7 @@ def fit_config(model:nn.Module)->None:
     if not hasattr(config, "save_pretrained"): return
     known = lambda k: k == "head_dim" or isinstance(getattr(config, k, ""), (int, type(None)))
     new = {k: [*v][0] for k, v in facts(model).items() if len(v) == 1 and known(k) and getattr(config, k, None) != [*v][0]}
-    odd = [m for m in model.modules() if hasattr(m, "gate_up_proj") and m.intermediate_dim * m.gate_up_proj.element_size() % 16]
+    odd = [m for m in with_experts(model) if m.intermediate_dim * m.gate_up_proj.element_size() % 16]
     if odd and getattr(config, "_experts_implementation", "eager") != "eager": new["_experts_implementation"] = "eager"   # the grouped product wants rows of 16 bytes
     if not new: return
     own = copy.deepcopy(config)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMULAS', 'Sizes', 'params', 'Products', 'products', 'rehearsed', 'Work', 'macs', 'latency']
 
-# %% ../../nbs/structured/44_budgets.ipynb #6607cb38
+# %% ../../nbs/structured/44_budgets.ipynb #011b5d4c
 import copy, math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from ..core.budget import budget
-from ..core.inputs import BadInput, device_of, in_mode, move, seeded, size_of, some
+from ..core.inputs import BadInput, device_of, in_mode, move, seeded, size_of
 from ..core.meters import VECTORS, grouped, in_turns, plain, steady, stopwatch
-from .surgery import cut, kept_slices, put_back, state_of
+from .surgery import cut, few, kept_slices, put_back, state_of
 from .trace import LISTENING
 
 # %% ../../nbs/structured/44_budgets.ipynb #9b9eb3af
@@ -120,12 +120,12 @@ class Work:
         if any(m != self.one(i, kept) for kept, found in zip([half, *tests], [shrunk, *seen]) for i, (m, _) in enumerate(found)):
             raise BadInput(f"the work of {type(space.model).__name__} is no simple function of its widths; ask for a budget of params or latency")
 
-# %% ../../nbs/structured/44_budgets.ipynb #8d64ab9c
+# %% ../../nbs/structured/44_budgets.ipynb #03812aaa
 @budget
 def macs(space): # price of a decision
     "Multiply-accumulates of a forward pass per example."
     one = isinstance(space.batch, (Tensor, Mapping)) or isinstance(space.batch, (tuple, list)) and isinstance(space.batch[0], (Tensor, Mapping))
-    batch = move(some(space.batch, slice(0, 1)) if one else space.batch, device_of(space.model))
+    batch = move(few(space.model, space.batch, space.run, 1) if one else space.batch, device_of(space.model))
     work, size = Work(space, batch), size_of(batch)
     heavy = [p or "products of activations" for _, p in work.dense]
     def price(kept): return work.total(kept) // size

@@ -252,7 +252,7 @@ def draw_of(c:Coupling, ax=None): # a matplotlib axis
     ax.axis("off")
     return ax
 
-# %% ../../nbs/structured/40_groups.ipynb #c299de44
+# %% ../../nbs/structured/40_groups.ipynb #f9f5ef6e
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must go with one channel."
@@ -266,7 +266,7 @@ class Channels:
         self.example = few(model, self.batch, self.run)
         named = lambda g: any(matches(p, skip) for p, _ in g.members)
         self.groups = {g.name: g for g in self.coupling.groups if len(g) > 1 and (stream or not g.stream) and not named(g)}
-        if self.groups: self.groups = rehearsed(model, self.example, self.run, self.coupling, self.groups)
+        if self.groups: self.groups = rehearsed(model, self.example, self.run, self.coupling, self.groups, coupling)
         if not self.groups: raise BadInput(f"{type(model).__name__} has no channels to remove{' outside its residual streams' if not stream else ''}: coupling(model, batch).table() lists the reasons")
         self.kept = {n: torch.ones(len(g), dtype=torch.bool) for n, g in self.groups.items()}
         self.layers, self.cuts = writers(model, self.groups), {}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFTER_CUT', 'cut', 'selected', 'refresh', 'gone', 'kept_slices', 'mask_out', 'said', 'outputs', 'close',
-           'alike_in_shape', 'stands', 'few', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'culprits', 'misread',
-           'cut_and_compare', 'cut_if_it_fits']
+           'alike_in_shape', 'stands', 'few', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'culprits', 'reheard',
+           'misread', 'cut_and_compare', 'cut_if_it_fits']
 
 # %% ../../nbs/structured/39_surgery.ipynb #141f234c
 from contextlib import suppress
@@ -44,7 +44,7 @@ def selected(t:Tensor, dims:dict)->Tensor: # a parameter stays a parameter
     for d, kept in dims.items(): new = new.index_select(d, torch.as_tensor(kept, device=t.device))
     return nn.Parameter(new.contiguous(), t.requires_grad) if isinstance(t, nn.Parameter) else new.contiguous()
 
-# %% ../../nbs/structured/39_surgery.ipynb #3f4ba08c
+# %% ../../nbs/structured/39_surgery.ipynb #8dd20c06
 def refresh(m:nn.Module)->None: # called on every module after a cut
     "Make a module's attributes agree with its tensors again."
     if isinstance(m, nn.Linear): m.out_features, m.in_features = m.weight.shape
@@ -55,7 +55,7 @@ def refresh(m:nn.Module)->None: # called on every module after a cut
     elif isinstance(m, nn.modules.batchnorm._NormBase):
         if tensors([m.weight, m.running_mean]): m.num_features = len(tensors([m.weight, m.running_mean])[0])
     elif isinstance(m, nn.GroupNorm) and m.weight is not None:
-        m.num_groups, m.num_channels = len(m.weight) * m.num_groups // m.num_channels, len(m.weight)
+        m.num_groups, m.num_channels = max(1, len(m.weight) * m.num_groups // m.num_channels), len(m.weight)
     elif isinstance(m, nn.Embedding): m.embedding_dim = m.weight.shape[1]
     elif isinstance(m, (nn.LayerNorm, nn.RMSNorm)) and m.weight is not None: m.normalized_shape = tuple(m.weight.shape)
     elif isinstance(m, nn.RNNBase):
@@ -110,16 +110,16 @@ def alike_in_shape(a:Tensor, b:Tensor)->bool:
     "What is left to check when removing is not the same as masking."
     return a.shape == b.shape and bool((b.isfinite() | ~a.isfinite()).all())
 
-# %% ../../nbs/structured/39_surgery.ipynb #7d15d7bb
+# %% ../../nbs/structured/39_surgery.ipynb #54ebfb0f
 def stands(model:nn.Module, batch, run)->bool:
     "Whether a model runs on an example."
     try: outputs(model, lambda: run(model, batch))
     except Exception: return False
     return True
 
-def few(model:nn.Module, batch, run): # two examples, or the batch
+def few(model:nn.Module, batch, run, n:int=2): # so many examples, or the batch
     "As many examples as a comparison needs."
-    part = some(batch, slice(0, 2))
+    part = some(batch, slice(0, n))
     whole = [t.shape for t in tensors(part)] == [t.shape for t in tensors(batch)]
     return batch if whole or not stands(model, part, run) else part
 
@@ -144,9 +144,9 @@ def rehearse(model:nn.Module, batch, run, slices:dict)->None:
         raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
     finally: put_back(state)
 
-# %% ../../nbs/structured/39_surgery.ipynb #38062826
-def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the groups that can be cut
-    "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also compare; fix the groups that fail."
+# %% ../../nbs/structured/39_surgery.ipynb #3e05ac6b
+def rehearsed(model:nn.Module, batch, run, found, groups:dict, listen)->dict: # the groups that can be cut; `listen(model, batch, run)` found them
+    "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also listen again and compare; fix the groups that fail."
     on = [(model, batch)]
     if run is forward:
         with suppress(Exception): on = [(ghost(model), move(batch, "meta"))]
@@ -163,7 +163,8 @@ def rehearsed(model:nn.Module, batch, run, found, groups:dict)->dict: # the grou
     wrong = culprits(groups, runs)
     left = {n: g for n, g in groups.items() if n not in wrong}
     if wrong and (not left or runs(left)): raise next(iter(wrong.values()))
-    doubtful = {n: g for n, g in left.items() if g.guess and g.exact and not next(model.parameters()).is_meta}
+    wrong |= culprits({n: g for n, g in left.items() if g.guess}, lambda some: reheard(on[0][0], some, first(some), lambda: listen(*on[0], run)))
+    doubtful = {n: g for n, g in left.items() if g.guess and g.exact and n not in wrong and not next(model.parameters()).is_meta}
     wrong |= culprits(doubtful, lambda some: misread(model, some, first(some), lambda: run(model, batch)))
     for n in wrong: found.frozen[groups[n].produces[0][0]] = (len(groups[n]), groups[n].guess or f"the code contains its width ({str(wrong[n].__cause__).splitlines()[0][:80]})")
     return {n: g for n, g in groups.items() if n not in wrong}
@@ -173,6 +174,20 @@ def culprits(some:dict, test)->dict: # {name: error}; `test(groups)` -> error or
     error, names = test(some) if some else None, list(some)
     if error is None or len(names) == 1: return {n: error for n in names if error}
     return culprits({n: some[n] for n in names[::2]}, test) | culprits({n: some[n] for n in names[1::2]}, test)
+
+# %% ../../nbs/structured/39_surgery.ipynb #c553aacd
+def reheard(model:nn.Module, groups:dict, kept:dict, listen): # an error or None
+    "Whether a cut model consists of other units than those that stayed."
+    asked, state = {n: int(kept[n].sum()) for n in groups if kept[n].sum() > 1}, state_of(model)   # one unit alone cannot be told from its parts
+    made = lambda g: {key: i.shape[1] for key, i in g.members.items()}
+    try:
+        cut(model, kept_slices(model, groups, kept))
+        again = {key: g for g in listen().groups for key in g.produces}
+    except Exception as e: return e
+    finally: put_back(state)
+    for n, left in asked.items():
+        now = again.get(groups[n].produces[0])
+        if now is None or len(now) != left or made(now) != made(groups[n]): return BadInput("its code divides what is left in another way")
 
 # %% ../../nbs/structured/39_surgery.ipynb #4c086dcb
 def misread(model:nn.Module, groups:dict, kept:dict, run): # an error or None
