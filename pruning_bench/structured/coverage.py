@@ -205,7 +205,7 @@ def cover(name:str, make)->dict: # one row
     left, note = sum(p.numel() for p in model.parameters()) / total, sorted({why for _, why in space.coupling.frozen.values()} - {"is an output of the model"})
     return row | dict(runs=trains(model.eval(), batch), of=of, removed=removed, left=left, seconds=seconds, note="; ".join(note))
 
-# %% ../../nbs/structured/45_coverage.ipynb #044537a6
+# %% ../../nbs/structured/45_coverage.ipynb #0a2de9ee
 def row_of(name:str, make, folder=None)->dict:
     "A row, read from a folder of rows or written there; a model that fails is a row with its reason."
     path = folder and Path(folder) / "-".join(map(version, ("torch", "torchvision", "transformers", "diffusers"))) / f"{name}.json"
@@ -225,5 +225,5 @@ def coverage(pattern:str="*", # wildcard on names
     "The table."
     import pandas as pd
     names = {n: f for n, f in zoo().items() if fnmatch(n, pattern)}
-    if not names: raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), {', '.join(CONFIGS)}, UNet2DModel and UNet2DConditionModel")
+    if not names: raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), {', '.join(n for n, f in zoo().items() if f in (transformer, denoiser, diffuser))}")
     return pd.DataFrame([row_of(n, make, folder) for n, make in names.items()])
