@@ -6,10 +6,11 @@
 __all__ = ['PROC', 'OPEN', 'TRIM_THRESHOLD', 'MMAP_MAX', 'resident', 'rewind', 'read_all', 'reset', 'peak_memory', 'available',
            'afford', 'kept_memory']
 
-# %% ../../nbs/core/12_memory.ipynb #6d8ebb7f
+# %% ../../nbs/core/12_memory.ipynb #660e3193
 import ctypes, os
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from types import SimpleNamespace
 import torch
 from .inputs import BadInput
@@ -85,17 +86,16 @@ def afford(need:int,     # bytes that will be held at one moment, at least
     have = available(device)
     if have is not None and need > have: raise BadInput(f"{what} needs at least {need:,} bytes and {have:,} are available: {remedy}")
 
-# %% ../../nbs/core/12_memory.ipynb #494f4830
+# %% ../../nbs/core/12_memory.ipynb #881d5eb9
 TRIM_THRESHOLD, MMAP_MAX = -1, -4   # what glibc's malloc.h calls M_TRIM_THRESHOLD and M_MMAP_MAX
 
 @contextmanager
-def kept_memory(): # yields whether the C library understood
-    "Inside, freed memory waits for whoever asks next instead of going back to the kernel; with a C library other than glibc nothing changes."
+def kept_memory(): # yields whether memory is kept
+    "Inside, freed memory waits for whoever asks next instead of going back to the kernel; outside the main thread, or with a C library other than glibc, nothing changes."
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    told = hasattr(libc, "mallopt") and libc.mallopt(MMAP_MAX, 0) == 1 and libc.mallopt(TRIM_THRESHOLD, -1) == 1
+    if not hasattr(libc, "mallopt") or current_thread() is not main_thread(): yield False; return
     before = {name: int(os.environ.get(variable, usual)) for name, variable, usual in ((MMAP_MAX, "MALLOC_MMAP_MAX_", 65536), (TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", 131072))}
-    try: yield told
+    try: yield all([libc.mallopt(MMAP_MAX, 0), libc.mallopt(TRIM_THRESHOLD, -1)])
     finally:
-        if told:
-            for name, value in before.items(): libc.mallopt(name, min(value, 2**31 - 1))
-            libc.malloc_trim(0)
+        for name, value in before.items(): libc.mallopt(name, min(value, 2**31 - 1))
+        libc.malloc_trim(0)

@@ -175,8 +175,8 @@ def culprits(some:dict, test)->dict: # {name: error}; `test(groups)` -> error or
     if error is None or len(names) == 1: return {n: error for n in names if error}
     return culprits({n: some[n] for n in names[::2]}, test) | culprits({n: some[n] for n in names[1::2]}, test)
 
-# %% ../../nbs/structured/39_surgery.ipynb #c553aacd
-def reheard(model:nn.Module, groups:dict, kept:dict, listen): # an error or None
+# %% ../../nbs/structured/39_surgery.ipynb #d9bea7d9
+def reheard(model:nn.Module, groups:dict, kept:dict, listen): # an error or None; `listen()` finds the groups of the model
     "Whether a cut model consists of other units than those that stayed."
     asked, state = {n: int(kept[n].sum()) for n in groups if kept[n].sum() > 1}, state_of(model)   # one unit alone cannot be told from its parts
     made = lambda g: {key: i.shape[1] for key, i in g.members.items()}
