@@ -12,6 +12,7 @@ from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.inputs import forward
 from pruning_bench.core.mask import masks_of
 from pruning_bench.structured.groups import Channels, components, coupling, graph_of, seats
+from pruning_bench.structured.reshape import load_pruned
 from pruning_bench.structured.surgery import cut, gone, kept_slices
 from pruning_bench.structured.trace import tensors
 
@@ -138,7 +139,8 @@ def test_units_have_no_order(make):
     before = out(model, batch)   # norms of LLaMA compute in single precision whatever the model
     assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-6 * before.abs().max()
 
-@pytest.mark.parametrize("middle, why", [(nn.LayerNorm(8), "layer norm"), (nn.RMSNorm(8), "mean"), (nn.Softmax(-1), "softmax")])
+@pytest.mark.parametrize("middle, why", [(nn.LayerNorm(8), "layer norm"), (nn.LayerNorm(8, elementwise_affine=False), "layer norm"), (nn.RMSNorm(8), "RMS norm"),
+                                         (nn.RMSNorm(8, elementwise_affine=False), "RMS norm"), (nn.Softmax(-1), "softmax")])
 def test_what_mixes_channels_is_prunable_and_says_so(middle, why):
     model, x = nn.Sequential(nn.Linear(3, 8), middle, nn.Linear(8, 2)).double(), torch.randn(4, 3).double()
     [group] = coupling(model, x).groups
@@ -146,6 +148,37 @@ def test_what_mixes_channels_is_prunable_and_says_so(middle, why):
     plan = prune(model, "l1-filter", .5, data=[x])
     assert plan.masks[group.name].sum() == 4 and model(x).shape == (4, 2) and model[2].in_features == 4
     if not isinstance(middle, nn.Softmax): assert tuple(model[1].normalized_shape) == (4,)
+
+class Bald(nn.Module): # a stream of 8 with norms whose width is a number, one of them a class of its own
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.normalized_shape = (8,)
+        def forward(self, x): return F.layer_norm(x, self.normalized_shape, None, None, 1e-5)
+    def __init__(self):
+        super().__init__()
+        self.into, self.a, self.own, self.b, self.out = nn.Linear(3, 8), nn.Linear(8, 8), self.Own(), nn.GroupNorm(4, 8, affine=False), nn.Linear(8, 2)
+    def forward(self, x): h = self.into(x); return self.out(self.b(h + self.a(self.own(h))))
+
+def test_norms_without_weights_follow_and_plans_remember(tmp_path):
+    model, x = Bald().double(), torch.randn(4, 3).double()
+    fresh = copy.deepcopy(model)
+    [group] = coupling(model, x).groups
+    assert len(group) == 4 and group.told.keys() == {("own", 0), ("b", 0)} and all(i.shape == (4, 2) for i in group.told.values()) and "carries own[i]" in repr(group)
+    plan = prune(model, "l1-filter", .5, data=[x], stream=True)
+    assert model.own.normalized_shape == (4,) and (model.b.num_groups, model.b.num_channels) == (2, 4) and {"own", "b"} < set(plan.slices)
+    plan.save(tmp_path / "half")
+    again = copy.deepcopy(fresh)
+    load_plan(tmp_path / "half").apply(again)
+    assert torch.equal(again(x), model(x)) and torch.equal(load_pruned(tmp_path / "half", fresh)(x), model(x))
+    other = Bald()
+    other.own = nn.LayerNorm(8)
+    with pytest.raises(BadInput, match="this plan does not fit: 'own' is no norm without weights"): load_plan(tmp_path / "half").apply(other)
+    assert other.into.out_features == 8
+
+def test_a_norm_of_a_function_has_nobody_to_tell():
+    class Free(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+        def forward(self, x): return self.b(F.group_norm(self.a(x), 4))
+    assert coupling(Free(), torch.randn(4, 3)).frozen["a.weight"] == (8, "group norm without weights")
 
 @pytest.mark.parametrize("groups, units", [(4, 4), (8, 8), (1, 8)])
 def test_group_norm(groups, units):

@@ -96,11 +96,11 @@ def transformer(name:str)->tuple: # (model, batch)
     model = cls(cls.config_class(**{**CONFIGS, **FURTHER}[name])).eval()
     return wake(model), {"pixel_values": torch.randn(2, 3, 32, 32)} if "Image" in name else {"input_ids": torch.randint(3, 1000, (2, 12))}
 
-# %% ../../nbs/structured/45_coverage.ipynb #e087bdbd
+# %% ../../nbs/structured/45_coverage.ipynb #1f8a00df
 SMALL = dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=2, intermediate_size=256, pad_token_id=0, **WORDS)
 GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 32}
 FURTHER = {"DistilBertForSequenceClassification": {**WORDS, "dim": 128, "hidden_dim": 256, "n_layers": 2, "n_heads": 4}, "DebertaV2ForSequenceClassification": SMALL, "BloomForCausalLM": {**WORDS, "hidden_size": 128, "n_head": 4, "n_layer": 2},
-           "FalconForCausalLM": SMALL, "GPTNeoXForCausalLM": SMALL, "PhiForCausalLM": SMALL, "Phi3ForCausalLM": {**SMALL, "num_key_value_heads": 2}, "Gemma3ForCausalLM": GROUPED, "Qwen3ForCausalLM": GROUPED,
+           "FalconForCausalLM": SMALL, "GPTNeoXForCausalLM": SMALL, "OlmoForCausalLM": SMALL, "PhiForCausalLM": SMALL, "Phi3ForCausalLM": {**SMALL, "num_key_value_heads": 2}, "Gemma3ForCausalLM": GROUPED, "Qwen3ForCausalLM": GROUPED,
            "Qwen3MoeForCausalLM": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, "DeiTForImageClassification": {**SMALL, **PICTURE}, "Dinov2ForImageClassification": {**SMALL, **PICTURE},
            "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}, "PoolFormerForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}}
 

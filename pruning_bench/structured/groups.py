@@ -44,7 +44,7 @@ def decide(g)->None:
             settle(g, f, axis if axis in free else free[-1])
             label = roots(g)
 
-# %% ../../nbs/structured/40_groups.ipynb #4964ff78
+# %% ../../nbs/structured/40_groups.ipynb #54284dbd
 @dataclass(repr=False)
 class Group:
     "Interchangeable units: each one takes the same number of indices from the same parameters."
@@ -53,6 +53,7 @@ class Group:
     produces: list   # members whose rows make the channels
     consumes: list   # members whose columns read them
     stream: bool     # whether the channels pass a residual addition
+    told: dict       # {(norm without weights, 0): (units, count)}: their width is a number
     why: str = ""    # what mixes its channels, so that without one the others change
     guess: str = ""  # what the code may have been told as a number
     heads: bool = False  # whether the units are heads: an axis along which activations meet activations
@@ -124,13 +125,14 @@ def alike(use, label, owner)->list: # of (units, atoms of each)
     _, at, which = np.unique(np.add.reduceat(tickets[owner[use]], starts), return_index=True, return_inverse=True)
     return [use[starts[which == k][:, None] + np.arange(size[at[k]])] for k in np.argsort(at)]
 
-# %% ../../nbs/structured/40_groups.ipynb #501cdc6d
+# %% ../../nbs/structured/40_groups.ipynb #5b6c8d9e
 def grouped(g, atoms, owner, first, lies, why, guess, stream, heads)->Group:
     "Turn atoms (units, members) into indices of parameters."
     kind = owner[atoms[0]]
-    members = {g.dims[d]: atoms[:, kind == d] - first[d] for d in np.unique(kind)}
+    made = {g.dims[d]: atoms[:, kind == d] - first[d] for d in np.unique(kind)}
+    members, told = ({key: i for key, i in made.items() if (key[0] in g.told) == number} for number in (False, True))
     roles = [[g.dims[d] for d in np.unique(kind[lies[role][atoms].any(0)])] for role in ("produces", "consumes")]
-    return Group("", members, *roles, bool(stream), why, guess, bool(heads))
+    return Group("", members, *roles, bool(stream), told, why, guess, bool(heads))
 
 def named(groups)->list: # the same groups, with names
     "Name every group after its first producer; a second group of the same layer gets a number."
@@ -156,7 +158,7 @@ def left_out(g, dead, first, names)->dict: # {parameter: reason}
         if name in out and (whys := dead[start:start + len(atoms)]).max() >= 0: out[name] = g.frozen[whys.max()][1]
     return out
 
-# %% ../../nbs/structured/40_groups.ipynb #b586c690
+# %% ../../nbs/structured/40_groups.ipynb #246aa53e
 def note_of(g:Group)->str:
     "What is special about a group."
     return ", ".join(filter(None, ["one unit: nothing to choose" * (len(g) == 1), "residual stream" * g.stream, g.why and f"not exact: {g.why}", g.guess and f"to be rehearsed: {g.guess}"]))
@@ -164,8 +166,9 @@ def note_of(g:Group)->str:
 def tree_of(g:Group)->str: # several lines
     "Who writes, carries and reads the channels of a group, and how many indices of which dimension each unit takes."
     role = lambda key: "writes" if key in g.produces else "reads" if key in g.consumes else "carries"
-    keys = sorted(g.members, key=lambda key: ("writes", "carries", "reads").index(role(key)))
-    rows = [(role(k), f"{k[0]}[{':, ' * k[1]}i]", f"{g.members[k].shape[1]} per unit") for k in keys]
+    all_of_it = g.members | g.told
+    keys = sorted(all_of_it, key=lambda key: ("writes", "carries", "reads").index(role(key)))
+    rows = [(role(k), f"{k[0]}[{':, ' * k[1]}i]", f"{all_of_it[k].shape[1]} per unit") for k in keys]
     wide = max((len(r[1]) for r in rows), default=0)
     notes = note_of(g)
     return "\n".join([f"{g.name}: {len(g)} units{notes and ' (' + notes + ')'}", *(f"{'└' if i == len(rows) - 1 else '├'}─ {a:8}{b:{wide}}  {c}" for i, (a, b, c) in enumerate(rows))])

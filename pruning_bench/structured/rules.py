@@ -312,13 +312,14 @@ def recurrent(g, outs, a):
 
 WHOLE.update(dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("recurrent", ("input", "second", "third", "fourth"))))
 
-# %% ../../nbs/structured/38_rules.ipynb #0b9145fd
+# %% ../../nbs/structured/38_rules.ipynb #f7ae31b6
 @rule("native_group_norm")
 def group_norm(g, outs, a):
     "The channels of a norm group share their statistics: they go together, unless there is one norm group only."
     x = vector(g, a.input, 1)
-    if a.weight is None: g.freeze(x, "group norm without weights")
-    for t in tensors([a.weight, a.bias]): g.join(x, vector(g, t, 0))
+    own = [vector(g, t, 0) for t in tensors([a.weight, a.bias])] or [g.number(len(x))]
+    if not len(own[0]): g.freeze(x, "group norm without weights")
+    else: [g.join(x, v) for v in own]
     per_group = x.reshape(a.group, -1)
     if a.group > 1: g.join(per_group, per_group[:, :1])
     else: g.blur(x, "group norm")
@@ -329,7 +330,11 @@ def layer_norm(g, outs, a):
     "Statistics over the last axes: a cut along them is not exact."
     n = a.input.dim()
     fs = [over(g, f, range(n - len(a.normalized_shape), n), "layer norm" if "layer" in g.op else "RMS norm") for f in g.of(a.input)]
-    return [meet(g, a.input.shape, [(a.input.shape, fs), *((t.shape, g.of(t)) for t in tensors([a.weight, getattr(a, "bias", None)]))])]
+    own = [(t.shape, g.of(t)) for t in tensors([getattr(a, "weight", None), getattr(a, "bias", None)])]
+    if not own: own = [(v.shape, [v]) for v in [g.number(a.normalized_shape[-1])] if len(v)]
+    return [meet(g, a.input.shape, [(a.input.shape, fs), *own])]
+
+WHOLE["rms_norm"] = "_fused_rms_norm", ("input", "normalized_shape", "weight", "eps")
 
 # %% ../../nbs/structured/38_rules.ipynb #4b67b60b
 @rule("embedding")

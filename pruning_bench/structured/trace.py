@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RULES', 'NORMS', 'WHOLE', 'LISTENING', 'fixed', 'lay', 'covers', 'place', 'tensors', 'Graph', 'settle', 'pin',
            'vector', 'apart', 'rule', 'record', 'tell', 'partial', 'give_up', 'unknown', 'into_part', 'answered',
-           'Listen', 'Caller', 'hear', 'heard', 'ghost', 'observe']
+           'fits', 'Quick', 'Listen', 'Caller', 'bare', 'named_norms', 'hear', 'heard', 'ghost', 'observe']
 
-# %% ../../nbs/structured/37_listening.ipynb #419edaa8
+# %% ../../nbs/structured/37_listening.ipynb #d7e1ae38
 import copy
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -42,13 +42,14 @@ def tensors(x)->list: # of Tensor
     values = x.values() if hasattr(x, "values") else x if isinstance(x, (tuple, list)) else ()
     return [t for v in values for t in tensors(v)]
 
-# %% ../../nbs/structured/37_listening.ipynb #b08b7e6c
+# %% ../../nbs/structured/37_listening.ipynb #0568ac3a
 class Graph:
     "Atoms of all parameter dimensions, and what a forward pass says about them."
     def __init__(self, model:nn.Module):
         self.owner, self.dims, self.size = [np.array([-1])], [], 1
         self.weights, self.places, self.axes, self.data = {}, {}, WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.op, self.call, self.sizes, self.ran, self.quiet = "", "", (), set(), False
+        self.bare, self.told = "", {}
         self.edges, self.frozen, self.blurred, self.splits, self.guesses = [], [], [], [], []
         self.roles = {"produces": [], "consumes": [], "stream": [], "heads": []}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -62,6 +63,10 @@ class Graph:
     def of(self, t): # arrays of atoms that broadcast to the tensor
         if t in self.axes: return self.axes[t]
         return self.weights.get(place(t), [])
+
+    def number(self, n): # atoms for a width that the running module has no tensor for, only a number
+        if self.bare and self.bare not in self.told: self.told[self.bare] = self.fresh(self.bare, 0, n)
+        return self.told.get(self.bare, fixed(0))
 
     def is_weight(self, t): return t not in self.data   # parameters and what is computed from them alone
     def mark(self, role, *arrays): self.roles[role] += [v.ravel() for v in arrays]
@@ -150,13 +155,22 @@ def unknown(g, outs, a): return give_up(g, outs, tensors(vars(a)), f"no rule for
 @rule("into_part")
 def into_part(g, outs, a): return give_up(g, outs, tensors(vars(a)), f"`{g.op}` writes into a part of a tensor")
 
-# %% ../../nbs/structured/37_listening.ipynb #0ffe36be
+# %% ../../nbs/structured/37_listening.ipynb #ea62da48
 NORMS = {"aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"}
 
 def answered(func, args, kwargs): # what the operation returns
     "Run an operation; the norm of a tensor without numbers is another one like it."
-    if func._schema.name not in NORMS or not args[0].is_meta: return func(*args, **kwargs)
+    if func._schema.name not in NORMS or not args[0].is_meta or not fits(*args): return func(*args, **kwargs)
     return torch.empty_like(args[0], memory_format=torch.contiguous_format), args[0].new_empty(0), args[0].new_empty(0)
+
+def fits(x, *rest)->bool: # what comes after the input: layer norm's shape, weights, running statistics
+    "Whether a norm is as wide as its input."
+    over = x.shape[-len(rest[0]):] if isinstance(rest[0], (list, tuple)) else x.shape[1:2]
+    return all(tuple(a) == over if isinstance(a, (list, tuple)) else a.numel() == over.numel() for a in rest if isinstance(a, (list, tuple, Tensor)))
+
+class Quick(TorchDispatchMode):
+    "Inside, norms of ghosts answer at once."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return answered(func, args, kwargs or {})
 
 # %% ../../nbs/structured/37_listening.ipynb #794d8df9
 class Listen(TorchDispatchMode):
@@ -184,7 +198,22 @@ class Caller(TorchFunctionMode):
 
 WHOLE = {}   # function -> (rule, names of its arguments)
 
-# %% ../../nbs/structured/37_listening.ipynb #3b51669d
+# %% ../../nbs/structured/37_listening.ipynb #e90aa041
+def bare(m:nn.Module)->bool:
+    "Whether a norm has its width as a number only."
+    shape = getattr(m, "normalized_shape", ())
+    return (isinstance(m, nn.GroupNorm) or isinstance(shape, (tuple, list)) and len(shape) == 1) and not any(True for _ in m.parameters(recurse=False))
+
+@contextmanager
+def named_norms(graph:Graph, model:nn.Module):
+    "Inside, the graph knows which of these norms is running."
+    now = lambda name: lambda *_: setattr(graph, "bare", name)
+    hooks = [h for n, m in model.named_modules() if bare(m) for h in (m.register_forward_pre_hook(now(n)), m.register_forward_hook(now("")))]
+    try: yield
+    finally:
+        for h in hooks: h.remove()
+
+# %% ../../nbs/structured/37_listening.ipynb #fa9eced0
 LISTENING = []   # functions of the model that give a context to listen in
 
 def hear(graph:Graph, model, batch, run, training:bool)->None:
@@ -195,6 +224,7 @@ def hear(graph:Graph, model, batch, run, training:bool)->None:
     try:
         with ExitStack() as stack, seeded(0), in_mode(model, training), torch.no_grad():
             for way in LISTENING: stack.enter_context(way(model))
+            stack.enter_context(named_norms(graph, model))
             with Caller(graph), Listen(graph): out = run(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     for t in tensors(out):
