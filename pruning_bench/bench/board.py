@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TRACKS', 'STYLE', 'SORT', 'PAGE', 'ABOUT', 'BEGIN', 'END', 'board_of', 'rows', 'ranked', 'row_of',
-           'speedup', 'label', 'ordered', 'number', 'rank', 'spread', 'columns', 'markdown', 'plot', 'boards',
+           'speedup', 'label', 'ordered', 'number', 'rank', 'spread', 'columns', 'markdown', 'beside', 'plot', 'boards',
            'heading', 'svg', 'page', 'between', 'document', 'digest_board', 'from_notebook', 'publish', 'show']
 
-# %% ../../nbs/bench/96_board.ipynb #cb9eaf84
+# %% ../../nbs/bench/96_board.ipynb #9245076c
 import io, json, math, re
 from pathlib import Path
+from statistics import geometric_mean
 import jinja2
 import matplotlib
 import pandas as pd
@@ -115,22 +116,31 @@ def markdown(table:pd.DataFrame)->str: # a pipe table
     line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
     return "\n".join([line(table.columns), line("---" for _ in table.columns), *map(line, table.itertuples(index=False))])
 
-# %% ../../nbs/bench/96_board.ipynb #c7dbcf77
+# %% ../../nbs/bench/96_board.ipynb #9a437128
+def beside(left:pd.Series, value:pd.Series)->pd.Series: # where to draw, with the same index
+    "Positions on a logarithmic axis: neighbours closer than a tenth are a bunch, and a bunch is spread around its middle."
+    places = pd.DataFrame(dict(left=left, value=value)).sort_values(["left", "value"]).left
+    bunch = places.groupby((places.pct_change() > .1).cumsum())
+    turn, many = bunch.cumcount(), bunch.transform("size")
+    return bunch.transform(geometric_mean) * 1.35 ** ((turn - (many - 1) / 2) / many.clip(lower=10))
+
+# %% ../../nbs/bench/96_board.ipynb #94b82838
 def plot(table:pd.DataFrame, ax=None): # a matplotlib axis
     "Quality against the share of parameters that are left and not zero, with the front."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6, 3.4))
     points = table.assign(left=table.nonzero if table.track.iloc[0] != "data" else 1 - table.removed).dropna(subset=["value"])
-    points = points.assign(name=[label(r).strip("*") for r in points.itertuples()])
+    points = points[points.left > 0]
+    points = points.assign(name=[label(r).strip("*") for r in points.itertuples()], at=beside(points.left, points.value))
     names = sorted(points.name.unique())
     for name, color, mark in zip(names, sns.color_palette("tab20", len(names)), "osv^D<>Pph*X" * 4):
         p = points[points.name == name]
-        ax.errorbar(p.left, p.value, p.sd.fillna(0), fmt=mark, color=color, ms=5, capsize=2, lw=1, label=name, mfc="none" if p.control.all() else color)
+        ax.errorbar(p["at"], p.value, p.sd.fillna(0), fmt=mark, color=color, ms=5, capsize=2, lw=1, label=name, mfc="none" if p.control.all() else color)
     line = points.iloc[pareto(list(zip(points.left, points.value)), bool(points.higher.iloc[0]))]
-    ax.plot(line.left, line.value, color="k", lw=.7, alpha=.6)
+    ax.plot(line["at"], line.value, color="k", lw=.7, alpha=.6)
     ax.axhline(points.dense.iloc[0], color="grey", ls="--", lw=.8)
     if not points.higher.iloc[0] and (points.value > 0).all(): ax.set_yscale("log")
-    ax.set(xlabel="examples kept" if table.track.iloc[0] == "data" else "non-zero parameters", ylabel=points.metric.iloc[0], xscale="log")
+    ax.set(xlabel=f"{'examples kept' if table.track.iloc[0] == 'data' else 'non-zero parameters'}, close ones side by side", ylabel=points.metric.iloc[0], xscale="log")
     ax.legend(fontsize=6, frameon=False, ncols=1 + len(names) // 12, bbox_to_anchor=(1, 1), loc="upper left")
     return ax
 
