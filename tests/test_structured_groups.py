@@ -486,3 +486,11 @@ def test_index_puts_what_lies_apart_first():
     assert [len(g) for g in coupling(model, x).groups] == [8]
     prune(model, "rand-struct", .5, data=[x])
     assert model.b.in_features == 4 and model(x).shape == (2, 3, 2)
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("method", ["magnitude", "l1-filter"])
+@pytest.mark.parametrize("wrong, why", [("resnet18", "not str: pass the module itself"), (None, "not NoneType"), ([nn.Linear(2, 2)], "not list"), (nn.Linear, "Linear is a class: pass a network"),
+                                        (lambda: torch.jit.script(torchvision.models.resnet18(weights=None)), "was compiled by TorchScript")])
+def test_what_is_not_a_network_is_refused(wrong, why, method):
+    if why.startswith("was"): wrong = wrong()
+    with pytest.raises(BadInput, match=why): prune(wrong, method, .5, data=[torch.randn(2, 3, 64, 64)])

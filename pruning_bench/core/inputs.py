@@ -18,7 +18,7 @@ from torch import nn, Tensor
 class BadInput(ValueError):
     "A request that cannot be met; the message names the value and the remedy."
 
-# %% ../../nbs/core/00_inputs.ipynb #46afd1d7
+# %% ../../nbs/core/00_inputs.ipynb #01693304
 def choose(name:str,      # what the user asked for
            options:Mapping, # known names -> values
            kind:str,      # what is being named, for the message
@@ -26,7 +26,7 @@ def choose(name:str,      # what the user asked for
     "Look `name` up; a miss raises `BadInput` with the nearest names."
     if name in options: return options[name]
     near = difflib.get_close_matches(str(name), list(options), n=3, cutoff=.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(options))}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(options)) or 'none'}"
     raise BadInput(f"unknown {kind} {name!r}: {hint}")
 
 # %% ../../nbs/core/00_inputs.ipynb #51385de0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FAMILIES', 'STAGES', 'CARDS', 'PAST', 'Method', 'drive', 'Card', 'register', 'build', 'methods', 'cite',
-           'keep_of', 'check', 'Ledger', 'resolve', 'unknown', 'take', 'Job', 'ready', 'built', 'prune', 'magnitude_',
-           'random']
+           'keep_of', 'check', 'Ledger', 'resolve', 'unknown', 'take', 'Job', 'ready', 'network', 'built', 'prune',
+           'magnitude_', 'random']
 
 # %% ../../nbs/core/11_method.ipynb #9a9794f7
 import inspect, time, warnings, weakref
@@ -220,7 +220,7 @@ def take(data, n:int): # yields batches with about n examples in all
     while got < n and (batch := next(batches, None)) is not None:
         yield batch; got += size_of(batch)
 
-# %% ../../nbs/core/11_method.ipynb #8cddb773
+# %% ../../nbs/core/11_method.ipynb #4f8d9c7f
 @dataclass
 class Job:
     "A request that has passed all checks."
@@ -234,6 +234,7 @@ class Job:
 
 def ready(record:Method, model, sparsity, data, loss, skip, calibration:int, seed:int)->Job: # as for `prune`
     "Read a request and check it; raises `BadInput` before any work."
+    if model is not None or record.space != "examples": network(model)
     budget = as_budget(sparsity)
     keep, data = keep_of(budget.remove if budget else sparsity, record.pattern), as_batches(data)
     with seeded(seed):
@@ -242,6 +243,12 @@ def ready(record:Method, model, sparsity, data, loss, skip, calibration:int, see
         bound = bounded(units, budget) if budget else None
         if budget: record = replace(record, allocate=within(record.allocate, bound))
         return Job(record, units, keep, data, list(take(data, calibration)), bound, portrait(model) if model is not None else None, skip)
+
+def network(model)->None: # raises BadInput
+    "Refuse what is not a network, or one that can no longer be changed."
+    if isinstance(model, torch.jit.ScriptModule): raise BadInput(f"{type(model).__name__} was compiled by TorchScript and cannot change its layers: prune the module that it was made from")
+    if isinstance(model, type): raise BadInput(f"{model.__name__} is a class: pass a network, {model.__name__}(...)")
+    if not isinstance(model, nn.Module): raise BadInput(f"a network is a torch.nn.Module, not {type(model).__name__}: pass the module itself, of a pipeline its unet or transformer")
 
 PAST = weakref.WeakKeyDictionary()   # model -> what earlier calls changed in its architecture
 

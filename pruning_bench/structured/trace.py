@@ -198,11 +198,12 @@ class Caller(TorchFunctionMode):
 
 WHOLE = {}   # function -> (rule, names of its arguments)
 
-# %% ../../nbs/structured/37_listening.ipynb #e90aa041
+# %% ../../nbs/structured/37_listening.ipynb #dd09c3e5
 def bare(m:nn.Module)->bool:
     "Whether a norm has its width as a number only."
     shape = getattr(m, "normalized_shape", ())
-    return (isinstance(m, nn.GroupNorm) or isinstance(shape, (tuple, list)) and len(shape) == 1) and not any(True for _ in m.parameters(recurse=False))
+    numbered = isinstance(m, nn.GroupNorm) or isinstance(shape, (tuple, list)) and len(shape) == 1
+    return numbered and not isinstance(m, torch.jit.ScriptModule) and not any(True for _ in m.parameters(recurse=False))
 
 @contextmanager
 def named_norms(graph:Graph, model:nn.Module):
