@@ -13,7 +13,7 @@ from pruning_bench.core.inputs import forward
 from pruning_bench.core.mask import masks_of
 from pruning_bench.structured.groups import Channels, components, coupling, graph_of, seats
 from pruning_bench.structured.reshape import load_pruned
-from pruning_bench.structured.surgery import cut, gone, kept_slices
+from pruning_bench.structured.surgery import cut, cut_and_compare, gone, kept_slices
 from pruning_bench.structured.trace import tensors
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -494,3 +494,12 @@ def test_index_puts_what_lies_apart_first():
 def test_what_is_not_a_network_is_refused(wrong, why, method):
     if why.startswith("was"): wrong = wrong()
     with pytest.raises(BadInput, match=why): prune(wrong, method, .5, data=[torch.randn(2, 3, 64, 64)])
+
+def test_an_interrupted_cut_is_put_back():
+    model, x, asked = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 3), []
+    def run(): # the second answer, that of the cut model, is interrupted
+        asked.append(model[0].out_features)
+        if len(asked) == 2: raise KeyboardInterrupt
+        return model(x)
+    with pytest.raises(KeyboardInterrupt): cut_and_compare(model, {"0.weight": {0: [0]}, "0.bias": {0: [0]}, "2.weight": {1: [0]}}, run)
+    assert asked == [8, 1] and model[0].out_features == model[2].in_features == 8 and model(x).shape == (4, 2)

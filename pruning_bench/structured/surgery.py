@@ -216,14 +216,16 @@ def misread(model:nn.Module, groups:dict, kept:dict, run): # an error or None
         put_back(state)
         for p, t in kept_data.items(): model.get_parameter(p).data = t
 
-# %% ../../nbs/structured/39_surgery.ipynb #b001d414
+# %% ../../nbs/structured/39_surgery.ipynb #16971943
 def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: # `run()` -> outputs; what mixes channels can only be compared in shape
     "Cut, and compare with the masked model; a difference undoes the cut and raises `BadInput`."
-    before, state = outputs(model, run), state_of(model)
-    cut(model, slices)
-    if not all(map(close if exact else alike_in_shape, before, outputs(model, run))):
-        put_back(state)
-        raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes; they are masked, not removed: name the layers concerned in skip=")
+    before, state, same = outputs(model, run), state_of(model), False
+    try:
+        cut(model, slices)
+        same = all(map(close if exact else alike_in_shape, before, outputs(model, run)))
+    finally:
+        if not same: put_back(state)
+    if not same: raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes; they are masked, not removed: name the layers concerned in skip=")
     for m in model.modules():
         if held_names(m) and all(getattr(c, f"{a}_mask").all() for c in m.modules() for a in held_names(c)): release(m)
 
