@@ -47,7 +47,26 @@ def conditional():
                                  norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     return model, {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 500]), "encoder_hidden_states": torch.randn(2, 7, 32)}
 
-SMALL = {"cnn": lambda: (cnn(), IMAGE), "resnet18": vision("resnet18"), "shufflenet": vision("shufflenet_v2_x0_5"),
+class Assorted(nn.Module):
+    "What is rarer: circular padding, gates, shuffles, windows, spectra, cells, steps collected one by one."
+    def __init__(self):
+        super().__init__()
+        self.round, self.slope, self.gate, self.mid, self.wide = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.PReLU(8), nn.Conv2d(8, 12, 1), nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.read, self.cell, self.second, self.out = nn.Conv1d(512, 6, 1), nn.LSTMCell(6, 5), nn.GRUCell(5, 4), nn.Linear(4, 2)
+    def forward(self, x):
+        h = self.wide(F.channel_shuffle(self.mid(F.glu(self.gate(self.slope(self.round(x))), 1)), 2))
+        h = torch.fft.rfft(self.read(F.unfold(h, 8, stride=8))).abs()
+        state, again, steps = None, None, h.new_zeros(h.shape[0], h.shape[2], self.second.hidden_size)
+        for t in range(h.shape[2]):
+            state = self.cell(h[..., t], state)
+            again = steps[:, t] = self.second(state[0], again)
+        return self.out(steps.sort(1).values.mean(1))
+
+def computed():
+    from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+    return nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3, 2)), nn.ReLU(), weight_norm(nn.Conv2d(8, 8, 3, 2)), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+
+SMALL = {"cnn": lambda: (cnn(), IMAGE), "assorted": lambda: (Assorted(), IMAGE), "resnet18": vision("resnet18"), "shufflenet": vision("shufflenet_v2_x0_5"),
          "vit": vit, "llama": llama, "unet": unet}
 LARGE = {"mobilenet_v2": vision("mobilenet_v2"), "conditional unet": conditional, "vgg11_bn": vision("vgg11_bn"), "densenet121": vision("densenet121"), "efficientnet_b0": vision("efficientnet_b0"), "googlenet": vision("googlenet", init_weights=False),
          "squeezenet": vision("squeezenet1_1"), "regnet": vision("regnet_y_400mf"), "convnext": vision("convnext_tiny"), "swin": vision("swin_t"), "vit_b_16": lambda: (torchvision.models.vit_b_16(weights=None, image_size=32), IMAGE)}
@@ -279,9 +298,9 @@ def test_writing_the_sum_differently_changes_no_unit(shortcut):
 def test_unknown_operations_freeze():
     class Odd(nn.Module):
         def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-        def forward(self, x): return self.b(self.a(x).sort(-1).values)
+        def forward(self, x): return self.b(self.a(x).logcumsumexp(-1))
     c = coupling(Odd(), torch.randn(3, 4))
-    assert not c.groups and c.frozen["a.weight"] == (6, "no rule for `sort`")
+    assert not c.groups and c.frozen["a.weight"] == (6, "no rule for `logcumsumexp`")
 
 def test_writing_into_a_part_freezes():
     class Parts(nn.Module):
@@ -503,3 +522,40 @@ def test_an_interrupted_cut_is_put_back():
         return model(x)
     with pytest.raises(KeyboardInterrupt): cut_and_compare(model, {"0.weight": {0: [0]}, "0.bias": {0: [0]}, "2.weight": {1: [0]}}, run)
     assert asked == [8, 1] and model[0].out_features == model[2].in_features == 8 and model(x).shape == (4, 2)
+
+def test_the_rarer_layers_are_all_understood():
+    found = coupling(Assorted(), IMAGE)
+    assert {n: len(g) for n, g in ((g.name, g) for g in found.groups)} == {"round.weight": 8, "gate.weight": 6, "mid.weight": 4, "wide.weight": 8, "read.weight": 6, "cell.weight_ih": 5, "second.weight_ih": 4}
+    assert set(found.frozen) == {"out.weight"} and not found.silent
+
+@pytest.mark.parametrize("budget", [.5, {"macs": .5}, {"params": .5}])
+def test_weights_that_are_computed_from_others(budget, tmp_path):
+    model, batch = ready(lambda: (computed(), IMAGE))
+    assert {g.name: g.why for g in coupling(model, batch).groups} == {"0.parametrizations.weight.original": "a product with a vector", "2.parametrizations.weight.original1": "weight norm"}
+    before, groups = out(model, batch), Channels(model, [batch], stream=True).groups.values()
+    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-6 * before.abs().max()
+    fresh = copy.deepcopy(model)
+    plan = prune(model, "l1-filter", budget, data=[batch])
+    small = model[2].parametrizations.weight
+    assert small.original0.shape[0] == small.original1.shape[0] < 8 and out(model, batch).isfinite().all()
+    plan.save(tmp_path / "half")
+    load_plan(tmp_path / "half").apply(fresh)
+    assert torch.equal(out(fresh, batch), out(model, batch))
+    model(batch).square().mean().backward()
+    assert small.original1.grad.shape == small.original1.shape
+
+
+def test_masks_of_torch_are_cut_with_their_weights():
+    from torch.nn.utils import prune as masks
+    model = nn.Sequential(masks.random_unstructured(nn.Conv2d(3, 8, 3), "weight", .3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+    first = coupling(model, IMAGE).groups[0]
+    assert first.produces == [("0.weight_orig", 0)] and ("0.weight_mask", 0) in first.members
+    zeros = (model[0].weight_mask == 0).flatten(1).sum(1)
+    plan = prune(model, "l1-filter", .5, data=[IMAGE])
+    assert model[0].weight_mask.shape == model[0].weight_orig.shape == (4, 3, 3, 3) and model(IMAGE).shape == (2, 2, 28, 28)
+    assert torch.equal((model[0].weight_mask == 0).flatten(1).sum(1), zeros[plan.masks[first.name]])
+
+def test_weights_of_a_fixed_frame_stay():
+    from torch.nn.utils.parametrizations import orthogonal
+    found = coupling(nn.Sequential(orthogonal(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 8))
+    assert not found.groups and "tril" in found.others["0.parametrizations.weight.original"]

@@ -6,15 +6,16 @@
 __all__ = ['convolution', 'depthwise', 'filters', 'backwards', 'meet', 'broadcast', 'pointwise', 'batch_norm', 'contract',
            'product', 'product_and_bias', 'permute', 'add', 'over', 'reduction', 'softmax', 'along', 'blocks',
            'constant', 'strided', 'reshape', 'left_open', 'cat', 'stack', 'split', 'halves', 'pick', 'expand', 'pad',
-           'spatial', 'shuffled', 'unshuffled', 'cropped', 'gathered', 'recurrent', 'group_norm', 'layer_norm',
+           'spatial', 'shuffled', 'unshuffled', 'dealt', 'gated', 'ordered', 'complex_numbers', 'into_piece', 'cropped',
+           'gathered', 'recurrent', 'cell', 'group_norm', 'layer_norm', 'bag', 'direction_and_length', 'weighed', 'dot',
            'embedding', 'attention']
 
-# %% ../../nbs/structured/38_rules.ipynb #8d6747f3
+# %% ../../nbs/structured/38_rules.ipynb #58e840f7
 import math, re
 import numpy as np
 import torch
 from torch import Tensor
-from .trace import WHOLE, apart, covers, fixed, give_up, lay, pin, place, rule, settle, tensors, unknown, vector
+from .trace import RULES, WHOLE, apart, covers, fixed, give_up, lay, pin, place, rule, settle, tensors, unknown, vector
 
 # %% ../../nbs/structured/38_rules.ipynb #8014369f
 @rule("convolution")
@@ -44,7 +45,7 @@ def backwards(g, x, into, out, groups): # a transposed convolution reads with it
     g.mark("produces", out); g.mark("consumes", into)
     return np.tile(out, groups)
 
-# %% ../../nbs/structured/38_rules.ipynb #80687204
+# %% ../../nbs/structured/38_rules.ipynb #844cb0c6
 def meet(g, shape, given): # given: [(shape, its arrays of atoms)], aligned from the right
     "Arrays along the same axes agree, index by index; a tensor that is constant along an axis pins it; a length of one says nothing."
     n, alive, pinned = len(shape), [], set()
@@ -68,7 +69,7 @@ def meet(g, shape, given): # given: [(shape, its arrays of atoms)], aligned from
 def broadcast(g, shape, inputs): return meet(g, shape, [([n if i else 1 for n, i in zip(t.shape, t.stride())], g.of(t)) for t in inputs])   # an expanded axis has stride 0
 
 @rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "zeros_like", "ones_like", "rand_like", "randn_like", "empty_like", "full_like", "bernoulli", "native_dropout", "where", "masked_fill",
-      "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "log_sigmoid_forward", "celu", "selu", "lerp", "copy", "fill", "zero", "_conj", "rrelu_with_noise")
+      "_prelu_kernel", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "log_sigmoid_forward", "celu", "selu", "lerp", "copy", "fill", "zero", "_conj", "rrelu_with_noise")
 def pointwise(g, outs, a): return broadcast(g, outs[0].shape, tensors(vars(a)))
 
 # %% ../../nbs/structured/38_rules.ipynb #1198e744
@@ -122,7 +123,7 @@ def add(g, outs, a):
                 if u.shape == v.shape and not np.array_equal(u, v): g.mark("stream", u[(u > 0) & (v > 0)], v[(u > 0) & (v > 0)])
     return pointwise(g, outs, a)
 
-# %% ../../nbs/structured/38_rules.ipynb #784def8a
+# %% ../../nbs/structured/38_rules.ipynb #16400d4e
 def over(g, f, dims, why): # what is left of an array of atoms
     "Something runs over `dims` and mixes what lies there: what also lies elsewhere is settled there; the rest is no longer exact."
     inside = [d for d in covers(f) if d in dims]
@@ -140,9 +141,10 @@ def reduction(g, outs, a):
 @rule("_softmax", "_log_softmax", "_safe_softmax")
 def softmax(g, outs, a): return [over(g, f, [a.dim % a.self.dim()], f"`{g.op}` runs over it") for f in g.of(a.self)]
 
-@rule("cumsum", "flip", "roll")
+@rule("cumsum", "flip", "roll", "_fft_r2c", "_fft_c2r", "_fft_c2c")
 def along(g, outs, a):
-    dims = [a.dim] if isinstance(getattr(a, "dim", None), int) else a.dims
+    dims = a.dim if hasattr(a, "dim") else a.dims
+    dims = [dims] if isinstance(dims, int) else dims
     left = g.of(a.self)
     for d in dims: left = [h for f in left for h in pin(g, f, d, f"`{g.op}` runs along it")]
     return left
@@ -266,21 +268,69 @@ def spatial(g, outs, a):
     for d in range(1, int(re.search(r"(\d)d", g.op)[1]) + 1): left = [h for f in left for h in pin(g, f, -d, f"`{g.op}` runs over it")]
     return left
 
-# %% ../../nbs/structured/38_rules.ipynb #7a02570b
-@rule("pixel_shuffle")
+# %% ../../nbs/structured/38_rules.ipynb #683c32d3
+@rule("pixel_shuffle", "col2im")
 def shuffled(g, outs, a):
-    x = vector(g, a.self, -3).reshape(outs[0].shape[-3], -1)
+    x = vector(g, a.self, -2 if g.op == "col2im" else -3).reshape(outs[0].shape[-3], -1)
     g.join(x, x[:, :1])
     return [lay(x[:, 0], -3, outs[0].dim())]
 
-@rule("pixel_unshuffle")
-def unshuffled(g, outs, a): return [lay(np.repeat(vector(g, a.self, -3), a.downscale_factor ** 2), -3, outs[0].dim())]
+@rule("pixel_unshuffle", "im2col")
+def unshuffled(g, outs, a):
+    x, d = vector(g, a.self, -3), -2 if g.op == "im2col" else -3
+    return [lay(np.repeat(x, outs[0].shape[d] // len(x)), d, outs[0].dim())]
 
-# %% ../../nbs/structured/38_rules.ipynb #77c26db5
-@rule("roi_align", "roi_pool")
+@rule("channel_shuffle")
+def dealt(g, outs, a):
+    x = vector(g, a.self, 1).reshape(a.groups, -1)
+    g.join(x, x[:1])
+    return [lay(x.T.ravel(), 1, a.self.dim()), *apart(g, a.self, 1)]
+
+# %% ../../nbs/structured/38_rules.ipynb #af96828f
+@rule("glu")
+def gated(g, outs, a):
+    d = a.dim % a.self.dim()
+    return [h for f in g.of(a.self) for h in (halves(g, np.split(f, 2, d), "")[:1] if covers(f) == (d,) else pin(g, f, d, ""))]
+
+@rule("sort", "cummax", "cummin")
+def ordered(g, outs, a):
+    left = [h for f in g.of(a.self) for h in pin(g, f, a.dim, f"`{g.op}` runs along it")]
+    return [left for _ in outs]
+
+@rule("view_as_real", "view_as_complex")
+def complex_numbers(g, outs, a):
+    if g.op == "view_as_real": return [f[..., None] for f in g.of(a.self)]
+    return [h[..., 0] for f in g.of(a.self) for h in pin(g, f, -1, "holds real and imaginary parts")]
+
+# %% ../../nbs/structured/38_rules.ipynb #3b5b29f8
+@rule("piece")
+def into_piece(g, outs, a):
+    piece, whole = a.self, a.self._base
+    others = [t for t in tensors(vars(a)) if t is not piece]
+    if whole is None: return RULES["into_part"](g, outs, a)
+    seat = {d: e for d in range(piece.dim()) for e in range(whole.dim()) if (piece.shape[d], piece.stride(d)) == (whole.shape[e], whole.stride(e))}
+    along = lambda f: covers(f)[0] if len(covers(f)) == 1 else None
+    known = g.of(whole)
+    if known:
+        back = {e: d for d, e in seat.items()}
+        if all(along(f) in back for f in known):
+            g.axes[piece] = [lay(f.ravel(), back[along(f)], piece.dim()) for f in known]
+            return pointwise(g, outs, a)
+    else:
+        mine = broadcast(g, piece.shape, others)
+        if all(along(f) in seat for f in mine):
+            g.axes[whole], g.data[whole] = [lay(f.ravel(), seat[along(f)], whole.dim()) for f in mine], True
+            for f in mine: g.guess(f, "is written into a piece of a tensor")
+            return mine
+    return give_up(g, outs, [whole, piece, *others], f"`{g.op}` writes into a part of a tensor")
+
+# %% ../../nbs/structured/38_rules.ipynb #e109ea64
+@rule("roi_align", "roi_pool", "grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
 def cropped(g, outs, a):
     for f in apart(g, a.input, 1): g.freeze(f, "boxes are cut out of it")
-    return [[lay(vector(g, a.input, 1), 1, 4)], *[[] for _ in outs[1:]]]
+    for t in tensors(vars(a)):
+        if t is not a.input: give_up(g, [], [t], "holds positions")
+    return [[lay(vector(g, a.input, 1), 1, outs[0].dim())], *[[] for _ in outs[1:]]]
 
 @rule("index_put", "_index_put_impl")
 def gathered(g, outs, a):
@@ -292,7 +342,7 @@ def gathered(g, outs, a):
     for f in left: g.guess(f, "is written into another tensor")
     return meet(g, a.self.shape, [(f.shape, [f]) for f in left])
 
-# %% ../../nbs/structured/38_rules.ipynb #54687f8e
+# %% ../../nbs/structured/38_rules.ipynb #9fe26f1d
 @rule("recurrent")
 def recurrent(g, outs, a):
     flat = [t for v in vars(a).values() if isinstance(v, (tuple, list)) for t in v if isinstance(t, Tensor) and place(t) in g.weights]
@@ -311,6 +361,18 @@ def recurrent(g, outs, a):
     return [[lay(np.tile(first, both), -1, outs[0].dim())], *([lay(first, -1, o.dim())] for o in outs[1:])]
 
 WHOLE.update(dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("recurrent", ("input", "second", "third", "fourth"))))
+
+@rule("cell")
+def cell(g, outs, a):
+    "One step of one layer."
+    hidden = vector(g, a.w_hh, 1)
+    g.join(vector(g, a.input, -1), vector(g, a.w_ih, 1))
+    for h in tensors(a.hx): g.join(vector(g, h, -1), hidden) if g.of(h) else g.guess(hidden, "starts from a state that the code makes")
+    for t in tensors([a.w_ih, a.w_hh, a.b_ih, a.b_hh]): g.join(vector(g, t, 0).reshape(-1, len(hidden)), hidden)
+    g.mark("produces", vector(g, a.w_ih, 0)); g.mark("consumes", hidden, vector(g, a.w_ih, 1))
+    return [[lay(hidden, -1, o.dim())] for o in outs]
+
+WHOLE.update(dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), ("cell", ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"))))
 
 # %% ../../nbs/structured/38_rules.ipynb #f7ae31b6
 @rule("native_group_norm")
@@ -336,7 +398,30 @@ def layer_norm(g, outs, a):
 
 WHOLE["rms_norm"] = "_fused_rms_norm", ("input", "normalized_shape", "weight", "eps")
 
-# %% ../../nbs/structured/38_rules.ipynb #4b67b60b
+# %% ../../nbs/structured/38_rules.ipynb #e5ecd4da
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def bag(g, outs, a):
+    g.mark("produces", vector(g, a.weight, 1))
+    return [[lay(vector(g, a.weight, 1), 1, 2)], *[[] for _ in outs[1:]]]
+
+@rule("_weight_norm_interface", "_weight_norm")
+def direction_and_length(g, outs, a):
+    "A filter that is computed from its direction and its length; a masked one is zero by zero, so nothing is exact."
+    for f in g.of(a.v): g.blur(f, "weight norm")
+    return [meet(g, a.v.shape, [(a.v.shape, g.of(a.v)), (a.g.shape, g.of(a.g))]), *[[] for _ in outs[1:]]]
+
+@rule("mv")
+def weighed(g, outs, a):
+    g.join(vector(g, a.self, 1), vector(g, a.vec, 0))
+    g.blur(vector(g, a.self, 1), "a product with a vector")
+    return [[vector(g, a.self, 0)]]
+
+@rule("dot", "vdot")
+def dot(g, outs, a):
+    g.join(vector(g, a.self, 0), vector(g, a.tensor if hasattr(a, "tensor") else a.other, 0))
+    g.blur(vector(g, a.self, 0), "a product with a vector")
+    return [[]]
+
 @rule("embedding")
 def embedding(g, outs, a):
     g.mark("produces", vector(g, a.weight, 1))

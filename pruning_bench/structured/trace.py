@@ -111,7 +111,7 @@ def apart(g:Graph, t:Tensor, *dims)->list: # of arrays
     "The atoms of a tensor that do not lie along `dims`."
     return [f for f in g.of(t) if all(f.shape[d] == 1 for d in dims)]
 
-# %% ../../nbs/structured/37_listening.ipynb #06af451e
+# %% ../../nbs/structured/37_listening.ipynb #b7c53457
 RULES = {}   # operation -> function(graph, outputs, arguments) -> atoms of the output(s)
 
 def rule(*names): # ATen names without overload and trailing underscore
@@ -126,7 +126,7 @@ def record(g:Graph, func, args, kwargs, out)->None:
     names = [s.name for s in func._schema.arguments]
     op = func._schema.name.split("::")[1].rstrip("_")
     known = RULES.get(op) or torch.Tag.pointwise in func.tags and RULES.get("pointwise") or RULES["unknown"]
-    if func._schema.is_mutable and partial(args[0]): known = RULES["into_part"]
+    if func._schema.is_mutable and partial(args[0]): known = RULES["piece" if func._schema.name.endswith("_") and known in (RULES.get("pointwise"), RULES.get("add")) else "into_part"]
     tell(g, known, op, {s.name: s.default_value for s in func._schema.arguments} | dict(zip(names, args)) | kwargs, out)
 
 def tell(g:Graph, known, op:str, given:dict, out)->None:
