@@ -559,3 +559,21 @@ def test_weights_of_a_fixed_frame_stay():
     from torch.nn.utils.parametrizations import orthogonal
     found = coupling(nn.Sequential(orthogonal(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 8))
     assert not found.groups and "tril" in found.others["0.parametrizations.weight.original"]
+
+def test_partners_by_number_stay_equally_wide():
+    class Believes(nn.Module): # the width of one layer is asked of another one
+        def __init__(self): super().__init__(); self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        def forward(self, x): h = self.a(x); return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1])).relu())
+    model, x = Believes().double(), torch.randn(4, 3).double()
+    space = Channels(model, [x])
+    assert len(space.coupling.groups) == 3 and space.groups.keys() == {"a.weight", "c.weight"} and set(space.groups["a.weight"].produces) == {("a.weight", 0), ("b.weight", 0)}
+    nn.init.constant_(model.b.weight, 1e-3)   # a global ranking would take more of b than of a
+    plan = prune(model, "l1-filter", .5, data=[x], allocate="global")
+    assert model.a.out_features == model.b.out_features == plan.masks["a.weight"].sum() and model(x).shape == (4, 2)
+
+def test_a_width_that_is_asked_twice_and_told_once_stays():
+    class Told(nn.Module): # one of the partners is also known by heart
+        def __init__(self): super().__init__(); self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        def forward(self, x): h = self.a(x); return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1]).view(-1, 8)).relu())
+    space = Channels(Told(), [torch.randn(4, 3)])
+    assert space.groups.keys() == {"c.weight"} and {"a.weight", "b.weight"} < set(space.coupling.frozen)

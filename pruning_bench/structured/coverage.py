@@ -81,7 +81,7 @@ def denoiser(name:str)->tuple: # (model, batch)
     model = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, cross_attention_dim=32, **shape, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     return model.eval(), batch | {"encoder_hidden_states": torch.randn(2, 7, 32)}
 
-# %% ../../nbs/structured/45_coverage.ipynb #52939ca2
+# %% ../../nbs/structured/45_coverage.ipynb #adf95dd0
 BASE, WORDS, PICTURE = dict(hidden_size=768, num_attention_heads=12, num_hidden_layers=2), dict(vocab_size=1000, bos_token_id=1, eos_token_id=2), dict(image_size=32, patch_size=4)
 CONFIGS = {"ViTForImageClassification": {**BASE, **PICTURE, "intermediate_size": 3072}, "SwinForImageClassification": {**PICTURE, "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4},
            "Swinv2ForImageClassification": {**PICTURE, "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4}, "BertForSequenceClassification": {**BASE, **WORDS, "intermediate_size": 3072},
@@ -94,15 +94,17 @@ def transformer(name:str)->tuple: # (model, batch)
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**{**CONFIGS, **FURTHER}[name])).eval()
-    return wake(model), {"pixel_values": torch.randn(2, 3, 32, 32)} if "Image" in name else {"input_ids": torch.randint(3, 1000, (2, 12))}
+    return wake(model), {"pixel_values": torch.randn(2, 3, 32, 32)} if "Image" in name or "Segmentation" in name else {"input_ids": torch.randint(3, 1000, (2, 12))}
 
-# %% ../../nbs/structured/45_coverage.ipynb #1f8a00df
+# %% ../../nbs/structured/45_coverage.ipynb #b60e82d6
 SMALL = dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=2, intermediate_size=256, pad_token_id=0, **WORDS)
 GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 32}
 FURTHER = {"DistilBertForSequenceClassification": {**WORDS, "dim": 128, "hidden_dim": 256, "n_layers": 2, "n_heads": 4}, "DebertaV2ForSequenceClassification": SMALL, "BloomForCausalLM": {**WORDS, "hidden_size": 128, "n_head": 4, "n_layer": 2},
            "FalconForCausalLM": SMALL, "GPTNeoXForCausalLM": SMALL, "OlmoForCausalLM": SMALL, "PhiForCausalLM": SMALL, "Phi3ForCausalLM": {**SMALL, "num_key_value_heads": 2}, "Gemma3ForCausalLM": GROUPED, "Qwen3ForCausalLM": GROUPED,
            "Qwen3MoeForCausalLM": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, "DeiTForImageClassification": {**SMALL, **PICTURE}, "Dinov2ForImageClassification": {**SMALL, **PICTURE},
-           "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}, "PoolFormerForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}}
+           "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}, "PoolFormerForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
+           "DeepseekV3ForCausalLM": {**SMALL, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+           "SegformerForSemanticSegmentation": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 32}}
 
 DEPTH = dict(num_attention_heads=4, attention_head_dim=32, num_layers=2, in_channels=4)
 JOINT = dict(joint_attention_dim=32, pooled_projection_dim=24)

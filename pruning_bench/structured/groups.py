@@ -7,8 +7,8 @@ __all__ = ['components', 'roots', 'decide', 'Group', 'Coupling', 'coupling', 'pu
            'written', 'named', 'frozen_of', 'left_out', 'note_of', 'tree_of', 'page_of', 'table_of', 'plot_of',
            'graph_of', 'seats', 'draw_of', 'Channels', 'writers', 'rewrite']
 
-# %% ../../nbs/structured/40_groups.ipynb #8e119ae4
-from dataclasses import dataclass
+# %% ../../nbs/structured/40_groups.ipynb #306c332e
+from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def decide(g)->None:
             settle(g, f, axis if axis in free else free[-1])
             label = roots(g)
 
-# %% ../../nbs/structured/40_groups.ipynb #54284dbd
+# %% ../../nbs/structured/40_groups.ipynb #e490a749
 @dataclass(repr=False)
 class Group:
     "Interchangeable units: each one takes the same number of indices from the same parameters."
@@ -59,6 +59,11 @@ class Group:
     heads: bool = False  # whether the units are heads: an axis along which activations meet activations
 
     def __len__(self): return len(next(iter(self.members.values())))
+
+    def joined(self, other): # a group: unit i of both goes at once
+        both = {a: getattr(self, a) + getattr(other, a) for a in ("produces", "consumes")} | {a: getattr(self, a) or getattr(other, a) for a in ("stream", "why", "guess", "heads")}
+        members = {k: np.concatenate([m[k] for m in (self.members, other.members) if k in m], 1) for k in self.members | other.members}
+        return replace(self, members=members, told=self.told | other.told, **both)
 
     def __repr__(self): return tree_of(self)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFTER_CUT', 'cut', 'selected', 'renumber', 'refresh', 'gone', 'sizes', 'kept_slices', 'mask_out', 'said', 'outputs',
-           'close', 'alike_in_shape', 'stands', 'few', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'culprits',
-           'reheard', 'misread', 'cut_and_compare', 'cut_if_it_fits']
+           'close', 'alike_in_shape', 'stands', 'few', 'state_of', 'put_back', 'rehearse', 'rehearsed', 'partners',
+           'culprits', 'reheard', 'misread', 'cut_and_compare', 'cut_if_it_fits']
 
 # %% ../../nbs/structured/39_surgery.ipynb #89d1df2b
 from contextlib import suppress
@@ -156,30 +156,43 @@ def rehearse(model:nn.Module, batch, run, slices:dict)->None:
         raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({said(e)}): name the layers concerned in skip=") from e
     finally: put_back(state)
 
-# %% ../../nbs/structured/39_surgery.ipynb #3e05ac6b
+# %% ../../nbs/structured/39_surgery.ipynb #ba80406e
 def rehearsed(model:nn.Module, batch, run, found, groups:dict, listen)->dict: # the groups that can be cut; `listen(model, batch, run)` found them
     "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also listen again and compare; fix the groups that fail."
     on = [(model, batch)]
     if run is forward:
         with suppress(Exception): on = [(ghost(model), move(batch, "meta"))]
-    first = lambda some: {n: torch.arange(len(g)) > 0 for n, g in some.items()}
-    def runs(some):
+    order = {n: i for i, n in enumerate(groups)}
+    first = lambda some, turns=1: {n: torch.arange(len(g)) > min(order[n] % turns, len(g) - 2) for n, g in some.items()}
+    def runs(some, turns=4):
         double, example = on[0]
-        try: rehearse(double, example, run, kept_slices(double, some, first(some)))
+        try: rehearse(double, example, run, kept_slices(double, some, first(some, turns)))
         except BadInput as e:
             if double is model: return e
             if not stands(double, example, run): on[0] = model, batch   # its code asks for values
             elif not isinstance(e.__cause__, NotImplementedError): return e   # else the cut model asks for values
-            try: rehearse(model, batch, run, kept_slices(model, some, first(some)))
+            try: rehearse(model, batch, run, kept_slices(model, some, first(some, turns)))
             except BadInput as e: return e
     wrong = culprits(groups, runs)
     left = {n: g for n, g in groups.items() if n not in wrong}
+    pairs = partners(groups, wrong, lambda pair: runs(left | pair, 1))
+    left |= {a: groups[a].joined(groups[b]) for a, b in pairs}
     if wrong and (not left or runs(left)): raise next(iter(wrong.values()))
     wrong |= culprits({n: g for n, g in left.items() if g.guess}, lambda some: reheard(on[0][0], some, first(some), lambda: listen(*on[0], run)))
     doubtful = {n: g for n, g in left.items() if g.guess and g.exact and n not in wrong and not next(model.parameters()).is_meta}
     wrong |= culprits(doubtful, lambda some: misread(model, some, first(some), lambda: run(model, batch)))
+    wrong |= {b: wrong[a] for a, b in pairs if a in wrong}
     for n in wrong: found.frozen[groups[n].produces[0][0]] = (len(groups[n]), groups[n].guess or f"the code contains its width ({str(wrong[n].__cause__).splitlines()[0][:80]})")
-    return {n: g for n, g in groups.items() if n not in wrong}
+    return {n: left[n] for n in groups if n in left and n not in wrong}
+
+def partners(groups:dict, wrong:dict, test)->list: # pairs of names, which leave `wrong`
+    "Neighbours of one size that fail alone and run together: they must stay equally wide."
+    names, found = [n for n in groups if n in wrong], []
+    for a, b in ((a, b) for step in (1, 2, 3) for a, b in zip(names, names[step:])):
+        if a in wrong and b in wrong and len(groups[a]) == len(groups[b]) and test({n: groups[n] for n in (a, b)}) is None:
+            found.append((a, b))
+            del wrong[a], wrong[b]
+    return found
 
 def culprits(some:dict, test)->dict: # {name: error}; `test(groups)` -> error or None
     "The groups that fail a test, by halving."
