@@ -48,7 +48,7 @@ def params(space): # price of a decision
     price.heaviest = lambda kept: max(sizes.full, key=lambda p: sizes.of(p, kept))
     return price
 
-# %% ../../nbs/structured/44_budgets.ipynb #db4282ed
+# %% ../../nbs/structured/44_budgets.ipynb #71ec4048
 FORMULAS = {**flop_registry, **VECTORS, **grouped(Tensor.numel)}
 
 class Products(TorchDispatchMode):
@@ -69,7 +69,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.computed(tensors([args, kwargs or {}]), tensors(out if isinstance(out, (tuple, list)) else [out]))
+        self.computed(tensors([args, kwargs or {}]), tensors(out))
         if formula := FORMULAS.get(getattr(func, "_overloadpacket", func)):
             at = args[1:] if func._schema.name.split("::")[1] in ("addmm", "baddbmm") else args   # the first one is a bias
             mine = {self.owner[lies(t)] for t in at if isinstance(t, Tensor) and t.dim() > 1 and lies(t) in self.owner}
