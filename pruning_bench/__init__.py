@@ -4,12 +4,23 @@ __version__ = "0.1.0"
 import importlib, pkgutil
 from pathlib import Path
 
-from pruning_bench.core.during import pruning
+from pruning_bench.core.driver import prune
 from pruning_bench.core.inputs import BadInput, batch_loss
-from pruning_bench.core.method import Method, build, cite, methods, prune, register
+from pruning_bench.core.method import Method, build, cite, methods, register
+from pruning_bench.core.own_loop import pruning
 from pruning_bench.core.plan import Plan, load_plan
-from pruning_bench.structured.reshape import load_pruned
+from pruning_bench.core.registry import BUILT_IN
 
-for _family in ("weight", "structured", "diffusion", "data"):   # importing a method registers it
-    for _module in pkgutil.iter_modules([str(Path(__file__).parent / _family)]):
-        importlib.import_module(f"{__name__}.{_family}.{_module.name}")
+
+def import_families():
+    "Import every module of the method families, which registers its methods and parts; happens when a name is first missing."
+    for family in ("weight", "structured", "diffusion", "data"):
+        for module in pkgutil.iter_modules([str(Path(__file__).parent/family)]):
+            importlib.import_module(f"{__name__}.{family}.{module.name}")
+
+BUILT_IN["pruning_bench.methods"] = import_families
+
+
+def __getattr__(name):
+    if name == "load_pruned": return importlib.import_module("pruning_bench.structured.reshape").load_pruned
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'choose', 'as_batches', 'is_pair', 'seeded', 'first_batch', 'as_dataset', 'move', 'device_of', 'forward',
-           'some', 'size_of', 'runner', 'batch_loss', 'as_loss', 'own_loss', 'in_mode']
+           'some', 'size_of', 'BatchLoss', 'batch_loss', 'runner', 'as_loss', 'own_loss', 'in_mode']
 
 # %% ../../nbs/core/00_inputs.ipynb #3efcb091
-import difflib, functools, random
-from collections.abc import Mapping, Iterator
+import difflib, random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -107,21 +108,27 @@ def size_of(batch)->int: # examples in the batch
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 # %% ../../nbs/core/00_inputs.ipynb #30ab5020
+@dataclass(frozen=True, eq=False)
+class BatchLoss:
+    "A loss that runs the model itself, such as the denoising loss of a diffusion model."
+    fn: Callable   # (model, batch) -> scalar tensor
+    def __call__(self, model, batch): return self.fn(model, batch)
+
+def batch_loss(fn:Callable, # (model, batch) -> scalar tensor
+    )->BatchLoss:
+    "Declare that a loss runs the model itself."
+    return BatchLoss(fn)
+
 def runner(loss): # function (model, batch) -> output
     "How to run a model once: as the loss does when it runs the model itself, else a plain forward pass."
-    return loss if getattr(loss, "runs_model", False) else forward
-
-def batch_loss(fn): # fn(model, batch) -> scalar tensor
-    "Mark a loss that runs the model itself."
-    fn.runs_model = True
-    return fn
+    return loss if isinstance(loss, BatchLoss) else forward
 
 def as_loss(loss=None, # criterion(output, target), a `batch_loss`, or None for the model's own
     ): # fn(model, batch) -> scalar tensor
     "Turn any kind of loss into one signature."
     if loss is None: return own_loss
-    if getattr(loss, "runs_model", False): return loss
-    @functools.wraps(loss, updated=())
+    if isinstance(loss, BatchLoss): return loss
+    if not callable(loss): raise BadInput(f"loss={loss!r} cannot be called: pass criterion(output, target) such as F.cross_entropy, or batch_loss(...)")
     def criterion(model, batch):
         if isinstance(batch, (Tensor, Mapping)) or len(batch) < 2:
             raise BadInput("this loss needs labels: let the loader yield (inputs, targets)")

@@ -12,7 +12,9 @@ from typing import Callable
 import torch
 from torch import Tensor
 from .allocate import winners
-from .inputs import BadInput, choose
+from .inputs import BadInput
+from .part import Part
+from .registry import Registry
 
 # %% ../../nbs/core/06_pattern.ipynb #98a762a0
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Pattern:
         if rows % self.divides[0] or cols % self.divides[1]:
             raise BadInput(f"pattern {self.name} does not divide {name!r} ({rows} outputs, {cols} input channels): add it to skip=")
 
-PATTERNS = {}   # name -> factory
+    def __str__(self): return self.name
+
+PATTERNS = Registry("pattern")   # name -> factory
 
 def pattern(fn): # a factory returning a Pattern
-    "Register a pattern factory under its function name."
-    PATTERNS[fn.__name__] = fn
-    return fn
+    "Register a pattern factory under its function name; raises `BadInput` for a taken name."
+    return PATTERNS.add(fn.__name__, fn)
 
 # %% ../../nbs/core/06_pattern.ipynb #94ad337b
 def count_of(fraction:float, size:int)->int: # units to keep
@@ -87,9 +90,14 @@ def block(rows:int=4,    # height of a tile
     return Pattern(f"{rows}x{columns}", select, divides=(rows, columns))
 
 # %% ../../nbs/core/06_pattern.ipynb #d2f44b6a
-def as_pattern(spec)->Pattern: # from a Pattern, "2:4", "4x4" or a name
-    "Read a pattern."
+def as_pattern(spec # a Pattern, "2:4", "4x4", a registered name, or a function (scores, fraction) -> bool mask
+    )->Pattern:
+    "Read a pattern; raises `BadInput` for an unknown name and for a part of another kind."
     if isinstance(spec, Pattern): return spec
+    if isinstance(spec, Part): raise BadInput(f"{spec.name!r} is a {type(spec).__name__.lower()}, and a pattern is asked for: pass a name such as '2:4'")
     if found := re.fullmatch(r"(\d+):(\d+)", str(spec)): return n_m(*map(int, found.groups()))
     if found := re.fullmatch(r"(\d+)x(\d+)", str(spec)): return block(*map(int, found.groups()))
-    return choose(spec, PATTERNS, "pattern")()
+    if isinstance(spec, str): return PATTERNS[spec]()
+    if not callable(spec): raise BadInput(f"{spec!r} is not a pattern: pass a name such as '2:4', or a function (scores, fraction) -> bool mask")
+    made = spec() if any(spec is v for v in PATTERNS.entries.values()) else spec
+    return made if isinstance(made, Pattern) else Pattern("custom", made)
