@@ -15,7 +15,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(abspath $(VENV))/bin
 PY  := "$(BIN)/python"
-PB  := $(PY) -c "from pruning_bench.bench.cli import main; main()"
+PB  := $(PY) -c "from pruning_bench.bench import main; main()"
 export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CALM := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=33554432

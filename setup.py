@@ -1,4 +1,7 @@
-"Everything comes from settings.ini; an extra `x` is a line `x_requirements = ...` there. The benchmark notebooks travel inside the package."
+"""Everything comes from settings.ini; an extra `x` is a line `x_requirements = ...` there. The benchmark notebooks travel inside the package.
+
+The extra `dev` contains `bench`, and `all` contains every extra but `dev`.
+"""
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -11,6 +14,9 @@ statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Produ
 pythons = "3.10 3.11 3.12 3.13".split()
 suffix = "_requirements"
 package = cfg["lib_path"]
+extras = {k.removesuffix(suffix): v.split() for k, v in cfg.items() if k.endswith(suffix)}
+extras["dev"] = sorted({*extras["dev"], *extras["bench"]})
+extras["all"] = sorted({r for name, needed in extras.items() if name != "dev" for r in needed})
 
 setup(
     name=cfg["lib_name"],
@@ -25,10 +31,10 @@ setup(
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
     packages=[*find_packages(include=[package, f"{package}.*"]), f"{package}.benchmarks"],
     package_dir={f"{package}.benchmarks": "nbs/benchmarks"},
-    package_data={f"{package}.benchmarks": ["*.ipynb"]},
+    package_data={f"{package}.benchmarks": ["*.ipynb"], package: ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={k.removesuffix(suffix): v.split() for k, v in cfg.items() if k.endswith(suffix)},
+    extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{package}={package}._modidx:d"],

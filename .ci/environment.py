@@ -29,7 +29,7 @@ def settings():
 
 
 def digest(cfg):
-    text = "\n".join(cfg[k] for k in ("requirements", "dev_requirements", "console_scripts"))
+    text = "\n".join(cfg[k] for k in ("requirements", "bench_requirements", "dev_requirements", "console_scripts"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -58,7 +58,7 @@ def complete(venv, cfg, done):
         for folder in half_installed(venv): shutil.rmtree(folder)
         subprocess.run([python, "-m", "pip", "install", "-e", f"{ROOT}[dev]"], check=True)
     else:
-        wanted = (cfg["requirements"] + " " + cfg["dev_requirements"]).split()
+        wanted = " ".join(cfg[k] for k in ("requirements", "bench_requirements", "dev_requirements")).split()
         lacking = subprocess.run([python, "-c", MISSING, *wanted], check=True, text=True, stdout=subprocess.PIPE).stdout.split()
         if lacking: subprocess.run([python, "-m", "pip", "install", *lacking], check=True)
     if os.access(venv, os.W_OK): state.write_text(f"{kind} {done}")
