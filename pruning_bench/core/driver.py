@@ -64,7 +64,7 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
         raise BadInput(f"solver {method.solve.name!r} updates {method.solve.unit}s, but this space has {space.unit}s: choose another solver or space")
     check_data(method, space.model, data)
     readers = [PROVIDERS[n] for n in method.needs]
-    if method.recover.steps or any(r.reads_loss for r in readers):
+    if method.recover.steps and not method.recover.outside or any(r.reads_loss for r in readers):
         with torch.no_grad(), in_mode(space.model, False): as_loss(loss)(space.model, first_batch(data))
     if method.pattern.fixed is not None and method.rule is None and method.allocate not in (uniform, as_left):
         warnings.warn(f"pattern {method.pattern.name} fixes the density of every layer: the allocation has no effect", stacklevel=4)
@@ -81,7 +81,7 @@ def check_data(method:Method, model, data)->None: # raises BadInput
     if (method.rule or getattr(method.prepare, "trains", False)) and not trains:
         raise BadInput(f"method {method.name!r} prunes while it trains: give it a training with recover=, for instance finetune(steps=1000)")
     if data is None and method.recover.reads: raise BadInput(f"recovery {method.recover.name!r} reads batches: {remedy}")
-    if data is None and trains: raise BadInput(f"method {method.name!r} trains on data: {remedy}")
+    if data is None and trains and not method.recover.outside: raise BadInput(f"method {method.name!r} trains on data: {remedy}")
     if data is None and method.needs: raise BadInput(f"method {method.name!r} reads {sorted(method.needs)[0]} from data: {remedy}")
     if model is None and (trains or method.needs): raise BadInput(f"method {method.name!r} runs a model: pass one instead of None")
 

@@ -33,7 +33,7 @@ def in_loop(record:Method, steps:int, settings:dict)->Method: # the method witho
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise BadInput(f"steps={steps!r}: say how many optimiser steps your loop will take, a whole number above zero")
     if "lr" in settings: raise BadInput("your loop has its own learning rate: leave lr out")
-    return replace(record, prepare=at_once, recover=replace(none(), steps=steps, name="your loop"))
+    return replace(record, prepare=at_once, recover=replace(none(), steps=steps, name="your loop", outside=True))
 
 @contextmanager
 def pruning(model:nn.Module, # pruned in place
