@@ -60,7 +60,7 @@ def test_methods_keep_exact_counts(name, sparsity):
 def test_registered_by_name():
     for name in ("uniform_plus", "er", "floor", "rd"):
         assert name in ALLOCATORS
-        assert prune(conv(), "magnitude", .7, inputs(), allocate=name).recipe["allocate"] == name
+        assert prune(conv(), "magnitude", .7, inputs(), allocate=name).recipe["allocate"].split("(")[0] == name
     with pytest.raises(BadInput, match="uniform_plus"): prune(conv(), "magnitude", .7, allocate="uniform_pls")
 
 

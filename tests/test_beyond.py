@@ -11,7 +11,7 @@ from torch import nn
 from pruning_bench import BadInput, prune
 from pruning_bench.bench.embedded import digits
 from pruning_bench.bench.tasks import task
-from pruning_bench.core.during import Rule, under
+from pruning_bench.core.rule import Rule, under
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.recover import OPTIMIZERS, finetune
 from pruning_bench.core.space import Weights, prunable

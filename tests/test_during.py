@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 
 from pruning_bench import BadInput, prune
 from pruning_bench.core.allocate import as_left, settle, winners
-from pruning_bench.core.during import Course, Rule, along, clock, dress, move, slots, under
+from pruning_bench.core.rule import Course, Rule, along, clock, dress, move, slots, under
 from pruning_bench.core.mask import hold, listen, masks_of, release
-from pruning_bench.core.method import CARDS, Method, register
+from pruning_bench.core.method import METHODS, Method, register
 from pruning_bench.core.recover import finetune, rest
 from pruning_bench.core.schedule import cubic
 from pruning_bench.core.space import Weights, folded, order_of, prunable

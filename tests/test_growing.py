@@ -10,7 +10,7 @@ from torch import nn
 from pruning_bench import BadInput, Method, build, prune
 from pruning_bench.bench.tasks import task
 from pruning_bench.core.allocate import erk, global_
-from pruning_bench.core.during import Rule, slots, under
+from pruning_bench.core.rule import Rule, slots, under
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.pattern import as_pattern

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning_bench import BadInput, Method, prune
-from pruning_bench.core.allocate import as_left, winners
-from pruning_bench.core.during import along, under
+from pruning_bench.core.allocate import winners
+from pruning_bench.core.rule import under
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.pattern import as_pattern
-from pruning_bench.core.recover import finetune, rest
+from pruning_bench.core.recover import Recovery, finetune
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.learned_masks import (Upper, bilevel, common_shift, fallen, limited, masked_only, moving, passing, searching, soft, soft_threshold,
+from pruning_bench.weight.learned_masks import (Upper, bilevel, common_shift, fallen, limited, moving, passing, searching, soft, soft_threshold,
                                                 softly, threshold, thresholded)
 
 SLUGS = ["pdp", "str", "movement", "bip", "jackpot"]
@@ -300,8 +300,8 @@ def test_the_first_mask_must_need_no_data():
 
 def test_a_broken_search_thaws_the_network():
     def breaking(model, data, loss, part): raise KeyboardInterrupt
-    breaking.steps, model = 5, mlp()
-    with pytest.raises(KeyboardInterrupt): prune(model, Method(prepare=masked_only(searching("magnitude", .2, 4.)), allocate=as_left, between=rest, recover=breaking), .5, batches(), F.cross_entropy)
+    model, record = mlp(), Method(rule=searching("magnitude", .2, 4.), recover=Recovery(breaking, steps=5))
+    with pytest.raises(KeyboardInterrupt): prune(model, record, .5, batches(), F.cross_entropy, restore=False)
     assert all(p.requires_grad for p in model.parameters()) and [n for n, _ in model.named_parameters()] == [n for n, _ in mlp().named_parameters()]
 
 
@@ -334,5 +334,5 @@ def test_a_search_on_frozen_weights_finds_something_and_starts_best_from_magnitu
 @pytest.mark.slow
 def test_a_soft_mask_against_a_hard_one_on_the_same_ramp(world):
     def hard(method, keep): return dataclasses.replace(softly(1., .1, .5)(method, keep), view=lambda w, state, course: w * state["mask"] if state else w)
-    cut = Method(prepare=along(hard), allocate=as_left, between=rest, recover=finetune(900, 3e-3))
+    cut = Method(rule=hard, recover=finetune(900, 3e-3))
     assert accuracies(world, "pdp", .98, world.initial, steps=900) > accuracies(world, cut, .98, world.initial) + 5

@@ -1,4 +1,5 @@
 "N:M training: what is seen, what learns, two masks from one weight; exactly, and orderings over three seeds."
+import copy
 import itertools
 
 import pytest
@@ -8,11 +9,11 @@ from torch import nn
 
 from pruning_bench import BadInput, prune
 from pruning_bench.bench.tasks import task
-from pruning_bench.core.during import Rule, under
+from pruning_bench.core.rule import Rule, under
 from pruning_bench.core.pattern import Pattern, as_pattern
-from pruning_bench.core.recover import finetune
+from pruning_bench.core.recover import Recovery, finetune
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.nm_training import DECAYS, Through, chosen, fading, other_way, stages, straight, tightening
+from pruning_bench.weight.nm_training import DECAYS, Through, both_ways, chosen, fading, stages, straight, tightening
 
 METHODS = ["nm-ste", "sr-ste", "mdgf", "sdgf", "bdwp"]
 ALL = Pattern("4:4", lambda scores, fraction: torch.ones_like(scores, dtype=torch.bool), divides=(1, 4))
@@ -82,8 +83,8 @@ def test_the_cut_keeps_what_the_network_saw(name):
     def train(model, data, loss, part=1.):
         finetune(12, 1e-2)(model, data, loss, part)
         with torch.no_grad(): seen.append(model(x))
-    train.steps, x = 12, data[0][0]
-    prune(model, name, "1:4", data, F.cross_entropy, recover=train)
+    x = data[0][0]
+    prune(model, name, "1:4", data, F.cross_entropy, recover=Recovery(train, steps=12))
     assert torch.allclose(model(x), seen[0], atol=1e-3)
 
 def test_any_pattern_will_do():
@@ -149,7 +150,7 @@ def test_the_three_products_of_bdwp(shape):
     assert ((out != 0).sum(0) == 4).all() and ((into.view(8, -1) != 0).sum(1) == into[0].numel() // 2).all() and not torch.equal(into, out)
     apply = (lambda x, w: F.linear(x, w)) if shape == "linear" else (lambda x, w: F.conv2d(x, w, padding=1))
     x.requires_grad_()
-    with other_way(space, pattern, .5), under(straight(), space, .5, 0, pattern) as course:
+    with under(both_ways(), space, .5, 0, pattern) as course:
         y = model(x)
         dy = torch.randn_like(y)
         dx, dw = torch.autograd.grad(y, [x, course.weight["0.weight"]], dy)
@@ -162,7 +163,7 @@ def test_where_nothing_is_masked_both_ways_are_the_ordinary_layer():
     x = torch.randn(5, 16)
     y, dx, dws, _ = one_pass(net(), Rule(), x, ALL)
     model = net()
-    with other_way(Weights(model), ALL, 1.): same = one_pass(model, straight(), x, ALL)
+    same = one_pass(model, both_ways(), x, ALL)
     assert torch.equal(same[0], y) and torch.equal(same[1], dx) and all(map(torch.equal, same[2], dws))
 
 def test_gradcheck_fails_by_design_and_only_there():
@@ -171,23 +172,22 @@ def test_gradcheck_fails_by_design_and_only_there():
     space, x = Weights(model), torch.randn(2, 8, dtype=torch.double, requires_grad=True)
     with under(straight(), space, .5, 0, pattern):
         assert torch.autograd.gradcheck(model, x)     # straight-through does not touch the gradient of the input
-        with other_way(space, pattern, .5): pass      # and the hooks are gone again
-        assert torch.autograd.gradcheck(model, x)
-    with other_way(space, pattern, .5), under(straight(), space, .5, 0, pattern):
+    with under(both_ways(), space, .5, 0, pattern):
         assert not torch.autograd.gradcheck(model, x, raise_exception=False)
+    with under(straight(), space, .5, 0, pattern):
+        assert torch.autograd.gradcheck(model, x)     # and the hooks are gone again
 
 def test_layers_whose_outputs_do_not_divide_keep_the_gradient_of_their_forward_pass():
     model, pattern = nn.Sequential(nn.Linear(8, 6)), as_pattern("2:4")
     x = torch.randn(3, 8)
-    plain = one_pass(model, straight(), x, pattern)
-    with other_way(Weights(model), pattern, .5): assert torch.equal(one_pass(model, straight(), x, pattern)[1], plain[1])
+    plain, same = (one_pass(copy.deepcopy(model), rule, x, pattern) for rule in (straight(), both_ways()))
+    assert torch.equal(same[1], plain[1])
 
 def test_evaluation_inside_the_training_is_left_alone():
     model, pattern = net(), as_pattern("2:4")
-    x, space = torch.randn(3, 16), Weights(model)
-    with under(straight(), space, .5, 0, pattern), torch.no_grad():
-        y = model(x)
-        with other_way(space, pattern, .5): assert torch.equal(model(x), y)
+    x, twin = torch.randn(3, 16), copy.deepcopy(model)
+    with under(straight(), Weights(model), .5, 0, pattern), under(both_ways(), Weights(twin), .5, 0, pattern):
+        with torch.no_grad(): assert torch.equal(twin(x), model(x))
 
 
 # refusals

@@ -1,5 +1,6 @@
 "Directions as units, trained ranks, gates that agree: invariants exactly, orderings over three seeds."
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,8 @@ from torch import nn
 
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.bench.tasks import task
-from pruning_bench.core.allocate import as_left
 from pruning_bench.core.method import Method
-from pruning_bench.core.recover import finetune, rest
+from pruning_bench.core.recover import Recovery, finetune
 from pruning_bench.core.score import magnitude
 from pruning_bench.core.space import SPACES, prunable
 from pruning_bench.weight.ranks_and_gates import (FilterRanks, Pair, Ranks, SpatialRanks, by_axes, by_filters, by_outputs, consensus, cut_down, decided, paired, polarisation,
@@ -139,8 +139,10 @@ def prune_and_run(space, x):
 @pytest.mark.parametrize("space", FORMS)
 def test_the_split_after_trained_ranks_costs_nothing_in_every_way(space):
     model, data, seen = pictures(), batches(shape=(4, 6, 6)), []
-    def train(model, data, loss, part=1.): finetune(10, 1e-2)(model, data, loss, part); seen.append(model(data_x).detach())
-    train.steps, data_x = 10, data[0][0]
+    def look(model, data, loss, part=1.):
+        finetune(10, 1e-2)(model, data, loss, part)
+        seen.append(model(data_x).detach())
+    train, data_x = Recovery(look, steps=10), data[0][0]
     prune(model, "trp", .5, data, F.cross_entropy, recover=train, space=space)
     assert torch.allclose(model(data_x), seen[0], atol=1e-4)
     assert prune(pictures(), "trp", .5, data, F.cross_entropy, recover=train, space=space) == prune(pictures(), "trp", .5, data, F.cross_entropy, recover=train, **{"space": space})
@@ -235,8 +237,8 @@ def test_trained_ranks_lose_nothing_at_the_split(every):
     def train(model, data, loss, part=1.):
         finetune(20, 1e-2)(model, data, loss, part)
         seen.append((model(x).detach(), [int(torch.linalg.matrix_rank(model[i].weight, rtol=1e-4)) for i in (0, 2, 4)]))
-    train.steps, x = 20, data[0][0]
-    prune(model, "trp", .5, data, F.cross_entropy, recover=train, every=every)
+    x = data[0][0]
+    prune(model, "trp", .5, data, F.cross_entropy, recover=Recovery(train, steps=20), every=every)
     assert torch.allclose(model(x), seen[0][0], atol=1e-4) and seen[0][1] == [5, 6, 2]
 
 def test_without_a_cut_and_a_pull_trp_is_ordinary_training():
@@ -268,50 +270,62 @@ def test_polarisation_is_zero_only_in_agreement(share):
 
 def voting(budget=3., agree=1., steps=6, sparsity=.5, model=None, train=None):
     shares, model = [], model or deep()
-    record = Method(space="blocks", score=magnitude, allocate=as_left, prepare=consensus(budget, agree, shares.append), between=rest, recover=train or finetune(steps, 1e-2))
+    def watched(method, keep): # the rule, and the shares of every step
+        made = consensus(budget, agree)(method, keep)
+        return replace(made, update=lambda course: shares.append(course.state["1"]["share"]))
+    record = Method(space="blocks", rule=watched, recover=train or finetune(steps, 1e-2))
     prune(model, record, sparsity, batches(), F.cross_entropy)
-    return model, torch.stack(shares)
+    return model, shares
 
 def test_gates_are_gone_after_the_training():
     model, shares = voting()
+    shares = torch.stack(shares)
     assert shares.shape == (6, 4) and ((shares >= 0) & (shares <= 1)).all()
-    assert len(model[1]) == 2 and not any("gate" in n for n in model.state_dict()) and not any(m._forward_hooks for m in model.modules())
+    assert len(model[1]) == 2 and not any("rule" in n for n in model.state_dict()) and not any(m._forward_hooks for m in model.modules())
 
 def test_gates_are_gone_after_a_training_that_breaks_off():
     def broken(model, data, loss, part=1.): raise KeyboardInterrupt
-    broken.steps, model = 3, deep()
-    with pytest.raises(KeyboardInterrupt): voting(model=model, train=broken)
+    model = deep()
+    with pytest.raises(KeyboardInterrupt): voting(model=model, train=Recovery(broken, steps=3))
     assert list(model.state_dict()) == list(deep().state_dict()) and not any(m._forward_hooks for m in model.modules())
 
 def test_the_two_terms_reach_the_gates_and_nothing_else():
     "With every gate open the polarisation is zero and pushes to one, the budget pushes down; the rest of the network sees the loss alone."
     grads = {}
     def look(model, data, loss, part=1.):
-        for n, p in model.named_parameters():
-            if "gate_weight" in n: p.data.zero_()
+        weight, bias = [p for n, p in model.named_parameters() if "rule" in n]
+        weight.data.zero_()
         x, y = data_batch
+        opt = torch.optim.SGD(model.parameters(), 0.)
         F.cross_entropy(model(x), y).backward()
-        grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    look.steps, data_batch = 1, batches()[0]
+        grads.update({n: p.grad.clone() for n, p in model.named_parameters() if "rule" not in n})
+        grads["bias"] = bias.grad.clone()
+        opt.step()   # the step that was announced
+    data_batch = batches()[0]
     found = {}
     for budget, agree in ((0., 0.), (2., 0.), (0., 2.)):
-        voting(budget, agree, model=deep(), train=look)
+        voting(budget, agree, model=deep(), train=Recovery(look, steps=1))
         found[budget, agree] = dict(grads)
     plain = found[0., 0.]
     slope = torch.sigmoid(torch.tensor(1.)) * torch.sigmoid(torch.tensor(-1.))
-    for n in (f"1.{i}.gate_bias" for i in range(4)):
-        assert torch.allclose(found[2., 0.][n] - plain[n], 2 * 2 * (1 - .5) / 4 * slope, atol=1e-5)
-        assert torch.allclose(found[0., 2.][n] - plain[n], 2 * (1 - 2 * 1.) / 4 * slope, atol=1e-5)
-    for n in (n for n in plain if "gate" not in n): assert torch.equal(plain[n], found[2., 0.][n]) and torch.equal(plain[n], found[0., 2.][n])
+    assert plain["bias"].shape == (4, 1)
+    assert torch.allclose(found[2., 0.]["bias"] - plain["bias"], 2 * 2 * (1 - .5) / 4 * slope, atol=1e-5)
+    assert torch.allclose(found[0., 2.]["bias"] - plain["bias"], 2 * (1 - 2 * 1.) / 4 * slope, atol=1e-5)
+    for n in (n for n in plain if n != "bias"): assert torch.equal(plain[n], found[2., 0.][n]) and torch.equal(plain[n], found[0., 2.][n])
 
 def test_a_closed_gate_is_a_block_left_out():
     model, outs = deep(), []
     def look(model, data, loss, part=1.):
-        for b, bias in zip(model[1], (9., -9., 9., -9.)): b.gate_bias.data.fill_(bias); b.gate_weight.data.zero_()
-        for _ in range(200): model(x)
+        weight, bias = [p for n, p in model.named_parameters() if "rule" in n]
+        weight.data.zero_()
+        bias.data.copy_(torch.tensor([[9.], [-9.], [9.], [-9.]]))
+        opt = torch.optim.SGD(model.parameters(), 0.)
+        for _ in range(200): out = model(x)
+        out.sum().backward()
+        opt.step()   # the step that was announced
         outs.append(model(x).detach())
-    look.steps, x = 1, torch.randn(5, 16)
-    model, _ = voting(model=model, train=look)
+    x = torch.randn(5, 16)
+    model, _ = voting(model=model, train=Recovery(look, steps=1))
     assert torch.allclose(model(x), outs[0], atol=1e-6) and len(model[1]) == 2
 
 
@@ -347,7 +361,7 @@ def test_a_plain_network_loses_at_the_cut_and_a_trained_rank_does_not():
         def train(model, data, loss, part=1.):
             finetune(600, 3e-3, weight_decay=1e-4)(model, data, loss, part)
             before.append(world.evaluate(model)["accuracy"])
-        train.steps, model = 600, world.initial(seed)
-        prune(model, "trp", .9, world.batches(seed), world.loss, skip="5.weight", recover=train)
+        model = world.initial(seed)
+        prune(model, "trp", .9, world.batches(seed), world.loss, skip="5.weight", recover=Recovery(train, steps=600))
         drops["trp"].append(before[0] - world.evaluate(model)["accuracy"])
     assert max(map(abs, drops["trp"])) < .005 and sum(drops["plain"]) / 3 > .05

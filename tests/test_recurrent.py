@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning_bench import BadInput, load_plan, prune
-from pruning_bench.core.during import Rule, under
+from pruning_bench.core.rule import Rule, under
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.pattern import count_of

@@ -1,5 +1,6 @@
 "Late rewinding, probes of tickets, soups, the PQ index and silent units: invariants exactly, orderings over three seeds."
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,8 @@ from pruning_bench.core.allocate import global_
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import hold, masks_of
 from pruning_bench.core.pattern import n_m, per_row, unstructured
-from pruning_bench.core.recover import after_training, finetune, go_back, renew_norms
-from pruning_bench.core.schedule import cubic, cuts, geometric
+from pruning_bench.core.recover import Recovery, after_training, finetune, go_back, renew_norms
+from pruning_bench.core.schedule import Schedule, as_schedule, cubic, cuts, geometric
 from pruning_bench.core.space import Weights
 from pruning_bench.weight.lottery import barrier, distance, late, mix, overlap, path
 from pruning_bench.weight.rounds import adaptive, pq_index, silent, soup_of, standing, start_w, surplus, waking
@@ -41,17 +42,15 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,
 
 def test_cuts_reads_both_kinds_of_schedules():
     assert list(cuts(cubic(3), .2, None)) == [(k, 3, 2 - i) for i, k in enumerate(cubic(3)(.2))]
-    assert list(cuts(lambda keep: [.5, .2, .2, .2], .2, None)) == [(.5, 4, 3), (.2, 4, 2), (.2, 4, 1), (.2, 4, 0)]   # lists may rest at the end
+    assert list(cuts(as_schedule(lambda keep: [.5, .2, .2, .2]), .2, None)) == [(.5, 4, 3), (.2, 4, 2), (.2, 4, 1), (.2, 4, 0)]   # lists may rest at the end
     asked = []
     def look(keep, space):
         for k in (.7, .4): asked.append(k); yield k
         yield keep; raise AssertionError("asked after the end")
-    look.most = 9
-    steps = cuts(look, .3, None)
+    steps = cuts(Schedule(look, most=9), .3, None)
     assert next(steps) == (.7, 9, 8) and asked == [.7]   # the second answer is not asked for before its time
     assert list(steps) == [(.4, 9, 7), (.3, 9, 0)]
-    look.most = 2
-    assert list(cuts(look, .3, None)) == [(.7, 2, 1), (.4, 2, 0)]
+    assert list(cuts(Schedule(look, most=2), .3, None)) == [(.7, 2, 1), (.4, 2, 0)]
 
 def test_a_schedule_that_looks_sees_the_weights_between_cuts():
     seen = []
@@ -59,8 +58,7 @@ def test_a_schedule_that_looks_sees_the_weights_between_cuts():
         for k in (.5, .3):
             seen.append(sum(int(space.alive(n).sum()) for n in space.names())); yield k
         yield keep
-    look.most = 3
-    plan = run(mlp(), Method(schedule=look), .9)
+    plan = run(mlp(), Method(schedule=Schedule(look, most=3)), .9)
     n = sum(m.numel() for m in plan.masks.values())
     assert seen == [n, round(.5 * n)] and total(plan.masks) == round(.1 * n)
 
@@ -86,11 +84,11 @@ def test_survivors_return_to_the_early_step_and_masks_are_nested():
     finetune(10, 3e-3)(first, data, F.cross_entropy, .3, since=0.)
     prepare, between = late(.3)
     def look(model, start, train, n, left):
-        def noted(part, since):
-            seen.append(({k: v.clone() for k, v in model.state_dict().items()}, {k: m.clone() for k, m in masks_of(model).items()}, next(train.data)[0]))
-            train(part, since=since)
-        noted.data, noted.steps = train.data, train.steps
-        between(model, start, noted, n, left)
+        def noted(model, *args, **piece):
+            masks = {k: m.clone() for k, m in masks_of(model).items()}
+            seen.append(({k: v.clone() for k, v in model.state_dict().items()}, masks, next(train.data)[0]))
+            train.recover(model, *args, **piece)
+        between(model, start, replace(train, recover=replace(train.recover, fn=noted)), n, left)
     run(conv(), Method(allocate=global_, schedule=geometric(3), prepare=prepare, between=look, recover=finetune(10, 3e-3)), data=data)
     for state, masks, _ in seen:
         assert all(torch.equal(v, first.state_dict()[k] * masks[k] if k in masks else first.state_dict()[k]) for k, v in state.items())   # running statistics too
@@ -202,8 +200,7 @@ def test_members_share_mask_and_budget_but_not_batches():
     def noted(model, data, loss, part=1.):
         train(model, data, loss, part)
         seen.append((part, {n: m.clone() for n, m in masks_of(model).items()}, model[1].weight.detach().clone()))
-    noted.steps = 12
-    plan = run(mlp(), "soup", rounds=2, members=3, recover=noted)
+    plan = run(mlp(), "soup", rounds=2, members=3, recover=Recovery(noted, steps=12))
     assert [p for p, _, _ in seen] == pytest.approx([1 / 6] * 6) and plan.cost["backward"] == 12
     for three in (seen[:3], seen[3:]):
         assert all(equal(m, three[0][1]) for _, m, _ in three) and not torch.equal(three[0][2], three[1][2])

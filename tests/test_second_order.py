@@ -61,7 +61,7 @@ def groups(f, shapes, w, keep):
 
 
 def run_solver(solve, f, shapes, w, keep):
-    out = solved(solve, groups(f, shapes, w, keep))
+    out = dict(solved(solve, groups(f, shapes, w, keep)))
     return torch.cat([out[i][0].flatten() for i in range(len(shapes))])
 
 

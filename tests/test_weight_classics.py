@@ -14,7 +14,7 @@ from pruning_bench.core.allocate import global_
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.recover import after_training, finetune, go_back
-from pruning_bench.core.schedule import geometric
+from pruning_bench.core.schedule import Schedule, geometric
 from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import collect
 from pruning_bench.weight.at_init import synflow
@@ -202,9 +202,9 @@ def test_gradual_magnitude_asks_the_parts_of_the_method():
 
 def test_gradual_magnitude_refuses_what_needs_a_pause():
     def looks(keep, space): yield keep
-    looks.most = 3
+    adaptive = Schedule(looks, most=3)
     with pytest.raises(BadInput, match="read from data"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, score="snip")
-    with pytest.raises(BadInput, match="looks for its next cut"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, schedule=looks)
+    with pytest.raises(BadInput, match="adaptive schedule needs pauses"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, schedule=adaptive)
     with pytest.raises(BadInput, match="give it a training"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, recover="none")
 
 

@@ -9,13 +9,13 @@ __all__ = ['Loop', 'in_loop', 'pruning']
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from torch import nn
-from .driver import Ledger, ready, resolve
+from .driver import Ledger, ready, resolve, step_by_step
 from .inputs import BadInput
 from .method import Method
 from .plan import Plan
-from .recover import at_once, none
+from .recover import Trainer, at_once, none
 from .restore import restore_on_error
-from .rule import Course, rule_applied
+from .rule import Course, under
 
 # %% ../../nbs/core/19_own_loop.ipynb #d81c70e0
 @dataclass
@@ -33,7 +33,7 @@ def in_loop(record:Method, steps:int, settings:dict)->Method: # the method witho
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise BadInput(f"steps={steps!r}: say how many optimiser steps your loop will take, a whole number above zero")
     if "lr" in settings: raise BadInput("your loop has its own learning rate: leave lr out")
-    return replace(record, prepare=at_once, recover=replace(none(), steps=steps, name="your loop"))
+    return replace(record, prepare=at_once, recover=replace(none(), steps=steps, name="your loop", outside=True))
 
 @contextmanager
 def pruning(model:nn.Module, # pruned in place
@@ -52,8 +52,10 @@ def pruning(model:nn.Module, # pruned in place
     record, budget = resolve(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
     job = ready(in_loop(record, steps, settings), model, budget, data, loss, skip, calibration, 0)
     with restore_on_error(model), Ledger(model) as cost:
-        with rule_applied(job.record, job.space, job.keep, steps) as course:
+        rule = job.record.rule(job.record, job.keep)
+        with under(rule, job.space, job.keep, steps, job.record.pattern) as course:
             loop = Loop(course)
             yield loop
-        job.space.remove()
+        if rule.finish: job.space.remove()
+        else: step_by_step(job.record, job.space, job.keep, job.calib, Trainer(model, job.record.recover, None, loss))
     loop.plan = job.report({"steps": steps}, cost())

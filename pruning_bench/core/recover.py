@@ -24,6 +24,7 @@ class Recovery(Part):
     steps: int = 0             # optimiser steps of the whole budget; 0 = weights are not trained
     reads: bool = False        # whether it needs data although it takes no step
     resumable: bool = False    # whether it takes `since=`, to run one piece of a whole training
+    outside: bool = False      # whether the training loop, and so its data, belongs to the user
 
 RECOVERIES = Registry("recovery")   # name -> factory of a Recovery
 recovery = part_factory(Recovery, RECOVERIES)   # a decorator for a factory

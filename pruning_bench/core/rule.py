@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Course', 'slots', 'move', 'keep_masks', 'Rule', 'View', 'under', 'trained_with', 'clock', 'introduced', 'dress',
-           'gated_weight', 'RuleMaker', 'rule_maker', 'as_rule', 'rule_applied', 'train_with_rule']
+           'gated_weight', 'RuleMaker', 'rule_maker', 'as_rule', 'train_with_rule']
 
 # %% ../../nbs/core/13_rule.ipynb #9d647fbc
 from collections.abc import Callable
@@ -127,10 +127,11 @@ def under(rule:Rule,    # what happens at every step
 def trained_with(model:nn.Module, states:dict): # yields nothing
     "Let `model.parameters()` include the parameters among the states of groups, for optimisers that are made inside."
     learned = [p for state in states.values() for p in state.values() if isinstance(p, nn.Parameter)]
-    if learned: model.rule_parameters = nn.ParameterList(learned)
+    names = [f"rule_parameters_{i}" for i in range(len(learned))]   # no child module: nn.Sequential would call it
+    for name, p in zip(names, learned): model.register_parameter(name, p)
     try: yield
     finally:
-        if learned: del model.rule_parameters
+        for name in names: delattr(model, name)
 
 # %% ../../nbs/core/13_rule.ipynb #65520942
 def clock(rule, course): # a hook for optimisers
@@ -193,11 +194,6 @@ def as_rule(value, # a `RuleMaker`, a `Rule`, or a function (method, keep) -> Ru
     if isinstance(value, Part) or not callable(value):
         raise BadInput(f"{value!r} is not a rule: pass a Rule, or a function (method, keep) -> Rule")
     return RuleMaker(value, value.__name__.replace("<lambda>", "custom"))
-
-@contextmanager
-def rule_applied(method, space, keep:float, steps:int): # yields the `Course`
-    "Apply the rule of a method to the training inside."
-    with under(method.rule(method, keep), space, keep, steps, method.pattern) as course: yield course
 
 def train_with_rule(method, space, keep:float, train)->bool: # whether the rule has decided
     "Spend the whole training budget under the rule of a method."

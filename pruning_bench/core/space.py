@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'folded', 'Layer', 'order_of', 'shared', 'matches', 'layers_of', 'prunable', 'space', 'pairs', 'Weights',
-           'block_list', 'passthrough', 'Blocks', 'drop_blocks', 'Examples']
+           'block_list', 'passthrough', 'faded', 'Blocks', 'drop_blocks', 'Examples']
 
 # %% ../../nbs/core/02_space.ipynb #ec3fc6ae
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 import torch
@@ -142,6 +143,21 @@ def passthrough(module, args, kwargs, output): # a forward hook: the block's inp
     x = args[0] if args else kwargs["hidden_states"]
     return (x, *output[1:]) if isinstance(output, tuple) else x
 
+def faded(i:int,           # number of the block
+          factor:Callable, # () -> (blocks,) factors, or None for no gate
+    ): # a forward hook: input + factor * (output - input)
+    "Fade a residual block towards the identity; raises `BadInput` for a block that changes the shape of its input."
+    def hook(module, args, kwargs, output):
+        factors = factor()
+        if factors is None: return output
+        x, y = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
+        if x.shape != y.shape:
+            raise BadInput(f"block {i} changes the shape of its input from {tuple(x.shape)} to {tuple(y.shape)}: "
+                           "it cannot be left out")
+        y = x + factors[i].to(y) * (y - x)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+    return hook
+
 # %% ../../nbs/core/02_space.ipynb #ec210b89
 @space
 class Blocks:
@@ -166,6 +182,15 @@ class Blocks:
         self.kept = dict(pairs(solved))[self.path][1].cpu()
         for i in (~self.kept).nonzero().flatten().tolist():
             if i not in self.hooks: self.hooks[i] = self.all[i].register_forward_hook(passthrough, with_kwargs=True)
+
+    @contextmanager
+    def gate(self, factor:Callable): # factor(name) -> (blocks,) factors, or None for no gate
+        "While the context is open, each block adds its factor times what it adds without a gate."
+        with ExitStack() as stack:
+            for i, block in enumerate(self.all):
+                hook = faded(i, lambda: factor(self.path))
+                stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
 
     def remove(self):
         for hook in self.hooks.values(): hook.remove()

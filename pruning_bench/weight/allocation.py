@@ -10,9 +10,10 @@ __all__ = ['reserve', 'floor', 'global_mp', 'rescaled', 'floor_rescaled', 'shape
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.allocate import ALLOCATORS, allocator, erk, global_, poured, winners
-from ..core.inputs import BadInput, forward, in_mode
+from ..core.allocate import Allocator, allocator, allocator_factory, erk, global_, poured, winners
+from ..core.inputs import BadInput, BatchLoss, forward, in_mode
 from ..core.method import Method, register
+from ..core.part import part_factory
 from ..core.score import magnitude, random, score
 from ..core.stats import provider
 
@@ -25,18 +26,19 @@ def reserve(least:float,  # weights per layer, or below 1 a share of all weights
     total = sum(s.numel() for s in scores.values())
     floors = {n: min(round(least if least >= 1 else least * total), int((s > -torch.inf).sum())) for n, s in scores.items()}
     if sum(floors.values()) > round(keep * total):
-        raise BadInput(f"a floor of {max(floors.values())} in each of {len(scores)} groups takes {sum(floors.values())}, but only {round(keep * total)} stay: lower least= or the sparsity")
+        raise BadInput(f"a floor of {max(floors.values())} in each of {len(scores)} groups takes "
+                       f"{sum(floors.values())}, but only {round(keep * total)} stay: lower least= or the sparsity")
     return floors
 
+@allocator_factory()
 def floor(least:float=.0005, # weights per layer, or below 1 a share of all weights
     ): # an allocator
     "One ranking, after the best few of every layer are safe."
     def cut(scores, keep, space):
         floors = reserve(least, scores, keep)
-        return global_({n: s.float().masked_fill(winners(s.flatten().float(), floors[n]).view_as(s), torch.inf) for n, s in scores.items()}, keep, space)
+        def safe(n, s): return winners(s.flatten().float(), floors[n]).view_as(s)
+        return global_({n: s.float().masked_fill(safe(n, s), torch.inf) for n, s in scores.items()}, keep, space)
     return cut
-
-ALLOCATORS["floor"] = floor()
 
 # %% ../../nbs/weight/24_allocation.ipynb #ec19e372
 @register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning", "arXiv:2209.14624", 2022, "weight")
@@ -60,13 +62,15 @@ def rescaled(sparsity:dict, # {name: fraction removed}
         if abs(sum(sparsity[n] * size[n] for n in size) / total - target) < 1e-9: break
     return sparsity
 
+@part_factory(Allocator)
 def floor_rescaled(least:float=.0005, # weights per layer, or below 1 a share of all weights
     ): # an allocator
     "The floor of the paper: one ranking gives the densities, a common factor restores the budget."
     def cut(scores, keep, space):
         size = {n: s.numel() for n, s in scores.items()}
         ranked = {n: 1 - f for n, f in global_(scores, keep, space).items()}
-        return {n: 1 - s for n, s in rescaled(ranked, size, least if least >= 1 else round(least * sum(size.values())), 1 - keep).items()}
+        fewest = least if least >= 1 else round(least * sum(size.values()))
+        return {n: 1 - s for n, s in rescaled(ranked, size, fewest, 1 - keep).items()}
     return cut
 
 # %% ../../nbs/weight/24_allocation.ipynb #d3234cc4
@@ -116,7 +120,9 @@ def lamp_():
 @provider()
 def calibration(space, batches, loss=None)->dict: # {layer: list of batches}
     "The calibration batches themselves, for parts that run the network on their own."
-    if getattr(loss, "runs_model", False): raise BadInput("this method compares outputs of the model on data=, but the loss runs the model itself: choose another allocation, for instance 'lamp'")
+    if isinstance(loss, BatchLoss):
+        raise BadInput("this method compares outputs of the model on data=, but the loss runs the model itself: "
+                       "choose another allocation, for instance 'lamp'")
     return dict.fromkeys(space.layers, list(batches))
 
 def answer(model, batch)->Tensor: # float32
@@ -182,6 +188,7 @@ def filled(count:dict, most:dict, size:dict, total:int)->dict: # {name: fraction
     return {n: (count[n] + lack * room[n] / max(1, sum(room.values()))) / size[n] for n in count}
 
 # %% ../../nbs/weight/24_allocation.ipynb #a8bc8f3b
+@allocator_factory(needs=("calibration",))
 def rd(points:int=24, # densities tried per layer
     ): # an allocator
     "The allocation with the smallest sum of measured output distortions, by dynamic programming (Xu et al., 2023)."
@@ -190,10 +197,7 @@ def rd(points:int=24, # densities tried per layer
         size, counts = {n: s.numel() for n, s in scores.items()}, tried(scores, points)
         curves = distortion(space, scores, next(iter(stats.values())).calibration, counts)
         return basket(curves, counts, size, round(keep * sum(size.values())))
-    shop.needs = frozenset({"calibration"})
     return shop
-
-ALLOCATORS["rd"] = rd()
 
 # %% ../../nbs/weight/24_allocation.ipynb #9d88ce5f
 @register("Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks", "arXiv:2308.10438", 2023, "weight")

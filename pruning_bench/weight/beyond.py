@@ -10,7 +10,7 @@ import math
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from ..core.during import Rule
+from ..core.rule import Rule
 from ..core.inputs import BadInput
 from ..core.pattern import count_of
 from ..core.space import prunable

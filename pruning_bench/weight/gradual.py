@@ -7,10 +7,10 @@ __all__ = ['cubic_rest', 'chosen', 'cut', 'by_weights_alone', 'while_training', 
 
 # %% ../../nbs/weight/22_gradual.ipynb #9f55cedc
 from ..core.allocate import settle
-from ..core.during import Rule, along, move
+from ..core.rule import Rule, move, rule_maker
 from ..core.inputs import BadInput
 from ..core.method import Method, register
-from ..core.recover import finetune, rest as resting
+from ..core.recover import finetune
 from ..core.schedule import cubic, schedule
 from ..core.score import magnitude, unit_scores
 
@@ -39,18 +39,23 @@ def cut(method:Method, course, keep:float)->None:
 # %% ../../nbs/weight/22_gradual.ipynb #19234ea3
 def by_weights_alone(method:Method)->None: # raises BadInput
     "A training has no pause to read data in: refuse parts that need readings."
-    if method.needs: raise BadInput(f"method {method.name!r} ranks weights in the middle of a training, and {sorted(method.needs)[0]!r} is read from data: "
-                                    "leave score= and solve= out, or cut between trainings, with schedule='cubic' and no method")
+    if method.needs:
+        raise BadInput(f"method {method.name!r} ranks weights in the middle of a training, and "
+                       f"{sorted(method.needs)[0]!r} is read from data: leave score= and allocate= out, "
+                       "or cut between trainings, with schedule='cubic' and no method")
 
-def while_training(method:Method, # its schedule says how much, its other parts which
-                   keep:float,    # fraction to keep at the end
-    )->Rule:
-    "Make the cuts of a schedule at equal distances inside one training."
-    by_weights_alone(method)
-    if getattr(method.schedule, "most", 0): raise BadInput(f"a schedule that looks for its next cut needs pauses between trainings: give {method.name!r} one of fixed fractions, such as schedule='cubic'")
-    way = method.schedule(keep)
-    def now(course): cut(method, course, way[min(course.step * len(way) // course.steps, len(way) - 1)])
-    return Rule(begin=now, update=now, every=max(1, method.recover.steps // len(way)))
+@rule_maker("score", "allocate", "pattern", "schedule")
+def while_training(): # a function (method, keep) -> Rule
+    "Make the cuts of the schedule of a method at equal distances inside one training."
+    def rule(method, keep):
+        by_weights_alone(method)
+        if method.schedule.most:
+            raise BadInput(f"an adaptive schedule needs pauses between trainings: give {method.name!r} "
+                           "one of fixed fractions, such as schedule='cubic'")
+        way = method.schedule(keep)
+        def now(course): cut(method, course, way[min(course.step * len(way) // course.steps, len(way) - 1)])
+        return Rule(begin=now, update=now, every=max(1, method.recover.steps // len(way)))
+    return rule
 
 # %% ../../nbs/weight/22_gradual.ipynb #cb68bcf1
 @register("To prune, or not to prune: exploring the efficacy of pruning for model compression", "arXiv:1710.01878", 2017, "weight")
@@ -60,4 +65,4 @@ def gradual_magnitude(cuts:int=20,   # pruning steps along the cubic
                       lr:float=3e-3, # peak learning rate
     ):
     "Prune the smallest weights of every layer along a cubic while training goes on."
-    return Method(score=magnitude, schedule=cubic_rest(cuts, rest), prepare=along(while_training), between=resting, recover=finetune(steps, lr))
+    return Method(score=magnitude, schedule=cubic_rest(cuts, rest), rule=while_training(), recover=finetune(steps, lr))

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from ..core.allocate import erk, global_, winners
-from ..core.during import Rule, along, move
+from ..core.rule import Rule, move, rule_maker
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.pattern import unstructured
-from ..core.recover import finetune, rest
+from ..core.recover import finetune
 from ..core.schedule import falling
 from ..core.score import magnitude, random
 from .gradual import by_weights_alone, chosen, cut
@@ -44,7 +44,9 @@ def pace(method:Method, updates:int, # mask updates until `end`
          end:float=1.,               # fraction of the training
     )->int: # optimiser steps between two updates, at least one
     "How often to update; raises `BadInput` for numbers that mean nothing."
-    if updates < 1 or not 0 < end <= 1: raise BadInput(f"updates={updates} and end={end} say nothing about when to update: give a positive number and a fraction in (0, 1]")
+    if updates < 1 or not 0 < end <= 1:
+        raise BadInput(f"updates={updates} and end={end} say nothing about when to update: "
+                       "give a positive number and a fraction in (0, 1]")
     return max(1, int(method.recover.steps * end / updates + 1e-9))
 
 # %% ../../nbs/weight/28_growing.ipynb #9062e611
@@ -62,21 +64,30 @@ def explore(method:Method, course, grow, # a score for growing
     )->None:
     "Drop and grow in every layer that is trained."
     for n in (n for n in course.names if n in course.heard):
-        count = whole(share * int(course.alive(n).sum()))
-        move(course, n, drop_grow(course.alive(n), method.score(course.w(n), None), grow(course, n), count, method.pattern, course.open[n])[0])
+        alive, drop = course.alive(n), method.score(course.w(n), None)
+        count = whole(share * int(alive.sum()))
+        new, born = drop_grow(alive, drop, grow(course, n), count, method.pattern, course.open[n])
+        move(course, n, new)
 
 # %% ../../nbs/weight/28_growing.ipynb #7effa4cd
-def evolve(grow, updates:int, share:float, # exchanged at the first update
-           end:float, anneal:str,          # one of ANNEALS
+@rule_maker("score", "allocate", "pattern")
+def evolve(grow,                           # (course, layer) -> score for growing
+           updates:int,                    # mask updates until `end`
+           share:float,                    # of a layer's connections exchanged at the first update
+           end:float,                      # fraction of the training after which the mask rests
+           anneal:str,                     # one of ANNEALS
     ): # a function (method, keep) -> Rule
     "Dynamic sparse training: a random mask that drops and grows, with the same number of connections throughout."
     falls = choose(anneal, ANNEALS, "anneal")
-    if not 0 <= share <= 1: raise BadInput(f"share={share} is not a fraction in [0, 1]: it is the part of the connections exchanged at the first update")
+    if not 0 <= share <= 1:
+        raise BadInput(f"share={share} is not a fraction in [0, 1]: "
+                       "it is the part of the connections exchanged at the first update")
     def made(method, keep):
         by_weights_alone(method)
+        def begin(course): cut(replace(method, score=random), course, keep)
         def update(course):
             if course.t < end: explore(method, course, grow, share * falls(course.t / end))
-        return Rule(begin=lambda course: cut(replace(method, score=random), course, keep), update=update, every=pace(method, updates, end))
+        return Rule(begin=begin, update=update, every=pace(method, updates, end))
     return made
 
 # %% ../../nbs/weight/28_growing.ipynb #8a9f2f98
@@ -90,7 +101,7 @@ def set_(updates:int=30,          # mask updates
          weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "Sparse from the start: the smallest connections move to random places again and again."
-    return Method(score=magnitude, allocate=erk, prepare=along(evolve(by_chance, updates, share, end, anneal)), between=rest,
+    return Method(score=magnitude, allocate=erk, rule=evolve(by_chance, updates, share, end, anneal),
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
 @register("Rigging the Lottery: Making All Tickets Winners", "arXiv:1911.11134", 2020, "weight", stage="init")
@@ -103,24 +114,33 @@ def rigl(updates:int=30,          # mask updates
          weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "Sparse from the start: the smallest connections move to where the gradient is largest."
-    return Method(score=magnitude, allocate=erk, prepare=along(evolve(by_gradient, updates, share, end, anneal)), between=rest,
+    return Method(score=magnitude, allocate=erk, rule=evolve(by_gradient, updates, share, end, anneal),
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
 # %% ../../nbs/weight/28_growing.ipynb #69e9a95b
+@rule_maker("score", "allocate", "pattern")
 def regenerate(density:float, # at the start; 1 is dense
-               updates:int, share:float, end:float): # a function (method, keep) -> Rule
+               updates:int,   # over the whole training
+               share:float,   # of a layer's connections exchanged at the start
+               end:float,     # fraction of the training after which no more is cut
+    ): # a function (method, keep) -> Rule
     "Cut along a cubic until `end`, and at every update exchange a share that falls to its hundredth."
-    if not 0 <= share <= 1: raise BadInput(f"share={share} is not a fraction in [0, 1]: it is the part of the connections exchanged at the start")
+    if not 0 <= share <= 1:
+        raise BadInput(f"share={share} is not a fraction in [0, 1]: "
+                       "it is the part of the connections exchanged at the start")
     def made(method, keep):
         by_weights_alone(method)
-        if not keep <= density <= 1: raise BadInput(f"density={density} is not between the fraction to keep, {keep:g}, and 1: start with more than what is left at the end")
+        if not keep <= density <= 1:
+            raise BadInput(f"density={density} is not between the fraction to keep, {keep:g}, and 1: "
+                           "start with more than what is left at the end")
         every = pace(method, updates)
         def begin(course):
             if density < 1: cut(replace(method, score=random, allocate=erk), course, density)
         def update(course):
             done = min(1, course.step // every / max(1, int(course.steps * end + 1e-9) // every))
             cut(method, course, falling(keep, done, density))
-            if course.step < course.steps: explore(method, course, by_gradient, share * (.01 + .99 * ANNEALS["cosine"](course.t)), math.ceil)
+            part = share * (.01 + .99 * ANNEALS["cosine"](course.t))
+            if course.step < course.steps: explore(method, course, by_gradient, part, math.ceil)
         return Rule(begin=begin, update=update, every=every)
     return made
 
@@ -135,13 +155,17 @@ def granet(density:float=1.,        # at the start: 1 is dense to sparse, 0.5 th
            weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "Gradual pruning of the whole network that also moves the smallest connections to where the gradient is largest."
-    return Method(score=magnitude, allocate=global_, prepare=along(regenerate(density, updates, share, end)), between=rest,
+    return Method(score=magnitude, allocate=global_, rule=regenerate(density, updates, share, end),
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
 # %% ../../nbs/weight/28_growing.ipynb #339c286f
-def shrink(alpha:float, end:float): # a function (method, keep) -> Rule
+@rule_maker("score", "allocate", "pattern")
+def shrink(alpha:float, # factor for what would be cut
+           end:float,   # fraction of the training at which it is cut
+    ): # a function (method, keep) -> Rule
     "After every step, multiply what would be cut by `alpha`; cut at `end`."
-    if not (0 <= alpha <= 1 and 0 < end < 1): raise BadInput(f"alpha={alpha} and end={end} must be a factor in [0, 1] and a fraction in (0, 1)")
+    if not (0 <= alpha <= 1 and 0 < end < 1):
+        raise BadInput(f"alpha={alpha} and end={end} must be a factor in [0, 1] and a fraction in (0, 1)")
     def made(method, keep):
         by_weights_alone(method)
         def update(course):
@@ -162,4 +186,4 @@ def iss(alpha:float=.95,         # factor for the smallest weights after every s
         weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "Shrink the smallest weights of every layer a little after every step, cut them at half time."
-    return Method(score=magnitude, prepare=along(shrink(alpha, end)), between=rest, recover=finetune(steps, lr, weight_decay=weight_decay))
+    return Method(score=magnitude, rule=shrink(alpha, end), recover=finetune(steps, lr, weight_decay=weight_decay))

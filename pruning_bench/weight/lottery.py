@@ -6,12 +6,12 @@
 __all__ = ['imp', 'late', 'imp_late', 'replay', 'imp_lr', 'overlap', 'distance', 'mix', 'path', 'barrier']
 
 # %% ../../nbs/weight/23_lottery.ipynb #1526e5f6
-import copy, inspect, itertools
+import copy, itertools
 from torch import nn
 from ..core.allocate import global_
 from ..core.inputs import BadInput
 from ..core.method import Method, register
-from ..core.recover import after_training, finetune, go_back, renew_norms
+from ..core.recover import Preparation, after_training, finetune, go_back, renew_norms, state_copy
 from ..core.schedule import geometric
 from ..core.score import magnitude
 
@@ -30,18 +30,23 @@ def imp(rounds:int=5,            # cuts; each is followed by a full training
 def late(part:float, # of the training that is not repeated
     )->tuple: # (prepare, between) for a `Method`
     "Go back to where the training was after its first part, and resume it there (Frankle et al., 2019)."
-    if not 0 <= part <= 1: raise BadInput(f"rewind={part:g} is outside [0, 1]: it is the part of the training that is not repeated, for instance 0.05")
-    def remember(method, space, keep, train):
-        if "since" not in inspect.signature(method.recover).parameters: raise BadInput(f"method {method.name!r} trains in two pieces: give it a recover= with a parameter `since`, as finetune(...) has")
+    if not 0 <= part <= 1:
+        raise BadInput(f"rewind={part:g} is outside [0, 1]: "
+                       "it is the part of the training that is not repeated, for instance 0.05")
+    def train_in_two_pieces(method, space, keep, train):
+        if not method.recover.resumable:
+            raise BadInput(f"method {method.name!r} trains in two pieces: "
+                           "give it a recover= that can resume, such as finetune(steps=600)")
         train(part, since=0.)
-        start = {k: v.clone() for k, v in space.model.state_dict().items()}
+        start = state_copy(space.model)
         train(1 - part, since=part)
         return start
     def go_back_late(model, start, train, n, left):
         model.load_state_dict(start)
         for _ in itertools.islice(train.data, round(part * train.steps)): pass
         train(1 - part, since=part)
-    return remember, go_back_late
+    prepare = Preparation(train_in_two_pieces, "train_in_two_pieces", {"rewind": part}, trains=True)
+    return prepare, go_back_late
 
 # %% ../../nbs/weight/23_lottery.ipynb #8c060b0c
 @register("Stabilizing the Lottery Ticket Hypothesis", "arXiv:1903.01611", 2019, "weight", stage="init")

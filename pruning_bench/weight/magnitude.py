@@ -7,9 +7,10 @@ __all__ = ['global_magnitude', 'erk_magnitude', 'like', 'shuffled']
 
 # %% ../../nbs/weight/20_magnitude.ipynb #1ff69325
 import torch
-from ..core.allocate import erk, global_, spent
+from ..core.allocate import Allocator, erk, global_, spent
 from ..core.inputs import BadInput
 from ..core.method import Method, register
+from ..core.part import part_factory
 from ..core.plan import Plan
 from ..core.score import magnitude
 
@@ -25,6 +26,7 @@ def erk_magnitude():
     return Method(score=magnitude, allocate=erk)
 
 # %% ../../nbs/weight/20_magnitude.ipynb #57df65f1
+@part_factory(Allocator)
 def like(plan:Plan, # of the same model
     ): # an allocator
     "Give every layer the fraction another plan gave it."

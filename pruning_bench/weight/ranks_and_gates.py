@@ -5,24 +5,23 @@
 # %% auto #0
 __all__ = ['svd', 'Seen', 'only', 'by_outputs', 'by_axes', 'by_filters', 'Pair', 'paired', 'swap', 'pooled', 'room', 'thinnable',
            'thin_again', 'Ranks', 'SpatialRanks', 'FilterRanks', 'energy', 'truncated_svd', 'rank_at', 'cut_down',
-           'step_size', 'projecting', 'trp', 'decided', 'polarisation', 'Attach', 'gated', 'ask', 'through',
-           'consensus', 'polarize']
+           'step_size', 'projecting', 'trp', 'decided', 'polarisation', 'Attach', 'new_gates', 'needed', 'through',
+           'attached', 'open_blocks', 'consensus', 'polarize']
 
 # %% ../../nbs/weight/32_ranks_and_gates.ipynb #92f5d57f
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.utils import skip_init
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from ..core.allocate import as_left, settle, winners
-from ..core.during import Rule, around, under
+from ..core.allocate import settle, winners
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
-from ..core.recover import finetune, rest
-from ..core.score import magnitude, score
-from ..core.space import SPACES, Layer, Weights, passthrough, prunable, space
+from ..core.recover import finetune
+from ..core.rule import Rule, rule_maker
+from ..core.score import score
+from ..core.space import SPACES, Layer, pairs, passthrough, prunable, space
 
 # %% ../../nbs/weight/32_ranks_and_gates.ipynb #8f45780e
 def svd(w:Tensor, # (rows, columns), or several such matrices
@@ -163,8 +162,8 @@ class Ranks:
         signed = self.layers[name].tensor(leaf[name] * self.layers[name].read().sign())
         return pooled((u * (self.seen[name].matrix(signed).to(u) @ v)).sum(-2).abs())
 
-    def apply(self, solved): # {name: (new singular values, mask)}
-        for name, (new, mask) in solved.items():
+    def apply(self, solved): # {name: (new singular values, mask)}, or a generator of such pairs
+        for name, (new, mask) in pairs(solved):
             if mask.all(): continue
             u, s, v = self.directions(name)
             s = s if s.dim() > 1 else new
@@ -218,22 +217,31 @@ def step_size(course, name:str)->float: # name of a layer
     groups = course.optimizers[id(course.weight[name])].param_groups
     return next(float(g["lr"]) for g in groups if any(p is course.weight[name] for p in g["params"]))
 
-def projecting(every:int, level:float, pull:float): # as for `trp`; a `prepare`
-    "Project every few steps while training."
-    @contextmanager
-    def inside(method, space, keep, steps):
-        if getattr(method.allocate, "needs", ()): raise BadInput("this method allocates ranks while it trains, from singular values alone: choose 'uniform' or 'global'")
+@rule_maker("score", "allocate", "pattern", "solve")
+def projecting(every:int,   # optimiser steps between two projections
+               level:float, # share of the energy that a rank must hold
+               pull:float,  # weight of the sum of singular values
+    ): # a function (method, keep) -> Rule
+    "Project every layer to low rank every few steps; the score and the allocation decide after the training."
+    def rule(method, keep):
+        if method.allocate.needs:
+            raise BadInput("this method allocates ranks while it trains, from singular values alone: "
+                           "choose 'uniform' or 'global'")
+        def begin(course):
+            if course.space.unit != "rank":
+                raise BadInput(f"this rule projects layers to low rank, and the space has {course.space.unit}s: "
+                               "choose space='ranks', 'spatialranks' or 'filterranks'")
         def update(course):
-            parts = {n: svd(course.w(n)) for n in course.names}
-            scores = {n: energy(pooled(s)[:room(space.seen[n])], None) for n, (u, s, v) in parts.items()}
-            share = settle(method.allocate(scores, keep, space), keep, scores, space)
+            seen = course.space.seen
+            parts = {n: svd(layer.read()) for n, layer in seen.items()}
+            scores = {n: energy(pooled(s)[:room(seen[n])], None) for n, (u, s, v) in parts.items()}
+            share = settle(method.allocate(scores, keep, course.space), keep, scores, course.space)
             for n, (u, s, v) in parts.items():
-                rank = min(rank_at(pooled(s), level), round(share[n] * len(scores[n])) if share[n] < 1 else s.shape[-1])
-                course.write(n, cut_down(u, s, v, rank, pull * step_size(course, n)))
-        weights = Weights(space.model)
-        weights.layers = space.seen
-        with under(Rule(update=update, every=every), weights, 1., steps) as course: yield course
-    return around(inside)
+                affordable = round(share[n] * len(scores[n])) if share[n] < 1 else s.shape[-1]
+                low = cut_down(u, s, v, min(rank_at(pooled(s), level), affordable), pull * step_size(course, n))
+                seen[n].weight.data.copy_(seen[n].tensor(low))
+        return Rule(begin=begin, update=update, every=every, finish=None)
+    return rule
 
 @register("TRP: Trained Rank Pruning for Efficient Deep Neural Networks", "arXiv:2004.14566", 2020, "weight", stage="init")
 def trp(every:int=5,       # optimiser steps between two projections
@@ -245,7 +253,7 @@ def trp(every:int=5,       # optimiser steps between two projections
     ):
     "Train under repeated projections to low rank, then split every layer in two."
     choose(space, SPACES, "space")
-    return Method(space=space, score=energy, prepare=projecting(every, level, pull), between=rest, recover=finetune(steps, lr))
+    return Method(space=space, score=energy, rule=projecting(every, level, pull), recover=finetune(steps, lr))
 
 # %% ../../nbs/weight/32_ranks_and_gates.ipynb #da03e224
 def decided(p:Tensor, # (batch,) probabilities
@@ -269,19 +277,23 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return grad, torch.ones_like(ctx.like)
 
-def gated(block:nn.Module)->None: # changed in place
-    "Give a block a gate that says yes at first."
-    like = next(block.parameters())
-    block.register_parameter("gate_weight", nn.Parameter((torch.randn(16) / 4).to(like)))
-    block.register_parameter("gate_bias", nn.Parameter(torch.ones(1).to(like)))
+def new_gates(blocks, # modules
+    )->dict: # {name: (blocks, 16) or (blocks, 1)}, to be trained
+    "The parameters of one gate per block, open at first."
+    like = next(blocks[0].parameters())
+    weight = torch.stack([torch.randn(16) / 4 for block in blocks])
+    return {"weight": nn.Parameter(weight.to(like)), "bias": nn.Parameter(torch.ones(len(blocks), 1).to(like))}
 
-def ask(block:nn.Module, # with a gate
-        x:Tensor,        # its input, (batch, ...)
-    )->Tensor:           # (batch,) probability that an input needs the block
-    "What the gate says."
-    return torch.sigmoid(F.adaptive_avg_pool1d(x.flatten(1).unsqueeze(1), 16).squeeze(1) @ block.gate_weight + block.gate_bias)
+def needed(gates:dict, # as from `new_gates`
+           i:int,      # number of the block
+           x:Tensor,   # its input, (batch, ...)
+    )->Tensor:         # (batch,) probability that an input needs the block
+    "The answer of a gate."
+    means = F.adaptive_avg_pool1d(x.flatten(1).unsqueeze(1), 16).squeeze(1)
+    return torch.sigmoid(means @ gates["weight"][i] + gates["bias"][i])
 
 def through(i:int,       # number of the block
+            gates:dict,  # as from `new_gates`
             shares:dict, # {block: share of open gates}, written
             last,        # `last(i, y)`, called in training with the output of the block, returns the output
     ): # a forward hook
@@ -289,8 +301,10 @@ def through(i:int,       # number of the block
     def hook(block, args, kwargs, out):
         past = passthrough(block, args, kwargs, out)
         x, y = (t[0] if isinstance(t, tuple) else t for t in (past, out))
-        if x.shape != y.shape: raise BadInput(f"block {i} changes the shape of its input from {tuple(x.shape)} to {tuple(y.shape)}: it cannot be left out")
-        z = decided(ask(block, x))
+        if x.shape != y.shape:
+            raise BadInput(f"block {i} changes the shape of its input from {tuple(x.shape)} to {tuple(y.shape)}: "
+                           "it cannot be left out")
+        z = decided(needed(gates, i, x))
         shares[i] = z.mean()
         y = x + z.view(-1, *[1] * (x.dim() - 1)) * (y - x)
         if block.training and torch.is_grad_enabled(): y = last(i, y)
@@ -298,32 +312,43 @@ def through(i:int,       # number of the block
     return hook
 
 # %% ../../nbs/weight/32_ranks_and_gates.ipynb #99c9c77f
-def consensus(budget:float, agree:float,   # as for `polarize`
-              watch=lambda shares: None,   # called with the shares of every step
-    ): # a `prepare`
+def attached(course,         # its state holds the gates
+             budget:float,   # weight of the distance between the mean share of open gates and the budget
+             agree:float,    # weight of the disagreement between inputs
+    ): # a function (number of the block, its output) -> the output
+    "Attach both terms of the loss to the output of the last block, and keep a running mean of the shares."
+    state, shares, n = course.state[course.space.path], {}, len(course.space.all)
+    k = open_blocks(course)
+    def last(i, y):
+        if i < n - 1: return y
+        share = torch.stack([shares[j] for j in range(n)])
+        state["share"] = share.detach().float().cpu()
+        state["mean"].lerp_(state["share"], .05)
+        return Attach.apply(y, budget * (share.mean() - k / n) ** 2 + agree * polarisation(share))
+    return shares, last
+
+def open_blocks(course)->int: # at least one
+    "How many blocks stay."
+    return max(1, int(course.keep * len(course.space.all) + .5))
+
+@rule_maker()
+def consensus(budget:float, # weight of the distance between the mean share of open gates and the budget
+              agree:float,  # weight of the disagreement between inputs
+    ): # a function (method, keep) -> Rule
     "Train with gates that must agree, and keep the blocks that were opened most."
     @contextmanager
-    def inside(method, space, keep, steps):
-        blocks, shares, opinion = space.all, {}, torch.ones(len(space.all))
-        k = max(1, int(keep * len(blocks) + .5))
-        def last(i, y):
-            if i < len(blocks) - 1: return y
-            share = torch.stack([shares[j] for j in range(len(blocks))])
-            opinion.lerp_(share.detach().float().cpu(), .05)
-            watch(share.detach().float().cpu())
-            return Attach.apply(y, budget * (share.mean() - k / len(blocks)) ** 2 + agree * polarisation(share))
-        handles = [b.register_forward_hook(through(i, shares, last), with_kwargs=True) for i, b in enumerate(blocks)]
-        for b in blocks: gated(b)
-        gates, met = {id(b.gate_bias) for b in blocks}, set()
-        meet = register_optimizer_step_post_hook(lambda optimizer, *_: met.update(id(p) for g in optimizer.param_groups for p in g["params"]))
-        try:
+    def inside(course):
+        shares, last = attached(course, budget, agree)
+        with ExitStack() as stack:
+            for i, block in enumerate(course.space.all):
+                hook = through(i, course.state[course.space.path], shares, last)
+                stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
             yield
-            if met and not gates <= met: raise BadInput("no optimiser knows the gates that this method learns: make the optimiser inside the context, of all model.parameters()")
-        finally:
-            for h in (*handles, meet): h.remove()
-            for b in blocks: del b.gate_weight, b.gate_bias
-        space.apply({space.path: (space.w(space.path), winners(opinion, k))})
-    return around(inside)
+    def state(w, course): return {**new_gates(course.space.all), "mean": torch.ones(len(w))}
+    def finish(course):
+        return {n: (course.w(n), winners(course.state[n]["mean"], open_blocks(course)).to(course.open[n].device))
+                for n in course.names}
+    return lambda method, keep: Rule(state=state, inside=inside, finish=finish)
 
 @register("Learning a Consensus Sub-Network with Polarization Regularization and One Pass Training", "arXiv:2302.10798", 2023, "weight", stage="init")
 def polarize(budget:float=3., # weight of the distance between the mean share of open gates and the budget
@@ -332,4 +357,4 @@ def polarize(budget:float=3., # weight of the distance between the mean share of
              lr:float=3e-3,   # peak learning rate
     ):
     "Gates on residual blocks, trained until all inputs agree which blocks to skip."
-    return Method(space="blocks", score=magnitude, allocate=as_left, prepare=consensus(budget, agree), between=rest, recover=finetune(steps, lr))
+    return Method(space="blocks", rule=consensus(budget, agree), recover=finetune(steps, lr))

@@ -8,7 +8,6 @@ __all__ = ['SCOPES', 'soup_of', 'simmer', 'soup', 'pq_index', 'surplus', 'adapti
 
 # %% ../../nbs/weight/30_rounds.ipynb #f5a38cde
 import copy, itertools
-from functools import partial, update_wrapper
 import torch
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +16,8 @@ from ..core.inputs import BadInput, choose, forward, in_mode
 from ..core.mask import masks_of
 from ..core.method import Method, register
 from ..core.recover import after_training, finetune, go_back, renew_norms
-from ..core.schedule import geometric
+from ..core.part import part_factory
+from ..core.schedule import Schedule, geometric
 from ..core.score import magnitude, score
 from ..core.solve import solver
 from ..core.stats import aten, provider
@@ -42,14 +42,14 @@ def simmer(members:int, # networks to average
            batches:int, # to estimate batch statistics from
     ): # a `between` for a `Method`
     "Retrain copies of the pruned network, each with a part of the budget, and go on from their average."
-    def between(model, start, train, n, left):
+    def retrain_copies(model, start, train, n, left):
         before, done = {k: v.clone() for k, v in model.state_dict().items()}, []
         for _ in range(members):
             model.load_state_dict(before)
             train(1 / (n * members))
             done.append(copy.deepcopy(model))
         model.load_state_dict(soup_of(done, itertools.islice(train.data or (), batches)).state_dict())
-    return between
+    return retrain_copies
 
 @register("Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging", "arXiv:2306.16788", 2024, "weight")
 def soup(rounds:int=1,    # cuts; each is followed by a soup
@@ -88,10 +88,11 @@ def surplus(w:Tensor,        # (groups, entries); zeros are gone
 # %% ../../nbs/weight/30_rounds.ipynb #2de9cee8
 SCOPES = {"global": lambda ws: [torch.cat([w.flatten() for w in ws])[None]], "layer": lambda ws: [w.flatten()[None] for w in ws], "row": lambda ws: ws}
 
+@part_factory(Schedule)
 def adaptive(rounds:int,       # cuts at most
              scope:str="global", # one of SCOPES
              **index,          # further arguments of `surplus`
-    ): # a schedule that looks
+    )->Schedule: # adaptive: it reads the weights after every cut
     "Cut what the index says can go, until the asked fraction is reached; but never slower than at an even pace."
     def look(keep, space):
         for left in range(rounds, 1, -1):
@@ -100,19 +101,18 @@ def adaptive(rounds:int,       # cuts at most
             stay = now - sum(int(surplus(g, **index).sum()) for g in groups)
             yield max(keep, min(stay / size, (now / size) ** (1 - 1 / left) * keep ** (1 / left)))
         yield keep
-    look.most = rounds
-    return look
+    return Schedule(look, most=rounds)
 
 # %% ../../nbs/weight/30_rounds.ipynb #1a5252ce
 @score()
 def standing(w:Tensor,         # (rows, columns); zeros are gone
              stats,            # unused
              scope:str="row",  # "layer" or "row": where weights compete
-             **index,          # further arguments of `surplus`
+             p:float=.5, q:float=1., eta:float=0., gamma:float=1., beta:float=.9, # as for `surplus`
     )->Tensor: # like w: below zero = can go, from -1 = the first to 1 = the last
     "Rank within the group, from the line that the PQ index draws."
     groups = SCOPES[scope]([w])[0]
-    d, go = (groups != 0).sum(-1, keepdim=True), surplus(groups, **index)[:, None]
+    d, go = (groups != 0).sum(-1, keepdim=True), surplus(groups, p, q, eta, gamma, beta)[:, None]
     rank = groups.abs().argsort(dim=-1, stable=True).argsort(dim=-1) - (groups.shape[-1] - d)
     return ((rank - go) / torch.where(rank < go, go, d - go).clamp(min=1)).view_as(w)
 
@@ -129,10 +129,11 @@ def sap(scope:str="global",      # where weights compete: "global", "layer" or "
     ):
     "As imp, but the inequality of the trained weights decides how much each cut removes."
     index = dict(p=p, q=q, eta=eta, gamma=gamma, beta=beta)
-    choose(scope, SCOPES, "scope"); surplus(torch.ones(1, 1), **index)
-    where = magnitude if scope == "global" else update_wrapper(partial(standing, scope=scope, **index), standing)
-    return Method(score=where, allocate=global_, schedule=adaptive(rounds, scope, **index), prepare=after_training, between=go_back,
-                  recover=finetune(steps, lr, weight_decay=weight_decay))
+    choose(scope, SCOPES, "scope")
+    surplus(torch.ones(1, 1), **index)
+    where = magnitude if scope == "global" else standing.configured(scope=scope, **index)
+    return Method(score=where, allocate=global_, schedule=adaptive(rounds, scope, **index), prepare=after_training,
+                  between=go_back, recover=finetune(steps, lr, weight_decay=weight_decay))
 
 # %% ../../nbs/weight/30_rounds.ipynb #9d8e15ed
 class Silence(TorchDispatchMode):
@@ -161,7 +162,8 @@ def silent(model:nn.Module, # with ReLUs
 @provider()
 def start_w(space, batches, loss=None)->dict: # {layer: (rows, columns)}
     "The weights that the method goes back to."
-    if not getattr(space, "start", None): raise BadInput("the reading 'start_w' needs a method that goes back between its cuts, such as imp")
+    if not getattr(space, "start", None):
+        raise BadInput("the statistic 'start_w' needs a method that goes back between its cuts, such as imp")
     return {n: layer.matrix(space.start[n].to(layer.weight.device)) for n, layer in space.layers.items()}
 
 @solver(needs=("start_w",), unit="weight")
@@ -187,5 +189,5 @@ def ap(share:float=.02,         # of the weights alive, cut in each round for be
        weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "As imp, but a part of each cut goes to negative weights that hardly moved, so that fewer units are silent."
-    return Method(score=magnitude, allocate=global_, solve=update_wrapper(partial(waking, share=share), waking), schedule=geometric(rounds),
+    return Method(score=magnitude, allocate=global_, solve=waking.configured(share=share), schedule=geometric(rounds),
                   prepare=after_training, between=go_back, recover=finetune(steps, lr, weight_decay=weight_decay))

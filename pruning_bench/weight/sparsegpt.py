@@ -6,7 +6,6 @@
 __all__ = ['inverse_factor', 'sweep', 'repair', 'sparsegpt', 'obs', 'sparsegpt_']
 
 # %% ../../nbs/weight/26_sparsegpt.ipynb #c4a5c962
-from functools import partial, update_wrapper
 import torch
 from torch import Tensor
 from ..core.inputs import BadInput
@@ -84,4 +83,4 @@ def sparsegpt_(block:int=128,  # columns in which weights compete
                damp:float=.01, # added to the diagonal of the second moment, relative to its mean
     ):
     "Sweep over columns: prune by OBS scores, repair the columns to the right."
-    return Method(score=obs, solve=update_wrapper(partial(sparsegpt, block=block, damp=damp), sparsegpt))
+    return Method(score=obs, solve=sparsegpt.configured(block=block, damp=damp))
