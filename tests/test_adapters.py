@@ -10,7 +10,8 @@ from pruning_bench import BadInput, prune
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.recover import finetune
 from pruning_bench.core.space import Weights
-from pruning_bench.structured.adapters import adapt, average, candidates, clients_of, elected, enlist, exchanged, federate, fits, fuse, fused_size, quota, settled_norms, wishes
+from pruning_bench.core.stats import PROVIDERS
+from pruning_bench.structured.adapters import adapt, average, candidates, clients_of, elected, enlist, exchanged, federate, fits, fuse, quota, settled_norms, wishes
 from pruning_bench.structured.groups import Channels
 from pruning_bench.structured.surgery import cut, kept_slices
 
@@ -95,8 +96,8 @@ def test_the_score_is_that_of_the_fused_filter():
     loud(model), loud(vanilla)
     fuse(vanilla)
     want = {n: p.detach().abs().flatten(1).sum(1) for n, p in vanilla.named_parameters() if n in space.groups}
-    assert all(torch.allclose(fused_size.read(space)[n], s) for n, s in want.items()) and len(want) == 3
-    assert not torch.allclose(fused_size.read(space)["a.weight"], net().a.weight.detach().abs().flatten(1).sum(1))
+    assert all(torch.allclose(PROVIDERS["fused_size"](space)[n], s) for n, s in want.items()) and len(want) == 3
+    assert not torch.allclose(PROVIDERS["fused_size"](space)["a.weight"], net().a.weight.detach().abs().flatten(1).sum(1))
 
 
 def test_the_weights_move_only_along_the_low_rank():

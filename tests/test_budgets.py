@@ -9,9 +9,10 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruning_bench import BadInput, load_plan, prune
+from pruning_bench import BadInput, Method, load_plan, prune
 from pruning_bench.bench.measure import macs, parameters
-from pruning_bench.core.budget import BUDGETS, as_budget, filled, levels, meet
+from pruning_bench.core.budget import BUDGETS, Budget, Price, filled, levels, meet
+from pruning_bench.core.rule import Rule
 from pruning_bench.structured.budgets import macs as macs_of, params as params_of
 from pruning_bench.structured.groups import Channels
 from pruning_bench.structured.surgery import cut, kept_slices, put_back, state_of
@@ -184,7 +185,9 @@ def test_what_cannot_be_met_is_refused_before_any_work(request_, said):
 def test_budgets_are_for_channels_and_for_decisions_that_are_made_at_once():
     model, batch = made("residual")
     with pytest.raises(BadInput, match="needs channels"): prune(model, "magnitude", {"macs": .5}, [batch])
-    with pytest.raises(BadInput, match="decides while it trains"): prune(model, "l1-filter", {"macs": .5}, [batch], allocate="as_left")
+    with pytest.raises(BadInput, match="'as_left' keeps what is left"): prune(model, "l1-filter", {"macs": .5}, [batch], allocate="as_left")
+    blind = Method("blind", space="channels", rule=Rule())
+    with pytest.raises(BadInput, match="a rule that knows only a fraction of channels"): prune(model, blind, {"macs": .5}, [batch])
 
 
 def test_a_product_of_computed_matrices_is_refused_for_macs_and_fine_for_params():
@@ -223,7 +226,7 @@ def test_meeting_is_exact_for_any_monotone_price():
         def price(kept): return sum(w * kept[n] for n, w in enumerate(weights)) + math.prod(kept.values())
         allowed = {n: list(range(1, k + 1)) for n, k in sizes.items()}
         target = price({n: 1 for n in sizes}) + torch.rand((), generator=g).item() * (price(sizes) - price({n: 1 for n in sizes}))
-        got = meet(lambda x: {n: math.floor(x * k + .5) for n, k in sizes.items()}, allowed, price, target)
+        got = meet(lambda x: {n: math.floor(x * k + .5) for n, k in sizes.items()}, allowed, Price(price), target)
         assert price(got) <= target * (1 + 1e-9)
         again = filled(got, {n: min(sizes[n], got[n] + 1) for n in sizes}, allowed, lambda k: price(k) <= target)
         assert sum(again.values()) - sum(got.values()) <= sum(got[n] < math.floor(k + .5) for n, k in sizes.items())
@@ -232,18 +235,18 @@ def test_meeting_is_exact_for_any_monotone_price():
 
 
 def test_levels_by_hand():
-    b = as_budget({"channels": .5, "round_to": 8, "at_least": {"a*": .3}, "at_most": {"b": 20}})
+    b = Budget.parse({"channels": .5, "round_to": 8, "at_least": {"a*": .3}, "at_most": {"b": 20}})
     assert levels({"a.weight": 20, "b": 30, "c": 5}, {"a.weight": 1, "b": 1, "c": 1}, b) == {"a.weight": [8, 16, 20], "b": [8, 16], "c": [5]}
-    assert levels({"a": 12}, {"a": 4}, as_budget({"channels": .5, "round_to": 8})) == {"a": [2, 4, 6, 8, 10, 12]}
+    assert levels({"a": 12}, {"a": 4}, Budget.parse({"channels": .5, "round_to": 8})) == {"a": [2, 4, 6, 8, 10, 12]}
 
 
 def test_the_command_line_takes_a_budget():
     from pruning_bench.bench.cli import read_sparsities
     from pruning_bench.bench.run import by_lot, by_method
     from pruning_bench.bench.tasks import task
-    assert read_sparsities("l1-filter", ["macs=0.5", "macs=.7"], {}) == ((.5, .7), {"budget": "macs"}) and read_sparsities("l1-filter", ["0.5"], {}) == ((.5,), {})
+    assert read_sparsities(["macs=0.5", "macs=.7"], {}) == ((.5, .7), {"budget": "macs"}) and read_sparsities(["0.5"], {}) == ((.5,), {})
     for wrong, said in ((["mac=0.5"], "did you mean macs"), (["macs=0.5", "0.5"], "in two runs"), (["macs=1.5"], "outside")):
-        with pytest.raises(BadInput, match=said): read_sparsities("l1-filter", wrong, {})
+        with pytest.raises(BadInput, match=said): read_sparsities(wrong, {})
     world = task("digits-cnn")
     model, plan, _, _ = by_method(world, "l1-filter", .5, 0, {"budget": "macs"}, "cpu")
     assert plan.budget["of"] == "macs" and plan.budget["achieved"] >= .5

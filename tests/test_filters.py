@@ -9,9 +9,10 @@ from torch import nn
 from pruning_bench import BadInput, prune
 from pruning_bench.core.allocate import ALLOCATORS
 from pruning_bench.core.score import SCORES
+from pruning_bench.core.stats import PROVIDERS
 from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import collect, sample_gradients
-from pruning_bench.structured.criteria import Follow, betarank, drawn, explain, filter_obd, filter_obs, filter_surgeon, gate, group_taylor, hrank, kron, relevance, slopes
+from pruning_bench.structured.criteria import Follow, betarank, drawn, explain, filter_obd, filter_obs, filter_surgeon, gate_taylor, group_taylor, hrank, kron, relevance, slopes
 from pruning_bench.structured.filters import NORMALISERS, REDUCTIONS, bn_scale, build_of, criterion, fpgm, group_norm, isomorphic, member_sums
 from pruning_bench.structured.groups import Channels
 
@@ -39,7 +40,8 @@ class Encoder(nn.Module):
         for layer in self.layers: x = layer(x)
         return self.head(x.mean(1))
 
-def read(score, net, batches, **settings): return score.read(Channels(net, batches), batches, F.cross_entropy, **settings)["0.weight"]
+def read(score, net, batches, **settings):
+    return PROVIDERS[score.name](Channels(net, batches), batches, F.cross_entropy, **settings)["0.weight"]
 def product(net, loss): # {parameter: w g}
     return {n: (p * g).detach() for (n, p), g in zip(net.named_parameters(), torch.autograd.grad(loss, list(net.parameters())))}
 
@@ -57,7 +59,7 @@ def test_group_norm_is_the_sum_over_members():
 def test_a_flattened_channel_owns_all_its_columns():
     net, batches = chain()
     by_hand = net[3].weight.square().sum((1, 2, 3)) + net[5].weight.view(3, 4, 16).square().sum((0, 2))
-    assert torch.allclose(group_norm.read(Channels(net, batches), reduce="sum")["3.weight"], by_hand.detach())
+    assert torch.allclose(PROVIDERS["group_norm"](Channels(net, batches), reduce="sum")["3.weight"], by_hand.detach())
 
 def test_l1_and_l2_of_a_hand_filled_layer():
     net, _ = perceptron()
@@ -68,10 +70,10 @@ def test_l1_and_l2_of_a_hand_filled_layer():
 def test_normalisers_divide_by_what_is_alive():
     net, batches = chain()
     space = Channels(net, batches)
-    raw = group_norm.read(space)["0.weight"]
-    for how in NORMALISERS: assert torch.allclose(group_norm.read(space, normalise=how)["0.weight"] * NORMALISERS[how](raw), raw)
+    raw = PROVIDERS["group_norm"](space)["0.weight"]
+    for how in NORMALISERS: assert torch.allclose(PROVIDERS["group_norm"](space, normalise=how)["0.weight"] * NORMALISERS[how](raw), raw)
     space.kept["0.weight"][0] = False
-    assert torch.allclose(group_norm.read(space, normalise="mean")["0.weight"] * raw[1:].mean(), raw)
+    assert torch.allclose(PROVIDERS["group_norm"](space, normalise="mean")["0.weight"] * raw[1:].mean(), raw)
 
 def test_median_of_five_points_and_a_translation():
     net = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -79,7 +81,7 @@ def test_median_of_five_points_and_a_translation():
     scores = []
     for shift in (0., 10.):
         net[0].weight.data = points + shift
-        scores.append(fpgm.read(Channels(net, [torch.randn(2, 2)]))["0.weight"])
+        scores.append(PROVIDERS["fpgm"](Channels(net, [torch.randn(2, 2)]))["0.weight"])
     assert torch.allclose(scores[0].float(), torch.tensor([4.] + [3 + 8**.5] * 4)) and torch.allclose(*scores, atol=1e-5)
     assert (points + 10).norm(dim=1).argmin() != scores[1].argmin()
 
@@ -88,7 +90,7 @@ def test_median_among_the_living_only():
     space = Channels(net, batches)
     space.kept["0.weight"][:4] = False
     w = net[0].weight.detach()
-    assert torch.allclose(fpgm.read(space)["0.weight"], torch.cdist(w, w[4:]).sum(1))
+    assert torch.allclose(PROVIDERS["fpgm"](space)["0.weight"], torch.cdist(w, w[4:]).sum(1))
 
 def test_identical_filters_go_one_by_one_but_for_the_last():
     net, batches = perceptron(1, bias=False)
@@ -106,10 +108,10 @@ def test_nobody_lends_columns_in_a_grouped_convolution():
 
 def test_batch_norm_scale_is_read_and_its_absence_said():
     net, batches = chain()
-    with pytest.raises(BadInput, match="no batch norm scales the channels of '3.weight'"): bn_scale.read(Channels(net, batches))
+    with pytest.raises(BadInput, match="no batch norm scales the channels of '3.weight'"): PROVIDERS["bn_scale"](Channels(net, batches))
     short = nn.Sequential(*net[:3], nn.Flatten(), nn.Linear(180, 3)).double()
     short[1].weight.data.neg_()
-    assert torch.equal(bn_scale.read(Channels(short, batches))["0.weight"], -short[1].weight)
+    assert torch.equal(PROVIDERS["bn_scale"](Channels(short, batches))["0.weight"], -short[1].weight)
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(BadInput, match="skip="): prune(net, "bn-scale", .5, batches)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
@@ -148,7 +150,7 @@ def test_scopes_are_parts_of_any_method():
     assert "isomorphic" in ALLOCATORS
     with pytest.raises(BadInput, match="use 'uniform' or 'global'"): prune(copy.deepcopy(net), "magnitude", .5, allocate="isomorphic")
 
-@pytest.mark.parametrize("score", ["group_norm", "fpgm", "gate", "hrank", "filter_obs", "relevance"])
+@pytest.mark.parametrize("score", ["group_norm", "fpgm", "gate_taylor", "hrank", "filter_obs", "relevance"])
 def test_whole_units_are_not_single_weights(score):
     net, batches = perceptron()
     with pytest.raises(BadInput, match="space='channels'|ranks channels"): prune(net, score=score, sparsity=.5, data=batches, loss=F.cross_entropy)
@@ -178,9 +180,9 @@ def test_gate_is_norm_is_columns(training):
     wg = product(net, F.cross_entropy(net(x), y))
     assert torch.allclose(slope.flatten(), wg["1.weight"] + wg["1.bias"], atol=1e-15) and torch.allclose(slope.flatten(), wg["3.weight"].sum((0, 2, 3)), atol=1e-15)
     if not training:
-        assert torch.allclose(read(gate, net, [(x, y)], each=12), slope.flatten().square(), atol=1e-18)
+        assert torch.allclose(read(gate_taylor, net, [(x, y)], each=12), slope.flatten().square(), atol=1e-18)
         single = [torch.autograd.grad(F.cross_entropy(net[2:](net[:2](x[i:i + 1]) * one), y[i:i + 1]), one)[0] for i in range(12)]
-        assert torch.allclose(read(gate, net, [(x, y)]), torch.stack(single).square().mean(0).flatten())
+        assert torch.allclose(read(gate_taylor, net, [(x, y)]), torch.stack(single).square().mean(0).flatten())
 
 def test_what_goes_in_comes_out_of_a_relu_unit():
     net, [(x, y)] = perceptron()
@@ -199,8 +201,8 @@ def test_rescaling_changes_norms_and_no_criterion_from_data():
     with torch.no_grad(): twin[0].weight *= scale[:, None]; twin[0].bias *= scale; twin[2].weight /= scale
     order = lambda score, model, **s: read(score, model, batches, **s).argsort().tolist()
     for score in (group_norm, fpgm): assert order(score, net) != order(score, twin)
-    for score, settings in ((gate, {}), (group_taylor, {}), (filter_obd, {"draws": 0}), (betarank, {}), (relevance, {})):
-        assert torch.allclose(read(score, net, batches, **settings), read(score, twin, batches, **settings), rtol=1e-4 if score is betarank else 1e-9), score.__name__
+    for score, settings in ((gate_taylor, {}), (group_taylor, {}), (filter_obd, {"draws": 0}), (betarank, {}), (relevance, {})):
+        assert torch.allclose(read(score, net, batches, **settings), read(score, twin, batches, **settings), rtol=1e-4 if score is betarank else 1e-9), score.name
     price = [filter_obs(space.w("0.weight"), collect(space, batches, {"kron"}, F.cross_entropy, {"kron": {"draws": 0}})["0.weight"]) for space in (Channels(net, batches), Channels(twin, batches))]
     assert torch.allclose(*price, rtol=1e-9)
 
@@ -282,7 +284,7 @@ def test_rank_of_known_maps():
     net = nn.Sequential(nn.Conv2d(3, 3, 1, groups=1, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(75, 2)).eval()
     net[0].weight.data = torch.eye(3)[:, :, None, None]
     maps = torch.stack([torch.ones(5, 5), torch.eye(5), -torch.ones(5, 5)])
-    found = hrank.read(Channels(net, [maps[None]]), [maps[None].expand(4, -1, -1, -1)])["0.weight"]
+    found = PROVIDERS["hrank"](Channels(net, [maps[None]]), [maps[None].expand(4, -1, -1, -1)])["0.weight"]
     assert found.tolist() == [1, 5, 0]
     with torch.no_grad(), Follow(Channels(net, [maps[None]]).layers) as seen: net(maps[None])
     assert torch.equal(seen.maps["0.weight"], net[:3](maps[None]).detach())
@@ -402,8 +404,8 @@ def test_a_criterion_of_ones_own():
     try:
         net, batches = perceptron()
         assert prune(net, score="last_first", space="channels", sparsity=.5, data=batches).masks["0.weight"].tolist() == [True] * 4 + [False] * 4
-        with pytest.raises(BadInput, match="space='channels'"): last_first.read(Weights(perceptron()[0]))
-    finally: SCORES.pop("last_first")
+        with pytest.raises(BadInput, match="space='channels'"): PROVIDERS["last_first"](Weights(perceptron()[0]))
+    finally: SCORES.discard("last_first"), PROVIDERS.discard("last_first")
 
 
 # orderings
@@ -421,7 +423,7 @@ def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
     from pruning_bench.bench.embedded import digits
     from pruning_bench.core.recover import finetune, renew_norms
     @criterion()
-    def worst(space, batches=None, loss=None): return {n: -s for n, s in group_norm.read(space).items()}
+    def worst(space, batches=None, loss=None): return {n: -s for n, s in PROVIDERS["group_norm"](space).items()}
     images, classes = map(torch.cat, zip(*map(digits, ("train", "validation", "test"))))
     reached = {}
     for seed in range(4):
@@ -437,6 +439,6 @@ def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
             with torch.no_grad(): reached.setdefault(name, []).append(100 * (model(images[order[1000:]]).argmax(1) == classes[order[1000:]]).float().mean().item())
         for name, how in {"l1": dict(method="depgraph", p=1), "l2": dict(method="depgraph"), "fpgm": dict(method="fpgm"), "worst": dict(method="depgraph", score=worst)}.items(): tried(name, **how)
         for lottery in range(5): tried("random", "rand-struct", lottery)
-    SCORES.pop("worst")
+    SCORES.discard("worst"), PROVIDERS.discard("worst")
     mean = {n: sum(v) / len(v) for n, v in reached.items()}
     assert min(mean["l1"], mean["l2"]) > mean["random"] + 5 and mean["random"] > mean["worst"] + 5 and mean["fpgm"] > mean["worst"] + 8, mean

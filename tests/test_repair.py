@@ -1,6 +1,5 @@
 "Repairs without training: identities of least squares, exactness on the cut network, refusals."
 import copy
-from functools import partial, update_wrapper
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from pruning_bench.structured.groups import Channels
 from pruning_bench.structured.repair import channel_obs, compensate, consumers, folded_filters, norms_behind, recalibrate, refit, thinet_order
 
 
-def exact(solver, **settings): return update_wrapper(partial(solver, **settings), solver)
 
 @score(unit="channel")
-def in_turn(w, stats): return torch.arange(len(w), 0, -1).float()   # the last units go first
+def by_position(w, stats): return torch.arange(len(w), 0, -1).float()   # the last units go first
 
 
 class Net(nn.Module):
@@ -136,7 +134,7 @@ def test_a_reader_that_never_runs_is_named(net, x):
 def test_the_solver_writes_the_least_squares_layer_with_its_constant(net, x):
     "Both groups that one layer reads lose channels; the layer is moved once."
     dense = copy.deepcopy(net)
-    prune(net, "l1-filter", 1/2, x, score=in_turn, solve=exact(compensate, damp=1e-12), skip=["d"])
+    prune(net, "l1-filter", 1/2, x, score=by_position, solve=compensate.configured(damp=1e-12), skip=["d"])
     with torch.no_grad():
         z = torch.cat([F.relu(dense.an(dense.a(x))), F.relu(dense.b(x))], 1)
         kept = [0, 1, 2, 6, 7]
@@ -173,7 +171,7 @@ def test_constant_channels_are_absorbed_exactly_without_padding(padding, works, 
     net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=padding, bias=bias), nn.BatchNorm2d(4)).eval()
     with torch.no_grad(): net[1].weight[[4, 5]] = 0; net[1].bias[[4, 5]] = torch.tensor([.7, -.2])
     x, dense = torch.rand(8, 1, 9, 9), copy.deepcopy(net)
-    prune(net, "l1-filter", 1/3, x, score=in_turn, solve="absorb")
+    prune(net, "l1-filter", 1/3, x, score=by_position, solve="absorb")
     gap = (net(x) - dense(x)).abs()
     assert net[0].out_channels == 4 and (gap.max() < 1e-5) == works
     inside = gap[..., 1:-1, 1:-1] if padding else gap
@@ -234,7 +232,7 @@ def test_a_multiple_of_another_channel_is_merged_exactly_unless_the_relu_tells_t
     f, b = folded_filters(space := Channels(net, [x]), space.groups["0.weight"], norms_behind(space))
     assert torch.allclose(f[4], factor * f[1], atol=1e-6) and torch.allclose(b[4], factor * b[1], atol=1e-6) and f.shape == (5, 27)
     before, column = net(x), net[3].weight.detach().clone()
-    prune(net, "udfc", .2, x, score=in_turn, ridge=1e-12)
+    prune(net, "udfc", .2, x, score=by_position, ridge=1e-12)
     assert (torch.allclose(net(x), before, atol=1e-4)) == works
     assert torch.allclose(net[3].weight[:, 1], column[:, 1] + factor * column[:, 4], atol=1e-4)
 
@@ -244,7 +242,7 @@ def test_merging_solves_the_equations_of_the_paper():
     x, column = torch.randn(2, 3, 8, 8), net[3].weight.detach().double()
     f, b = folded_filters(space := Channels(net, [x]), space.groups["0.weight"], norms_behind(space))
     f, b = f.detach(), b.detach()
-    prune(net, "udfc", .2, x, score=in_turn, bias=.3, ridge=.05)
+    prune(net, "udfc", .2, x, score=by_position, bias=.3, ridge=.05)
     design = torch.cat([f[:4].T, .3**.5 * b[:4].T, .05**.5 * torch.eye(4, dtype=torch.double)])
     s = torch.linalg.lstsq(design, torch.cat([f[4], .3**.5 * b[4], torch.zeros(4, dtype=torch.double)])).solution
     assert torch.allclose(net[3].weight.double(), column[:, :4] + column[:, 4:] * s[:, None, None], atol=1e-5)
@@ -288,7 +286,7 @@ def test_absorbing_changes_nothing_that_recalibration_would_not_change(net, x):
 
 def test_repairs_of_channels_are_refused_for_weights_and_recalibration_without_data(net, x):
     before = copy.deepcopy(net)
-    with pytest.raises(BadInput, match="repairs channels"): prune(net, "magnitude", .5, x, solve="compensate")
+    with pytest.raises(BadInput, match="updates channels"): prune(net, "magnitude", .5, x, solve="compensate")
     with pytest.raises(BadInput, match="'recalibrate' reads batches"): prune(net, "magnitude", .5, recover="recalibrate")
     assert same(net, before)
 
@@ -299,7 +297,7 @@ def test_other_convolutions_are_refitted_too(kind):
     front = nn.Conv1d(2, 8, 1) if kind == "one" else nn.Conv2d(2, 8, 1)
     x, net = (torch.randn(32, 2, 9) if kind == "one" else torch.randn(32, 2, 7, 7)), nn.Sequential(front, middle).eval()
     raw, fixed, before = copy.deepcopy(net), copy.deepcopy(net), net(x)
-    prune(raw, "l1-filter", .5, x); prune(fixed, "l1-filter", .5, x, solve=exact(compensate, damp=1e-6))
+    prune(raw, "l1-filter", .5, x); prune(fixed, "l1-filter", .5, x, solve=compensate.configured(damp=1e-6))
     assert fixed[0].out_channels == 4   # eight channels of two inputs: any two explain the rest
     assert (fixed(x) - before).square().mean() < 1e-4 < 1e-2 < (raw(x) - before).square().mean()
 

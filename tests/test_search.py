@@ -11,7 +11,7 @@ from torch import nn
 
 from pruning_bench import BadInput, prune
 from pruning_bench.core.inputs import in_mode
-from pruning_bench.core.recover import finetune, renew_norms
+from pruning_bench.core.recover import Recovery, finetune, renew_norms
 from pruning_bench.structured.groups import Channels
 from pruning_bench.structured.search import (Residuals, block_cka, block_lists, cka, crop, dressed, ends_of, evolved, gated, joined,
                                              precrop, whole)
@@ -396,8 +396,7 @@ def test_a_supernet_spends_the_budget_of_the_recipe_and_not_more(method):
         opt_steps = max(1, round(20 * part))
         spent.append(opt_steps)
         step(model, stream, loss, part)
-    counting.steps = 20
-    plan = prune(net, method, .5, data, F.cross_entropy, recover=counting)
+    plan = prune(net, method, .5, data, F.cross_entropy, recover=Recovery(counting, steps=20, resumable=True))
     assert sum(spent) == 20 and plan.density == .5
     assert not any(hasattr(m, "parametrizations") for m in net.modules()) and not any(m._forward_pre_hooks for m in net.modules())
 
@@ -408,8 +407,7 @@ def test_the_searched_weights_are_thrown_away():
     def watching(model, stream, loss, part=1., since=None):
         seen.append(copy.deepcopy(model))
         finetune(6, lr=.1)(model, stream, loss, part)
-    watching.steps = 6
-    plan = prune(net, "tas", .5, data, F.cross_entropy, recover=watching)
+    plan = prune(net, "tas", .5, data, F.cross_entropy, recover=Recovery(watching, steps=6, resumable=True))
     plan.apply(dense)
     assert len(seen) == 2 and same(bits(dense), bits(seen[1]))   # what is trained after the cut are the dense weights, cut
 

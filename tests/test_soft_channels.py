@@ -11,9 +11,9 @@ from pruning_bench import BadInput, build, prune, pruning
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.pattern import count_of
 from pruning_bench.core.recover import finetune
-from pruning_bench.structured import soft_filters
+from pruning_bench.structured.attention import Heads
 from pruning_bench.structured.groups import Channels
-from pruning_bench.structured.soft_filters import gated, loudness
+from pruning_bench.structured.soft_filters import loudness
 
 
 def net(norm=False, dtype=torch.float32):
@@ -34,8 +34,8 @@ def steps(model, n, lr=.05):
 
 @pytest.fixture
 def ears(monkeypatch): # the factors that the readers hear: a function of the group
-    kept = []
-    monkeypatch.setattr(soft_filters, "gated", lambda space, factor: (kept.append(factor), gated(space, factor))[1])
+    kept, gate = [], Channels.gate
+    monkeypatch.setattr(Channels, "gate", lambda space, factor: (kept.append(factor), gate(space, factor))[1])
     return kept
 
 
@@ -44,7 +44,7 @@ def test_a_mask_on_what_is_read_is_a_mask_on_weights_and_biases_where_no_norm_is
     space, twin = Channels(model, data(torch.float64)), copy.deepcopy(model)
     masks = {n: torch.rand(len(g), dtype=torch.float64) for n, g in space.groups.items()}
     assert list(masks) == ["0.weight", "3.weight"]
-    with gated(space, masks.get): heard = model(x)
+    with space.gate(masks.get): heard = model(x)
     for i in (0, 3): twin[i].weight.data *= masks[f"{i}.weight"].view(-1, 1, 1, 1); twin[i].bias.data *= masks[f"{i}.weight"]
     assert torch.allclose(heard, twin(x), atol=1e-12) and not torch.allclose(heard, model(x), atol=1e-3)
 
@@ -121,3 +121,45 @@ def test_channels_are_gone_and_the_plan_makes_the_same_network(norm, dtype):
 def test_channels_have_a_name_of_their_own_and_need_a_batch():
     assert build("pdp-channels").space == "channels" and build("pdp").space == "weights"
     with pytest.raises(BadInput, match="channels need data=, at least one batch"): prune(net(), "pdp-channels", .5)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attend, self.out = nn.Linear(5, 16), nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+    def forward(self, x):
+        h = self.embed(x)
+        return self.out(self.attend(h, h, h, need_weights=False)[0])
+
+
+def test_gates_of_heads_are_the_network_without_them_and_learn():
+    torch.manual_seed(0)
+    model, x = Attends().eval(), torch.randn(2, 6, 5)
+    space, before = Heads(model, [x]), type(model.attend)
+    gate = torch.tensor([1., 0, 1, 0], requires_grad=True)
+    with space.gate(lambda n: gate):
+        heard = model(x)
+        heard.square().sum().backward()
+    assert type(model.attend) is before and not any(m._forward_pre_hooks for m in model.modules()) and (gate.grad != 0).all()
+    space.apply({n: (None, gate.bool()) for n in space.names()})
+    space.remove()
+    assert torch.allclose(model(x), heard, atol=1e-6)
+
+
+class Borrowed(nn.Module): # takes the weight of a module that it never calls
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+    def forward(self, x): return F.linear(self.a(x).relu(), self.b.weight, self.b.bias)
+
+
+@pytest.mark.parametrize("method", ["lapp", "pdp-channels"])
+def test_a_gate_that_would_do_nothing_is_refused(method):
+    model, rows = Borrowed(), [(torch.randn(6, 3), torch.randint(2, (6,)))]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BadInput, match="'b.weight', which Linear does not multiply"):
+        prune(model, method, .5, rows, F.cross_entropy, recover=finetune(5))
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_allocation_that_reads_statistics_is_refused_inside_a_training():
+    with pytest.raises(BadInput, match="allocation 'emo' reads 'calibration'"):
+        prune(net(), "sfp", .5, data(), F.cross_entropy, allocate="emo", recover=finetune(4))

@@ -9,10 +9,10 @@ from torch import nn
 
 from pruning_bench import BadInput, prune
 from pruning_bench.core.allocate import global_, uniform
-from pruning_bench.core.during import Course, Rule, under
+from pruning_bench.core.rule import Course, Rule, under
 from pruning_bench.core.recover import finetune, none
 from pruning_bench.structured.groups import Channels
-from pruning_bench.structured.soft_filters import blank, gated, passes, share, softly
+from pruning_bench.structured.soft_filters import blank, filter_norm, passes, share, softly
 from pruning_bench.structured.sparse_training import aimed, dose, growing, lasso, norms, picked, pressing, pressure, pull, shrink, slim
 
 METHODS = ("slimming", "masksparsity", "group-lasso", "growing-reg", "sfp", "soft-fpgm", "lapp")
@@ -206,7 +206,7 @@ def test_a_blank_filter_regains_weight_in_one_step_where_its_bias_lets_the_gradi
 
 def test_soft_filters_are_zeroed_in_equal_numbers_and_change_places():
     net = chain(widths=(12, 10))
-    rule = softly(lambda space: {n: space.w(n) for n in space.names()}, 5, 1.)(EVEN, .5)
+    rule = softly(filter_norm, 5, 1.)(EVEN, .5)
     log = followed(net, rule, 25, lambda space: net[0].weight.detach().flatten(1).norm(dim=1) == 0, lr=1e-1, optimizer="sgd")
     rounds = [log[k] for k in (4, 9, 14, 19, 24)]
     assert all(m.sum() == 6 for m in rounds) and not any(log[k].any() for k in (5, 10, 15, 20))
@@ -219,9 +219,9 @@ def test_a_gate_is_a_mask_on_the_readers_and_leaves_no_hook():
     net = chain().eval()
     space, (x, _) = Channels(net, batches()), batches()[0]
     masks = {n: torch.arange(len(g)) % 3 > 0 for n, g in space.groups.items()}
-    with gated(space, lambda n: masks[n].double()): seen = net(x)
+    with space.gate(lambda n: masks[n].double()): seen = net(x)
     with pytest.raises(KeyboardInterrupt):
-        with gated(space, lambda n: None):
+        with space.gate(lambda n: None):
             assert not torch.allclose(net(x), seen)
             raise KeyboardInterrupt
     assert not any(m._forward_pre_hooks for m in net.modules())
@@ -234,7 +234,7 @@ def test_gates_of_depthwise_and_grouped_readers():
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2), nn.Flatten(), nn.Linear(64, 3)).double().eval()
     space, (x, _) = Channels(net, batches()), batches()[0]
     masks = {n: torch.arange(len(g)) % 2 == 0 for n, g in space.groups.items()}
-    with gated(space, lambda n: masks[n].double()): seen = net(x)
+    with space.gate(lambda n: masks[n].double()): seen = net(x)
     space.apply({n: (None, m) for n, m in masks.items()}); space.remove()
     assert torch.allclose(net(x), seen, atol=1e-12)
 

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from pruning_bench import BadInput, methods, prune
+from pruning_bench.core.score import Score
 from pruning_bench.core.space import Blocks
 from pruning_bench.structured.blocks import block_cosine
 
@@ -90,8 +91,7 @@ def test_other_scores_on_blocks():
         for p in model.model.layers[1].parameters(): p.mul_(.01)
     assert prune(copy.deepcopy(model), score="magnitude", space="blocks", sparsity=.25).masks["model.layers"].tolist() == [True, False, True, True]
     def taylor(w, stats): return (w * stats.grad).abs()
-    taylor.needs, taylor.unit = frozenset({"grad"}), "weight"
-    plan = prune(copy.deepcopy(model), score=taylor, space="blocks", sparsity=.25, data=[batch])
+    plan = prune(copy.deepcopy(model), score=Score(taylor, "taylor", needs=frozenset({"grad"})), space="blocks", sparsity=.25, data=[batch])
     assert plan.masks["model.layers"].sum() == 3
 
 

@@ -14,7 +14,7 @@ from pruning_bench.core.mask import masks_of
 from pruning_bench.structured.groups import Channels, components, coupling, graph_of, seats
 from pruning_bench.structured.reshape import load_pruned
 from pruning_bench.structured.surgery import cut, cut_and_compare, gone, kept_slices
-from pruning_bench.structured.trace import tensors
+from pruning_bench.structured.trace import RULES, rule, tensors
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -337,7 +337,10 @@ def test_a_cut_that_changes_the_function_is_undone():
         def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
         def forward(self, x): return self.b(self.a(x) * len(self.a.weight))
     model, x = Counts(), torch.randn(3, 4)
-    with pytest.raises(BadInput, match="masked, not removed"): prune(model, "l1-filter", .5, data=[x])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BadInput, match="changes what masking them computes"): prune(model, "l1-filter", .5, data=[x])
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and not masks_of(model)
+    with pytest.raises(BadInput, match="changes what masking them computes"): prune(model, "l1-filter", .5, data=[x], restore=False)
     assert model.a.weight.shape == (8, 4) and (model.a.weight == 0).all(1).sum() == 4 and model(x).shape == (3, 2)
 
 def test_earlier_masks_survive():
@@ -577,3 +580,46 @@ def test_a_width_that_is_asked_twice_and_told_once_stays():
         def forward(self, x): h = self.a(x); return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1]).view(-1, 8)).relu())
     space = Channels(Told(), [torch.randn(4, 3)])
     assert space.groups.keys() == {"c.weight"} and {"a.weight", "b.weight"} < set(space.coupling.frozen)
+
+
+# one rule for each operation
+
+class Strided(nn.Module):
+    def __init__(self, read, columns):
+        super().__init__()
+        self.up, self.read, self.down = nn.Conv2d(3, 8, 1), read, nn.Linear(columns, 2)
+    def forward(self, x): return self.down(self.read(self.up(x)).flatten(1))
+
+
+@pytest.mark.parametrize("read, columns, indices", [
+    (lambda h: h.as_strided((len(h), h[0].numel()), (h[0].numel(), 1)), 128, [*range(16, 32)]),   # a view
+    (lambda h: h.as_strided((*h.shape[:3], 2), (*h.stride()[:3], 2)), 64, [*range(8, 16)]),       # every second column
+    (lambda h: h.as_strided((*h.shape[:2], 3, 4), h.stride(), h.stride(2)), 96, [*range(12, 24)]),   # without the first row
+    (lambda h: h[..., :3].as_strided((*h.shape[:3], 2), (*h.stride()[:3], 2)), 64, [*range(8, 16)]),   # of a piece
+])
+def test_strided_reads_that_keep_channels_apart_can_be_cut(read, columns, indices):
+    torch.manual_seed(0)
+    model, x = Strided(read, columns), torch.randn(2, 3, 4, 4)
+    [group] = coupling(model, x).groups
+    assert len(group) == 8 and group.members["down.weight", 1][1].tolist() == indices
+    small = copy.deepcopy(model)
+    plan = prune(small, "l1-filter", .5, data=[x])
+    with torch.no_grad(): model.down.weight.view(2, 8, -1)[:, ~plan.masks["up.weight"]] = 0
+    assert small.up.out_channels == 4 and torch.allclose(small(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("read, columns", [
+    (lambda h: h.as_strided((1, *h.shape[1:]), h.stride(), h.stride(1)), 128),       # starts at the second channel
+    (lambda h: h.as_strided((2, 8, 4, 4), (16, 16, 4, 1)), 128),                     # images that overlap
+])
+def test_strided_reads_that_mix_channels_are_frozen(read, columns):
+    found = coupling(Strided(read, columns), torch.randn(2, 3, 4, 4))
+    assert not found.groups and found.frozen["up.weight"] == (8, "is read in steps")
+
+
+def test_an_operation_has_one_rule():
+    assert RULES["as_strided"].__module__ == "pruning_bench.structured.rules"
+    assert RULES["_scaled_dot_product_attention_math"].__module__ == "pruning_bench.structured.attention"
+    def other(g, outs, a): return [[] for _ in outs]
+    with pytest.raises(BadInput, match="operation rule 'as_strided' is already registered"): rule("as_strided")(other)
+    assert RULES["as_strided"] is not other

@@ -16,7 +16,8 @@ from ..core.allocate import poured, settle, winners
 from ..core.inputs import BadInput, as_loss, in_mode, size_of
 from ..core.mask import release
 from ..core.method import Method, register
-from ..core.recover import finetune, renew_norms
+from ..core.part import part_factory
+from ..core.recover import Preparation, finetune, renew_norms
 from ..core.schedule import geometric
 from ..core.space import Weights
 from .filters import criterion
@@ -82,7 +83,8 @@ def fused_size(space, batches=None, loss=None)->dict: # {group: (units,)}
     leaf = {n: whole(l).abs() for n, l in space.layers.items()}
     return {n: space.reduce(n, leaf) for n in space.names()}
 
-def accompanied(rank:int): # of the adapters -> a `prepare`
+@part_factory(Preparation)
+def accompanied(rank:int): # of the adapters
     "Put adapters on, and let them share the fate of their layers."
     def prepare(method, space, keep, train):
         was = adapt(space.model, rank)
@@ -108,7 +110,8 @@ def splora(rank:int=16,       # of the corrections
            stream:bool=False, # also cut the channels of residual streams
     ):
     "The weights are frozen, low-rank corrections train between cuts and are cut along, and at the end they are fused."
-    return Method(space="channels", score=fused_size, schedule=geometric(rounds), prepare=accompanied(rank), between=taught, recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", score=fused_size, schedule=geometric(rounds), prepare=accompanied(rank), between=taught,
+                  recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #8d92b91d
 def clients_of(labels:Tensor,      # (examples,)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from ..core.budget import budget
+from ..core.budget import Price, budget
 from ..core.inputs import BadInput, device_of, in_mode, move, seeded, size_of
 from ..core.meters import VECTORS, grouped, in_turns, plain, steady, stopwatch
 from .surgery import cut, few, kept_slices, put_back, state_of
@@ -41,12 +41,11 @@ class Sizes:
     def total(self, kept:dict)->int: return self.rest + sum(self.of(p, kept) for p in self.takes)
 
 @budget
-def params(space): # price of a decision
+def params(space)->Price:
     "The parameters of the whole model, tied ones once."
     sizes = Sizes(space)
-    def price(kept): return sizes.total(kept)
-    price.heaviest = lambda kept: max(sizes.full, key=lambda p: sizes.of(p, kept))
-    return price
+    def heaviest(kept): return max(sizes.full, key=lambda p: sizes.of(p, kept))
+    return Price(sizes.total, heaviest=heaviest)
 
 # %% ../../nbs/structured/44_budgets.ipynb #71ec4048
 FORMULAS = {**flop_registry, **VECTORS, **grouped(Tensor.numel)}
@@ -134,15 +133,16 @@ class Work:
 
 # %% ../../nbs/structured/44_budgets.ipynb #03812aaa
 @budget
-def macs(space): # price of a decision
+def macs(space)->Price:
     "Multiply-accumulates of a forward pass per example."
-    one = isinstance(space.batch, (Tensor, Mapping)) or isinstance(space.batch, (tuple, list)) and isinstance(space.batch[0], (Tensor, Mapping))
-    batch = move(few(space.model, space.batch, space.run, 1) if one else space.batch, device_of(space.model))
+    first = space.batch[0] if isinstance(space.batch, (tuple, list)) else space.batch
+    one = few(space.model, space.batch, space.run, 1) if isinstance(first, (Tensor, Mapping)) else space.batch
+    batch = move(one, device_of(space.model))
     work, size = Work(space, batch), size_of(batch)
     heavy = [p or "products of activations" for _, p in work.dense]
-    def price(kept): return work.total(kept) // size
-    price.heaviest = lambda kept: heavy[max(range(len(heavy)), key=lambda i: work.one(i, kept))]
-    return price
+    def per_example(kept): return work.total(kept) // size
+    def heaviest(kept): return heavy[max(range(len(heavy)), key=lambda i: work.one(i, kept))]
+    return Price(per_example, heaviest=heaviest)
 
 # %% ../../nbs/structured/44_budgets.ipynb #effcaf60
 @budget
@@ -151,21 +151,21 @@ def latency(space,          # where the groups are
             seconds:float=3., # for each candidate, at most
             tries:int=6,    # candidates: the fraction is found up to 2 to the power of -tries
             timer=None,     # run -> seconds; the device's own clock if not given
-    ): # price of a decision, as a fraction of the dense time
+    )->Price: # as a fraction of the dense time
     "Seconds of a forward pass on the first batch of data, by measuring candidates in turns with the dense model."
     dense, batch, seen = copy.deepcopy(space.model), move(space.batch, device_of(space.model)), {}
     clock, last = timer or stopwatch(device_of(dense)), {}
     def measured(kept):
         small = copy.deepcopy(dense)
         cut(small, kept_slices(dense, space.groups, {n: torch.arange(len(g)) < kept[n] for n, g in space.groups.items()}))
-        with in_mode(dense, False), in_mode(small, False):
-            return in_turns({"dense": lambda: space.run(dense, batch), "pruned": lambda: space.run(small, batch)}, clock, pairs, seconds)
-    def price(kept):
+        passes = {"dense": lambda: space.run(dense, batch), "pruned": lambda: space.run(small, batch)}
+        with in_mode(dense, False), in_mode(small, False): return in_turns(passes, clock, pairs, seconds)
+    def fraction(kept):
         key = tuple(kept[n] for n in space.groups)
         if all(kept[n] == len(g) for n, g in space.groups.items()): return 1.
         if key not in seen: seen[key] = measured(kept)
         full, left = (float(np.median(t)) for t in seen[key].values())
-        last.update(seconds_full=full, seconds_left=left, stable=all(map(steady, seen[key].values())), candidates=len(seen), device=str(device_of(dense)))
+        last.update(seconds_full=full, seconds_left=left, stable=all(map(steady, seen[key].values())), candidates=len(seen),
+                    device=str(device_of(dense)))
         return left / full
-    price.tries, price.says = tries, lambda: dict(last)
-    return price
+    return Price(fraction, tries=tries, says=last.copy)

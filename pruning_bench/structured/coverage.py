@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core.inputs import BadInput, forward, in_mode
-from ..core.method import prune
+from ..core.driver import prune
 from .groups import Channels
 from .surgery import cut, gone, kept_slices, outputs, put_back, said, state_of
 from .trace import tensors

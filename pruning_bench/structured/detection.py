@@ -11,13 +11,13 @@ from fnmatch import fnmatch
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.allocate import global_, poured
-from ..core.during import along
+from ..core.allocate import allocator_factory, global_, poured
 from ..core.inputs import BadInput, as_loss, batch_loss, forward
 from ..core.method import Method, register
-from ..core.recover import finetune, rest
-from .filters import bn_scale
-from .sparse_training import knobs, picked, pressing, pull
+from ..core.recover import Recovery, as_recovery, finetune
+from ..core.part import part_factory
+from ..core.rule import rule_maker
+from .sparse_training import by_scale, knobs, pressing, pull
 
 # %% ../../nbs/structured/52_detection.ipynb #c78c164a
 def overlap(a:Tensor, b:Tensor)->Tensor: # (n, 4), (m, 4) corners -> (n, m)
@@ -52,8 +52,9 @@ def ap50(found:list, # per picture: boxes (n, 4), scores (n,), kinds (n,)
     return sum(areas) / len(areas)
 
 # %% ../../nbs/structured/52_detection.ipynb #d07bde03
+@allocator_factory()
 def by_part(weights=None, # {wildcard of names: relative share to remove}; None = the first word of a name is its part, and all give equally
-    ): # an allocator
+    ): # (scores, keep, space) -> {group: fraction}
     "A ranking in each part of the network; parts give as much as their weights say."
     def cut(scores, keep, space):
         part = lambda n: next((w for w in weights if fnmatch(n, w)), None) if weights else n.partition(".")[0]
@@ -66,6 +67,7 @@ def by_part(weights=None, # {wildcard of names: relative share to remove}; None 
     return cut
 
 # %% ../../nbs/structured/52_detection.ipynb #674601e0
+@rule_maker("allocate", "pattern")
 def letting_go(travel:float, # how far a scale moves that the loss ignores
                end:float,    # fraction of the training before the choice
                after:float,  # fraction of that time after which the strongest are let go
@@ -80,7 +82,7 @@ def letting_go(travel:float, # how far a scale moves that the loss ignores
         for p, i in parts:
             strong = p.detach()[i].abs() > edge
             pull(p, i[~strong], by); pull(p, i[strong], by * max(0., ease))
-    return pressing(press, lambda course, method: picked(course, bn_scale.read(course.space), method.allocate), end, begin=lambda course: knobs(course.space))
+    return pressing(press, by_scale, end, begin=lambda course: knobs(course.space))
 
 @register("Group channel pruning and spatial attention distilling for object detection", "arXiv:2306.01526", 2022, "structured")
 def gcp_yolov4(travel:float=.5,  # how far a scale moves that the loss ignores; scales usually start at one
@@ -93,9 +95,11 @@ def gcp_yolov4(travel:float=.5,  # how far a scale moves that the loss ignores; 
                stream:bool=False, # also cut the channels of residual streams
     ):
     "A lasso on batch norm scales that lets the strongest go, then a ranking in each part of the network."
-    return Method(space="channels", score=bn_scale, prepare=along(letting_go(travel, end, after, top)), allocate=by_part(weights), between=rest, recover=finetune(steps, lr), options={"stream": stream})
+    rule, recover = letting_go(travel, end, after, top), finetune(steps, lr)
+    return Method(space="channels", rule=rule, allocate=by_part(weights), recover=recover, options={"stream": stream})
 
 # %% ../../nbs/structured/52_detection.ipynb #87663603
+@rule_maker("allocate", "pattern")
 def fading(travel:float, # how far a scale moves that the loss ignores
            end:float,    # fraction of the training before the choice
     ):                   # fn(method, keep) -> Rule
@@ -103,7 +107,7 @@ def fading(travel:float, # how far a scale moves that the loss ignores
     def press(course, method):
         by = travel / (end * course.steps) * (1 - .9 * min(1., course.t / end)) / .55
         for p, i in (part for group in knobs(course.space).values() for part in group): pull(p, i, by)
-    return pressing(press, lambda course, method: picked(course, bn_scale.read(course.space), method.allocate), end, begin=lambda course: knobs(course.space))
+    return pressing(press, by_scale, end, begin=lambda course: knobs(course.space))
 
 @register("A Novel Compression Framework for YOLOv8: Achieving Real-Time Aerial Object Detection on Edge Devices via Structured Pruning and Channel-Wise Distillation", "arXiv:2509.12918", 2025, "structured")
 def yolov8_cwd(travel:float=.5,   # how far a scale moves that the loss ignores; scales usually start at one
@@ -113,7 +117,7 @@ def yolov8_cwd(travel:float=.5,   # how far a scale moves that the loss ignores;
                stream:bool=False, # also cut the channels of residual streams
     ):
     "A fading lasso on batch norm scales, then the same share of every layer goes; `recover=distil(...)` adds the teacher."
-    return Method(space="channels", score=bn_scale, prepare=along(fading(travel, end)), between=rest, recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=fading(travel, end), recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/52_detection.ipynb #f2405ac1
 def channel_gap(student:Tensor, # (batch, channels, height, width)
@@ -142,14 +146,15 @@ class Ears:
     def close(self):
         for h in self.hooks: h.remove()
 
+@part_factory(Recovery)
 def distil(teacher:nn.Module,  # the network before the cut; left alone
            layers,             # names of modules whose outputs are maps
            gap=channel_gap,    # `channel_gap` or `attention_gap`, or `gap(student, teacher) -> scalar`
            weight:float=1.,    # of the gap, summed over the layers
            train=None,         # the training, as from `finetune(...)`
-    ): # a recovery
+    )->Recovery:
     "Train on the loss and on what the teacher's features show."
-    train = train or finetune()
+    train = as_recovery(train or finetune())
     def go(model, data, loss, part=1., **piece):
         theirs, ours, plain = Ears(teacher.eval(), layers), Ears(model, layers), as_loss(loss)
         def translated(net, l): return net.translators[l.replace(".", "-")](ours.heard[l]) if l.replace(".", "-") in net.translators else ours.heard[l]
@@ -163,8 +168,7 @@ def distil(teacher:nn.Module,  # the network before the cut; left alone
         finally:
             theirs.close(); ours.close()
             if hasattr(model, "translators"): del model.translators
-    go.steps, go.name = train.steps, "distil"
-    return go
+    return Recovery(go, steps=train.steps, resumable=train.resumable)
 
 @torch.no_grad()
 def translators(model, teacher, batch, ours, theirs)->nn.ModuleDict: # {layer: 1 x 1 convolution}, where widths differ

@@ -14,8 +14,8 @@ from torch import nn, Tensor
 from ..core.allocate import allocator, global_
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
-from ..core.score import magnitude, random, score
-from ..core.stats import provider
+from ..core.score import SCORES, Score, magnitude, random, score
+from ..core.stats import PROVIDERS, Provider
 
 # %% ../../nbs/structured/41_filters.ipynb #3ce18f44
 @register("Pruning Filters for Efficient ConvNets", "arXiv:1608.08710", 2017, "structured")
@@ -63,20 +63,25 @@ def parts_of(space, but:str="")->dict: # {parameter: it}, members of some group 
     return {n: p for n, p in space.model.named_parameters() if n in mine and not (but and n.endswith(but))}
 
 # %% ../../nbs/structured/41_filters.ipynb #ede44d12
-def criterion(reads_loss:bool=False): # as `core.stats.provider`
-    "Register `(space, batches, loss) -> {group: (units,)}` as a reading and as the score that hands it on."
+def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and so, usually, labels)
+              replaces:bool=False,   # whether a statistic and a score of this name may be replaced
+    ): # a decorator for `(space, batches, loss, **settings) -> {group: (units,)}` that returns the `Score`
+    "Register a function of coupled channels twice: as a statistic in `PROVIDERS`, and as the score that reads it."
     def mark(fn):
+        name = fn.__name__
         @wraps(fn)
         def read(space, batches=None, loss=None, normalise="none", **settings):
-            if not hasattr(space, "groups"): raise BadInput(f"criterion {fn.__name__!r} ranks coupled channels, and this space has {space.unit}s: choose space='channels'")
+            if not hasattr(space, "groups"):
+                raise BadInput(f"criterion {name!r} ranks coupled channels, and this space has {space.unit}s: choose space='channels'")
             divisor, out = choose(normalise, NORMALISERS, "normaliser"), {}
             for n, s in fn(space, batches, loss, **settings).items():
                 by = divisor(s[space.alive(n)]) if space.alive(n).any() else 1.
                 out[n] = s / by if by > 0 else s
             return out
-        def handed(w, stats): return getattr(stats, fn.__name__).to(w.device)
-        handed.__name__, handed.__qualname__, handed.__doc__, handed.read = fn.__name__, fn.__name__, fn.__doc__, provider(reads_loss)(read)
-        return score(needs=[fn.__name__], unit="channel")(handed)
+        def scores(w, stats): return getattr(stats, name).to(w.device)
+        scores.__doc__ = fn.__doc__
+        PROVIDERS.add(name, Provider(read, name, reads_loss=reads_loss), fn, replaces)
+        return SCORES.add(name, Score(scores, name, needs=frozenset({name}), unit="channel"), fn, replaces)
     return mark
 
 # %% ../../nbs/structured/41_filters.ipynb #f6e8f4bc

@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['components', 'roots', 'decide', 'Group', 'Coupling', 'coupling', 'put', 'notes', 'note', 'alike', 'grouped',
            'written', 'named', 'frozen_of', 'left_out', 'note_of', 'tree_of', 'page_of', 'table_of', 'plot_of',
-           'graph_of', 'seats', 'draw_of', 'Channels', 'writers', 'rewrite']
+           'graph_of', 'seats', 'draw_of', 'Channels', 'writers', 'rewrite', 'gate_hook', 'called_with_input',
+           'gate_places', 'gated']
 
 # %% ../../nbs/structured/40_groups.ipynb #306c332e
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 import numpy as np
 import torch
-from torch import nn
-from ..core.inputs import BadInput, first_batch, forward, runner
-from ..core.space import Layer, layers_of, matches, space
+from torch import nn, Tensor
+from ..core.inputs import BadInput, first_batch, forward, in_mode, runner, seeded
+from ..core.space import Layer, layers_of, matches, pairs, space
+from ..core.stats import untrained
 from .surgery import cut_and_compare, cut_if_it_fits, few, kept_slices, mask_out, rehearsed, said
-from .trace import covers, fixed, observe, settle
+from .trace import LISTENING, covers, fixed, observe, settle
 
 # %% ../../nbs/structured/40_groups.ipynb #cebc1e38
 def components(n:int, a:np.ndarray, b:np.ndarray)->np.ndarray: # (n,) smallest atom of each component
@@ -295,6 +299,7 @@ class Channels:
         return sum(s[torch.as_tensor(i, device=s.device)].sum(1) for s, i in rows)
 
     def apply(self, solved): # a solver may also say what the readers become, as {tensor: values} in place of new weights
+        solved = dict(pairs(solved))
         rewrite(self.model, {n: t for new, _ in solved.values() if isinstance(new, dict) for n, t in new.items()})
         self.kept = {n: self.kept[n] & solved[n][1].cpu() for n in self.groups}
         mask_out(self.model, kept_slices(self.model, self.groups, self.kept))
@@ -305,6 +310,7 @@ class Channels:
         if self.cuts: cut_and_compare(self.model, self.cuts, lambda: self.run(self.model, self.example), exact)
 
     def slices(self): return self.cuts
+    def gate(self, factor): return gated(self, factor)
 
     @staticmethod
     def restore(model, plan): cut_if_it_fits(model, plan.slices)
@@ -323,3 +329,58 @@ def rewrite(model:nn.Module, values:dict)->None: # {parameter or buffer: values}
     "Write what a solver found for the layers that read the channels."
     named = dict(model.named_parameters()) | dict(model.named_buffers()) if values else {}
     for n, t in values.items(): named[n].data.copy_(t)
+
+# %% ../../nbs/structured/40_groups.ipynb #a135d4f7
+def gate_hook(factor,       # () -> (units,) factors, or None for no gate
+              width:int,    # columns of the layer that reads
+              index:Tensor, # (units, columns of each)
+              axis:int,     # where the channels of its input lie, counted from the end
+    ): # a forward pre-hook
+    "Multiply the input of a layer by the factors of the units that it reads."
+    def hook(module, args):
+        f = factor() if args else None
+        if f is None: return
+        spread = f.repeat_interleave(index.shape[1])
+        line = torch.ones(width, dtype=f.dtype, device=f.device).index_put((index.flatten(),), spread)
+        line = line.repeat(args[0].shape[axis] // width)   # grouped convolutions read every column several times
+        return (args[0] * line.to(args[0].dtype).view(-1, *[1] * (-axis - 1)), *args[1:])
+    return hook
+
+def called_with_input(space, homes:dict)->set: # {parameter: module}; the parameters
+    "The layers that are called as modules, with their input as an argument, on the example."
+    seen = set()
+    def listen(p): return lambda module, args: seen.add(p) if args else None
+    hooks = [m.register_forward_pre_hook(listen(p)) for p, m in homes.items()]
+    try:
+        with seeded(0), torch.no_grad():
+            with in_mode(space.model, False): space.run(space.model, space.example)
+            if seen != {*homes}:   # some layers run in training only
+                with suppress(Exception), untrained(space.model): space.run(space.model, space.example)
+    finally:
+        for h in hooks: h.remove()
+    return seen
+
+# %% ../../nbs/structured/40_groups.ipynb #a6618168
+def gate_places(space)->list: # [(group, parameter, dimension, module)]
+    "Where the gates of a space act; raises `BadInput` for a layer that reads a channel in a place where no gate can act."
+    known = nn.Linear, nn.modules.conv._ConvNd
+    places = [(n, p, d, space.model.get_submodule(p.rpartition(".")[0])) for n, g in space.groups.items() for p, d in g.consumes]
+    takes = {p: m for _, p, _, m in places if isinstance(m, known) or type(m).__name__ == "Conv1D"}
+    seen = called_with_input(space, takes)
+    for n, p, _, m in places:
+        if p not in seen:
+            raise BadInput(f"channels of {n!r} are read by {p!r}, which {type(m).__name__} does not multiply with an input of its own: "
+                           f"name {n!r} in skip=, or choose a method without gates")
+    return places
+
+@contextmanager
+def gated(space, factor): # `factor(group)` -> (units,) factors, or None for a group without a gate; yields nothing
+    "Inside, every layer that reads a unit of a space gets it multiplied by a factor; raises `BadInput` where that is impossible."
+    weights = dict(space.model.named_parameters())
+    with ExitStack() as stack:
+        for way in LISTENING: stack.enter_context(way(space.model))   # attention then calls its output projection
+        for n, p, d, module in gate_places(space):
+            index = torch.as_tensor(space.groups[n].members[p, d], device=weights[p].device)
+            hook = gate_hook(partial(factor, n), weights[p].shape[d], index, 1 - weights[p].dim())
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield

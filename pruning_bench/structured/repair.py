@@ -9,13 +9,14 @@ __all__ = ['recalibrate', 'norms_behind', 'home_of', 'Reader', 'consumers', 'by_
 
 # %% ../../nbs/structured/49_repair.ipynb #045f9a50
 from dataclasses import dataclass
-from functools import partial, update_wrapper
+from functools import partial
 from types import SimpleNamespace
 import torch
 from torch import nn, Tensor
+from ..core.driver import take
 from ..core.inputs import BadInput, in_mode, runner
-from ..core.method import Method, register, take
-from ..core.recover import recovery, renew_norms
+from ..core.method import Method, register
+from ..core.recover import Recovery, recovery, renew_norms
 from ..core.score import magnitude, score
 from ..core.solve import solver
 from ..core.space import Layer, layers_of, order_of
@@ -24,12 +25,11 @@ from ..core.stats import features, listen, provider
 # %% ../../nbs/structured/49_repair.ipynb #0c06e9a7
 @recovery
 def recalibrate(examples:int=256, # to estimate from
-    ): # a recovery without labels, gradients and steps
+    )->Recovery: # without labels, gradients and steps
     "Estimate the running statistics of every batch norm again, from nothing."
     def estimate(model, data, loss, part=1.):
         renew_norms(model, take(data, examples), runner(loss))
-    estimate.steps, estimate.reads, estimate.name = 0, True, "recalibrate"
-    return estimate
+    return Recovery(estimate, reads=True)
 
 # %% ../../nbs/structured/49_repair.ipynb #78190051
 def norms_behind(space)->dict: # {module: (module of the batch norm, the batch norm)}
@@ -176,7 +176,7 @@ def obspa(stream:bool=False, # also cut the channels of residual streams
           damp:float=.01,    # see `rooted`
     ):
     "Channels that refitted neighbours replace best are removed; readers are refitted, batch norms recalibrated, nothing is trained."
-    return Method(space="channels", score=channel_obs, solve=update_wrapper(partial(compensate, damp=damp), compensate), recover=recalibrate(), options={"stream": stream})
+    return Method(space="channels", score=channel_obs, solve=compensate.configured(damp=damp), recover=recalibrate(), options={"stream": stream})
 
 # %% ../../nbs/structured/49_repair.ipynb #f9a3a0ce
 def folded_filters(space, group, norms:dict)->tuple: # filters (units, weights) and constants (units, producers), batch norms folded in
@@ -248,4 +248,4 @@ def thinet(stream:bool=False, # also cut the channels of residual streams
            damp:float=.01,    # see `rooted`
     ):
     "Greedy search for the channels whose readers miss them least, then a least-squares refit."
-    return Method(space="channels", score=thinet_order, solve=update_wrapper(partial(compensate, damp=damp), compensate), options={"stream": stream})
+    return Method(space="channels", score=thinet_order, solve=compensate.configured(damp=damp), options={"stream": stream})

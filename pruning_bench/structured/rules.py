@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['convolution', 'depthwise', 'filters', 'backwards', 'meet', 'broadcast', 'pointwise', 'batch_norm', 'contract',
            'product', 'product_and_bias', 'permute', 'add', 'over', 'reduction', 'softmax', 'along', 'blocks',
-           'constant', 'strided', 'reshape', 'left_open', 'cat', 'stack', 'split', 'halves', 'pick', 'expand', 'pad',
-           'spatial', 'shuffled', 'unshuffled', 'dealt', 'gated', 'ordered', 'complex_numbers', 'into_piece', 'cropped',
-           'gathered', 'recurrent', 'cell', 'group_norm', 'layer_norm', 'bag', 'direction_and_length', 'weighed', 'dot',
-           'embedding', 'attention']
+           'constant', 'reshape', 'left_open', 'like_a_view', 'nested', 'passes', 'strided', 'cat', 'stack', 'split',
+           'halves', 'pick', 'expand', 'pad', 'spatial', 'shuffled', 'unshuffled', 'dealt', 'gated', 'ordered',
+           'complex_numbers', 'into_piece', 'cropped', 'gathered', 'recurrent', 'cell', 'group_norm', 'layer_norm',
+           'bag', 'direction_and_length', 'weighed', 'dot', 'embedding']
 
 # %% ../../nbs/structured/38_rules.ipynb #58e840f7
 import math, re
@@ -164,13 +164,6 @@ def blocks(old, new)->list: # [(axes of the old shape, axes of the new one)]
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "size", "is_nonzero", "_local_scalar_dense", "equal")
 def constant(g, outs, a): return [[] for _ in outs]
 
-@rule("as_strided")
-def strided(g, outs, a):
-    "A view in disguise, where it keeps the order of memory."
-    try: same = torch.empty_strided(a.self.shape, a.self.stride(), device="meta").view(a.size).stride() == tuple(a.stride)
-    except RuntimeError: same = False
-    return reshape(g, outs, a) if same and a.storage_offset in (None, a.self.storage_offset()) else unknown(g, outs, a)
-
 # %% ../../nbs/structured/38_rules.ipynb #e36eb398
 @rule("view", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias")
 def reshape(g, outs, a):
@@ -202,6 +195,42 @@ def left_open(g, new)->int: # an axis, or -1
     elif g.call in ("view", "reshape") and len(asked) == len(new): first = [0]
     else: return -1
     return first[0] % (len(new) - len(asked) + 1) + asked.index(-1) if -1 in asked else -1
+
+# %% ../../nbs/structured/38_rules.ipynb #547973c4
+def like_a_view(x:Tensor, y:Tensor)->bool: # two tensors on one memory
+    "Whether a view of the first tensor has the strides of the second."
+    try: return torch.empty_strided(x.shape, x.stride(), device="meta").view(y.shape).stride() == y.stride()
+    except RuntimeError: return False
+
+def nested(x:Tensor)->bool:
+    "Whether every axis lies within one step of the next larger one, so that a place in memory has one index."
+    axes = sorted((s, n) for n, s in zip(x.shape, x.stride()) if n > 1)
+    return all(s * n <= wide and wide % s == 0 for (s, n), (wide, _) in zip(axes, axes[1:]))
+
+def passes(x:Tensor, y:Tensor, # a nested tensor, and one on the same memory
+           d:int,              # an axis of both
+           shift:int,          # places in memory between their first entries
+    )->bool:
+    "Whether position i of an axis is read at position i, for all positions of the other axes."
+    if (y.shape[d], y.stride(d)) != (x.shape[d], x.stride(d)): return False
+    step = x.stride(d)
+    period = min((s for n, s in zip(x.shape, x.stride()) if n > 1 and s > step), default=2**62)
+    rest = np.array([shift % period])
+    for e in range(y.dim()):
+        if e != d: rest = np.unique((rest[:, None] + np.arange(y.shape[e]) * y.stride(e)) % period)
+    return bool((rest < step).all())
+
+@rule("as_strided")
+def strided(g, outs, a):
+    "A view where memory is read in its order; otherwise axes that are read position by position, and fixed ones."
+    x, y = a.self, outs[0]
+    shift = 0 if a.storage_offset is None else a.storage_offset - x.storage_offset()
+    if shift == 0 and like_a_view(x, y): return reshape(g, outs, a)
+    if x.dim() != y.dim() or not nested(x): return unknown(g, outs, a)
+    left = g.of(x)
+    for d in range(x.dim()):
+        if not passes(x, y, d, shift): left = [h for f in left for h in pin(g, f, d, "is read in steps")]
+    return left
 
 # %% ../../nbs/structured/38_rules.ipynb #c2fc3e9b
 @rule("cat")
@@ -426,7 +455,3 @@ def dot(g, outs, a):
 def embedding(g, outs, a):
     g.mark("produces", vector(g, a.weight, 1))
     return [*(f[..., None] for f in g.of(a.indices)), *(f.reshape([1] * a.indices.dim() + [-1]) for f in g.of(a.weight) if f.shape[1] > 1)]
-
-@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-      "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps", "_scaled_dot_product_fused_attention_overrideable")
-def attention(g, outs, a): return give_up(g, outs, [a.query, a.key, a.value], "lies inside attention")

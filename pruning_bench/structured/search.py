@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
-from ..core.allocate import ALLOCATORS, allocator
+from ..core.allocate import allocator, allocator_factory
 from ..core.inputs import BadInput, first_batch, forward, in_mode, runner, seeded
 from ..core.method import Method, register
 from ..core.schedule import linear
 from ..core.score import magnitude, random, score
-from ..core.space import drop_blocks, matches, order_of, passthrough, prunable, space
+from ..core.space import drop_blocks, matches, order_of, pairs, passthrough, prunable, space
 from ..core.stats import provider, untrained
 from .blocks import watch
 from .surgery import said
@@ -140,7 +140,7 @@ class Residuals:
         return torch.stack([sum(s.float().sum() for n, s in leaf.items() if n.startswith(f"{p}.{i}.".lstrip("."))) for p, i in self.units])
 
     def apply(self, solved):
-        self.kept = self.kept & solved[self.names()[0]][1].cpu()
+        self.kept = self.kept & dict(pairs(solved))[self.names()[0]][1].cpu()
         for i in (~self.kept).nonzero().flatten().tolist():
             if i not in self.hooks: self.hooks[i] = self.all[i].register_forward_hook(passthrough, with_kwargs=True)
 
@@ -329,9 +329,10 @@ def once(space, scores:dict, find): # `find()` -> anything
     if getattr(space, "searched", (None,))[0] is not scores: space.searched = scores, find()
     return space.searched[1]
 
+@allocator_factory(needs=["calibration"])
 def emo(rounds:int=10, people:int=16, # generations, and members of each
         parts:int=2,                  # consecutive sub-networks, evolved one after the other
-    ): # an allocator
+    ): # (scores, keep, space, stats) -> {group: fraction}
     "Widths by evolution, for least change of the output (after Chen et al., 2023)."
     def search(scores, keep, space, stats):
         size, total = sizes(scores, keep, space, "emo")
@@ -343,12 +344,9 @@ def emo(rounds:int=10, people:int=16, # generations, and members of each
                     found.append([(sum(mine.values()), 0., mine), *evolved(mine, hurt, rounds, people)])
             return found
         return shares(whole(joined(once(space, scores, lambda: fronts([])), total), size, total), scores)
-    search.needs, search.name = frozenset({"calibration"}), "emo"
     return search
 
 # %% ../../nbs/structured/50_search.ipynb #abd2d124
-ALLOCATORS["emo"] = emo()
-
 @register("An EMO Joint Pruning with Multiple Sub-networks: Fast and Effect", "arXiv:2303.16212", 2023, "structured")
 def emo_pms(rounds:int=10,  # generations
             people:int=16,  # members of a generation

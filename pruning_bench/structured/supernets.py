@@ -13,9 +13,11 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from ..core.allocate import allocator_factory
 from ..core.inputs import as_loss
 from ..core.method import Method, register
-from ..core.recover import finetune, renew_norms
+from ..core.part import part_factory
+from ..core.recover import Preparation, finetune, renew_norms
 from ..core.score import magnitude, score, unit_scores
 from ..core.stats import provider
 from .search import dressed, fresh, gated, once, places, shares, sizes, whole
@@ -67,9 +69,10 @@ def stepping(model:nn.Module, draw): # `draw(step)` is called before every train
     finally: handle.remove()
 
 # %% ../../nbs/structured/56_supernets.ipynb #b9f94c3f
+@part_factory(Preparation, trains=True)
 def shrink(part:float, # of the gradient that comes from the full network
            phase:float, # fraction of the training after which the narrowest widths are allowed
-    ): # a `prepare` for a `Method`
+    ): # (method, space, keep, train) -> None
     "Train with other widths at every step, from the full network down, taught by the full network."
     def prepare(method, space, keep, train):
         teacher, space.order = copy.deepcopy(space.model).eval().requires_grad_(False), ranked(space)
@@ -78,7 +81,6 @@ def shrink(part:float, # of the gradient that comes from the full network
                 low = 1 - (1 - keep / 2) * min(1., step / max(1, phase * train.steps))
                 for n, g in gates.items(): g.copy_(space.order[n] < max(1, round((low + (1 - low) * torch.rand(()).item()) * len(g))))
             with distilled(space.model, teacher, part), stepping(space.model, draw): train(1.)
-    prepare.trains, prepare.name = True, "shrink"
     return prepare
 
 # %% ../../nbs/structured/56_supernets.ipynb #68e57e56
@@ -95,7 +97,10 @@ def moved(count:dict, size:dict)->dict: # {group: units}, with the same sum
     return {**count, a: count[a] - n, b: count[b] + n}
 
 # %% ../../nbs/structured/56_supernets.ipynb #e1db596f
-def best_widths(rounds:int, people:int): # an allocator: generations, and members of each
+@allocator_factory(needs=["trial"])
+def best_widths(rounds:int=6,  # generations
+                people:int=16, # members of each
+    ): # (scores, keep, space, stats) -> {group: fraction}
     "Of all widths with the right sum, the one whose network has the smallest loss, by mutation and selection."
     def search(scores, keep, space, stats):
         size, total = sizes(scores, keep, space, "best_widths")
@@ -113,15 +118,14 @@ def best_widths(rounds:int, people:int): # an allocator: generations, and member
                 herd += [moved(herd[i % len(herd)], size) for i in range(people)] if len(size) > 1 else []
                 herd = sorted({tuple(c.values()): c for c in herd}.values(), key=cost)[:max(1, people // 4)]
         return shares(herd[0], scores)
-    search.needs, search.name = frozenset({"trial"}), "best_widths"
     return search
 
 # %% ../../nbs/structured/56_supernets.ipynb #3b57ee75
 def norms_again(passes:int=8): # a `between` for a `Method`: batches to look at
     "When no cut is left, measure the batch norms; nothing is trained."
-    def after(model, start, train, n, left):
+    def measure_norms(model, start, train, n, left):
         if not left: renew_norms(model, itertools.islice(train.data, passes))
-    return after
+    return measure_norms
 
 # %% ../../nbs/structured/56_supernets.ipynb #70e3edf9
 @register("Once-for-All: Train One Network and Specialize it for Efficient Deployment", "arXiv:1908.09791", 2020, "structured")
@@ -198,7 +202,8 @@ class Widths:
         return mixture(self.size[n], self.options[n][two].tolist(), p)
 
 # %% ../../nbs/structured/56_supernets.ipynb #f594ff1b
-def transform(share:float, choices:int, reach:float, weight:float): # a `prepare` for a `Method`
+@part_factory(Preparation, trains=True)
+def transform(share:float, choices:int, reach:float, weight:float): # (method, space, keep, train) -> {"teacher": dense network}
     "Learn widths with a share of the training; the weights return to what they were."
     def prepare(method, space, keep, train):
         teacher, before, space.order = copy.deepcopy(space.model).eval().requires_grad_(False), copy.deepcopy(space.model.state_dict()), ranked(space)
@@ -207,7 +212,6 @@ def transform(share:float, choices:int, reach:float, weight:float): # a `prepare
         space.model.load_state_dict(before)
         space.found = {n: float(o[search.likely(n).argmax()]) for n, o in search.options.items()}
         return {"teacher": teacher}
-    prepare.trains, prepare.name = True, "transform"
     return prepare
 
 # %% ../../nbs/structured/56_supernets.ipynb #a86a3fda
@@ -218,10 +222,10 @@ def as_found(scores:dict, keep:float, space)->dict: # {group: fraction}
 
 def taught(share:float, part:float, temperature:float): # a `between` for a `Method`
     "When no cut is left, spend a share of the training with the dense network as the teacher."
-    def after(model, start, train, n, left):
+    def train_with_teacher(model, start, train, n, left):
         if left: return
         with distilled(model, start["teacher"], part, temperature): train(share)
-    return after
+    return train_with_teacher
 
 # %% ../../nbs/structured/56_supernets.ipynb #0c934653
 @register("Network Pruning via Transformable Architecture Search", "arXiv:1905.09717", 2019, "structured")

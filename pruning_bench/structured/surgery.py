@@ -240,7 +240,9 @@ def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: #
         same = all(map(close if exact and not any(t.isnan().any() for t in before) else alike_in_shape, before, outputs(model, run)))
     finally:
         if not same: put_back(state)
-    if not same: raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes; they are masked, not removed: name the layers concerned in skip=")
+    if not same:
+        raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes, so nothing is removed: "
+                       "name the layers concerned in skip=")
     for m in model.modules():
         if held_names(m) and all(getattr(c, f"{a}_mask").all() for c in m.modules() for a in held_names(c)): release(m)
 

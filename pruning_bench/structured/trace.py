@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core.inputs import forward, in_mode, move, seeded
+from ..core.registry import Registry
 
 # %% ../../nbs/structured/37_listening.ipynb #d29caf0c
 def fixed(n:int)->np.ndarray: # (n,) zeros
@@ -112,12 +113,14 @@ def apart(g:Graph, t:Tensor, *dims)->list: # of arrays
     return [f for f in g.of(t) if all(f.shape[d] == 1 for d in dims)]
 
 # %% ../../nbs/structured/37_listening.ipynb #b7c53457
-RULES = {}   # operation -> function(graph, outputs, arguments) -> atoms of the output(s)
+RULES = Registry("operation rule", group="")   # operation -> function(graph, outputs, arguments) -> atoms of the output(s)
 
-def rule(*names): # ATen names without overload and trailing underscore
-    "Register a rule."
+def rule(*names,                # ATen names without overload and trailing underscore
+         replaces:bool=False,   # whether the rule of another function may be replaced
+    ): # a decorator
+    "Register a rule for some operations; raises `BadInput` where one of them has a rule of another function."
     def mark(fn):
-        RULES.update(dict.fromkeys(names, fn))
+        for name in names: RULES.add(name, fn, replaces=replaces)
         return fn
     return mark
 
@@ -126,7 +129,9 @@ def record(g:Graph, func, args, kwargs, out)->None:
     names = [s.name for s in func._schema.arguments]
     op = func._schema.name.split("::")[1].rstrip("_")
     known = RULES.get(op) or torch.Tag.pointwise in func.tags and RULES.get("pointwise") or RULES["unknown"]
-    if func._schema.is_mutable and partial(args[0]): known = RULES["piece" if func._schema.name.endswith("_") and known in (RULES.get("pointwise"), RULES.get("add")) else "into_part"]
+    if func._schema.is_mutable and partial(args[0]):
+        elementwise = func._schema.name.endswith("_") and known in (RULES.get("pointwise"), RULES.get("add"))
+        known = RULES["piece" if elementwise else "into_part"]
     tell(g, known, op, {s.name: s.default_value for s in func._schema.arguments} | dict(zip(names, args)) | kwargs, out)
 
 def tell(g:Graph, known, op:str, given:dict, out)->None:

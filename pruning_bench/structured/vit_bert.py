@@ -13,8 +13,8 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.allocate import global_, winners
-from ..core.inputs import BadInput, batch_loss, forward, in_mode
+from ..core.allocate import allocator_factory, global_, winners
+from ..core.inputs import BadInput, BatchLoss, batch_loss, forward, in_mode
 from ..core.method import Method, register
 from ..core.pattern import Pattern, count_of, pattern
 from ..core.score import magnitude, score
@@ -38,8 +38,9 @@ def module_of(name:str,            # of a parameter
     return f"{block if scope == 'block' else block.rpartition('.')[0]} {role}"
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #2505c90b
+@allocator_factory()
 def module_share(scope:str="block", # "layer", "block" or "stage"
-    ): # an allocator
+    ): # (scores, keep, space) -> {layer: fraction}
     "One ranking over the network, by the share of a weight in its module."
     def cut(scores, keep, space):
         rooms, shares = {}, {}
@@ -63,7 +64,7 @@ def dimap(scope:str="block", # what a weight is compared with: the weights of it
 @provider()
 def energy_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
     "Mean gradient of the mean squared output in evaluation mode: no label is read."
-    if getattr(loss, "runs_model", False): raise BadInput("this method reads outputs of the model on data=, but the loss runs the model itself: choose another score, for instance 'magnitude'")
+    if isinstance(loss, BatchLoss): raise BadInput("this method reads outputs of the model on data=, but the loss runs the model itself: choose another score, for instance 'magnitude'")
     with in_mode(space.model, False): return mean_gradient(space, batches, batch_loss(lambda model, batch: answer(model, batch).square().mean()))
 
 @score(needs=("energy_grad",))
@@ -119,7 +120,10 @@ def slopes(d)->list: # of the lower hull, one per step, rising
     return [s for s, n in pools for _ in range(n)]
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #4bd5aeba
-def equal_slope(rows:int, columns:int): # of a tile -> an allocator
+@allocator_factory(needs=["energy_grad"])
+def equal_slope(rows:int=4,    # height of a tile
+                columns:int=4, # width of a tile
+    ): # (scores, keep, space, stats) -> {layer: fraction}
     "Tiles leave in the order of the slopes of all layers' distortion curves; one tile of every layer stays."
     def trade(scores, keep, space, stats):
         if space.unit != "weight": raise BadInput(f"equal slopes are for tiles of weights, and this space has {space.unit}s: choose another allocation")
@@ -135,7 +139,6 @@ def equal_slope(rows:int, columns:int): # of a tile -> an allocator
         for _, _, n in sorted(steps):
             if size[n] <= extra: count[n] -= 1; extra -= size[n]
         return {n: count[n] * size[n] / scores[n].numel() for n in scores}
-    trade.needs = frozenset({"energy_grad"})
     return trade
 
 @register("LPViT: Low-Power Semi-structured Pruning for Vision Transformers", "arXiv:2407.02068", 2024, "structured")
