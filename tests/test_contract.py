@@ -10,14 +10,14 @@ from torch import nn
 from pruning_bench import BadInput, build, methods, prune
 from pruning_bench.core.allocate import global_
 from pruning_bench.core.mask import masks_of
-from pruning_bench.core.method import CARDS
+from pruning_bench.core.method import METHODS
 from pruning_bench.core.pattern import count_of
 
 SMALL = {"steps": 3, "rounds": 3, "epochs": 2, "runs": 2}   # settings that make a method short, where it has them
 
 
 def settings_of(name):
-    return {k: v for k, v in SMALL.items() if k in inspect.signature(CARDS[name].build).parameters}
+    return {k: v for k, v in SMALL.items() if k in inspect.signature(METHODS[name].build).parameters}
 
 
 class Residual(nn.Module):
