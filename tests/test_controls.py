@@ -10,7 +10,7 @@ from pruning_bench.bench.run import ARMS, attempt, by_method, longer
 from pruning_bench.bench.suites import with_controls
 from pruning_bench.bench.runner import Job
 from pruning_bench.bench.tasks import task
-from pruning_bench.core.method import CARDS, build
+from pruning_bench.core.method import METHODS, build
 from pruning_bench.core.recover import finetune, none
 
 
@@ -109,7 +109,7 @@ def test_the_lottery_of_unlike_units_holds_at_every_budget(world):
 
 REFUSED = {"obs": "more than 2500", "polarize": "cannot be left out"}   # too large for one, blocks that change shapes for the other
 
-@pytest.mark.parametrize("method", [m for m, c in CARDS.items() if c.family == "weight" and m != "imp"])
+@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.family == "weight" and m != "imp"])
 def test_every_weight_method_has_its_lottery(world, method):
     settings = {"skip": ["stem*"]} if build(method).pattern.fixed else {}   # one input channel is no group of four
     if method in REFUSED:

@@ -12,7 +12,7 @@ from pruning_bench.core.memory import peak_memory
 from pruning_bench.bench.speed import Package, energy, gpu_joules, in_turns, latency, packages, shown, steady, stopwatch, summary
 from pruning_bench.core import memory
 from pruning_bench.core.inputs import BadInput
-from pruning_bench.core.method import prune
+from pruning_bench.core.driver import prune
 
 MB = 2**20
 CPU = torch.device("cpu")

@@ -142,7 +142,7 @@ def test_digests_are_the_same_in_another_process():
 @each
 def test_retraining_is_a_fraction_of_training(name):
     t = task(name)
-    assert getattr(t.recover, "steps", 0) <= .25 * t.train.steps
+    assert t.recover.steps <= .25 * t.train.steps
 
 def test_splits_are_disjoint_and_stratified():
     images = [embedded.digits(s)[0].flatten(1) for s in ("train", "validation", "test")]

@@ -10,7 +10,7 @@ from torch import nn
 from pruning_bench.bench import encoder, language
 from pruning_bench.bench.tasks import TASKS, dense_outputs, outputs, weights_key
 from pruning_bench.core.inputs import BadInput, as_loss
-from pruning_bench.core.method import prune
+from pruning_bench.core.driver import prune
 
 LANGUAGE = ["stories-llama", "stories-llama@smoke", "stories-llama@full", "stdlib-llama", "stdlib-llama@smoke", "stdlib-llama@full"]
 ENCODER = ["encoder-sst2", "encoder-sst2@smoke", "encoder-sst2@full"]

@@ -18,7 +18,7 @@ import seaborn as sns
 from ..core.inputs import BadInput
 from .entry import SCHEMA, read_entries, write_json
 from .statistics import pareto, rank_intervals
-from .tasks import known
+from .tasks import TASKS
 
 # %% ../../nbs/bench/96_board.ipynb #48431efe
 STAGES = {"after_prune": "no retraining", "after_recover": "retrained", "from_scratch": "trained under the mask"}
@@ -156,7 +156,7 @@ TRACKS = {"cnn": "Classifiers", "llm": "Language models", "diffusion": "Diffusio
 
 def heading(rows:pd.DataFrame)->str: # one line about the dense model
     "What a board is about."
-    task = known().get(rows.task.iloc[0])
+    task = TASKS.get(rows.task.iloc[0])
     return f"{task.about if task else rows.task.iloc[0]}; dense {rows.metric.iloc[0]} {spread(pd.Series({'value': rows.dense.mean(), 'sd': math.nan}))}"
 
 # %% ../../nbs/bench/96_board.ipynb #af8ce711
