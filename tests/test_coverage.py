@@ -45,7 +45,7 @@ def three(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6,
 def test_the_golden_rule_notices_wrong_readers_and_leaves_the_model_alone():
     model, x = three()
     groups, before = Channels(model, [x]).groups, {k: v.clone() for k, v in model.state_dict().items()}
-    assert unread_error(model, x, groups) < 1e-6
+    assert unread_error(model, x, groups) < 1e-5
     groups["0.weight"].members["2.weight", 1] = (groups["0.weight"].members["2.weight", 1] + 1) % 8   # readers of the neighbours
     assert unread_error(model, x, groups) > .01
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -107,7 +107,7 @@ def test_gradients_are_dense_and_match_autograd_on_every_layout():
     release(twin)
     F.cross_entropy(twin(x), y).backward()
     for name, layer in prunable(twin).items():
-        assert torch.allclose(got[name], layer.matrix(layer.weight.grad), atol=1e-7), name
+        assert torch.allclose(got[name], layer.matrix(layer.weight.grad), atol=1e-6), name
         dead = layer.read() == 0
         assert dead.any() and got[name][dead].abs().max() > 0
         assert (prunable(net)[name].weight.grad[prunable(net)[name].weight == 0] == 0).all()   # what the optimiser sees is masked
@@ -161,7 +161,7 @@ def test_gradients_of_a_view_are_those_of_the_trained_weight():
         F.cross_entropy(net(x), y).backward(); opt.step()
     for layer in prunable(twin).values(): layer.weight.data /= 2
     F.cross_entropy(twin(x), y).backward()
-    for name, layer in prunable(twin).items(): assert torch.allclose(got[0][name], layer.matrix(layer.weight.grad) / 2, atol=1e-7)
+    for name, layer in prunable(twin).items(): assert torch.allclose(got[0][name], layer.matrix(layer.weight.grad) / 2, atol=1e-6)
 
 
 def test_nobody_listens_afterwards_nor_to_copies():

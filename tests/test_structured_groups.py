@@ -156,7 +156,7 @@ def test_units_have_no_order(make):
     try: groups = Channels(model, [batch], stream=True).groups.values()
     except BadInput: pytest.skip("nothing to prune")
     before = out(model, batch)   # norms of LLaMA compute in single precision whatever the model
-    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-6 * before.abs().max()
+    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-5 * before.abs().max()
 
 @pytest.mark.parametrize("middle, why", [(nn.LayerNorm(8), "layer norm"), (nn.LayerNorm(8, elementwise_affine=False), "layer norm"), (nn.RMSNorm(8), "RMS norm"),
                                          (nn.RMSNorm(8, elementwise_affine=False), "RMS norm"), (nn.Softmax(-1), "softmax")])
@@ -536,7 +536,7 @@ def test_weights_that_are_computed_from_others(budget, tmp_path):
     model, batch = ready(lambda: (computed(), IMAGE))
     assert {g.name: g.why for g in coupling(model, batch).groups} == {"0.parametrizations.weight.original": "a product with a vector", "2.parametrizations.weight.original1": "weight norm"}
     before, groups = out(model, batch), Channels(model, [batch], stream=True).groups.values()
-    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-6 * before.abs().max()
+    assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-5 * before.abs().max()
     fresh = copy.deepcopy(model)
     plan = prune(model, "l1-filter", budget, data=[batch])
     small = model[2].parametrizations.weight

@@ -189,7 +189,7 @@ def test_seeds_change_calibration_and_order_but_not_the_text_they_come_from(data
 def test_the_published_anchor(data_dir):
     task = TASKS["stories-llama"]
     got = task.evaluate(task.dense())
-    assert task.accepts(got["perplexity"]) and round(got["nll"], 4) == 1.5986
+    assert task.accepts(got["perplexity"]) and abs(got["nll"] - 1.5986) < 1e-4
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [.5, "2:4"])
@@ -233,7 +233,7 @@ def test_window_protocol_on_a_local_model(data_dir, offline):
     assert model.lm_head.weight is model.model.embed_tokens.weight and sum(p.numel() for p in model.parameters()) == 260_032
     got = task.evaluate(model)
     by_hand = sum(model(input_ids=x[None], labels=x[None]).loss.item() * 512 for x in w[:4]) / (4 * 512)   # SparseGPT's sum
-    assert outputs(task, model)["nll"][:4].mean().item() == pytest.approx(by_hand, rel=1e-5) and 100 < got["perplexity"] < 300
+    assert outputs(task, model)["nll"][:4].mean().item() == pytest.approx(by_hand, rel=1e-4) and 100 < got["perplexity"] < 300
     assert task.calibration(0)[0]["input_ids"].shape == (8, 512) and sum(len(b["input_ids"]) for b in task.calibration(0)) == 16
 
 def test_calibration_articles_are_not_evaluated(data_dir, offline):
@@ -291,7 +291,7 @@ def test_pooling_ignores_padding():
     net = encoder.Classifier(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50).eval()
     rows = [[3, 9, 4], [7, 8, 9, 10, 11, 4], [5]]
     together = net(**encoder.padded(rows))
-    assert torch.allclose(together, torch.cat([net(**encoder.padded([r])) for r in rows]), atol=1e-6)
+    assert torch.allclose(together, torch.cat([net(**encoder.padded([r])) for r in rows]), atol=1e-5)
 
 @pytest.mark.parametrize("seed", range(20))
 def test_batches_by_length_are_a_partition(seed):

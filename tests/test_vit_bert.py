@@ -173,7 +173,7 @@ def test_settling_is_exact_when_the_choice_is_one():
     assert [u.tolist() for u in usage] == [[0, 0, 0, 12], [0, 12, 0, 0]]
     before = sum(p.numel() for p in model.parameters())
     settled(model, usage)
-    assert torch.allclose(routed, model(**words()).last_hidden_state, atol=1e-6)
+    assert torch.allclose(routed, model(**words()).last_hidden_state, atol=1e-5)
     lost = 2 * (3 * 24 * 33 + 33 * 4)   # three projections lose 24 rows and biases; the router of 4 heads goes
     assert before - sum(p.numel() for p in model.parameters()) == lost
 
@@ -197,7 +197,7 @@ def test_one_expert_layer_by_hand():
         h = int(e.router(x[i, 0]).argmax())
         q, k, v = (m(x[i])[:, 3 * h:3 * h + 3] for m in (e.query, e.key, e.value))
         said = (q @ k.T / 3**.5).softmax(-1) @ v
-        assert torch.allclose(out[i], e.norm(x[i] + e.expand(said)), atol=1e-6)
+        assert torch.allclose(out[i], e.norm(x[i] + e.expand(said)), atol=1e-5)
 
 
 def test_only_bert_layers_become_experts():
