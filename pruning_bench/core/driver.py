@@ -66,7 +66,8 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     readers = [PROVIDERS[n] for n in method.needs]
     if method.recover.steps and not method.recover.outside or any(r.reads_loss for r in readers):
         with torch.no_grad(), in_mode(space.model, False): as_loss(loss)(space.model, first_batch(data))
-    if method.pattern.fixed is not None and method.rule is None and method.allocate not in (uniform, as_left):
+    allocates = "allocate" in method.used and method.allocate not in (uniform, as_left)
+    if method.pattern.fixed is not None and allocates:
         warnings.warn(f"pattern {method.pattern.name} fixes the density of every layer: the allocation has no effect", stacklevel=4)
 
 def check_weights(model)->None: # raises BadInput
