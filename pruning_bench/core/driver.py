@@ -179,6 +179,7 @@ def network(model)->None: # raises BadInput
     if not isinstance(model, nn.Module):
         raise BadInput(f"a network is a torch.nn.Module, not {type(model).__name__}: pass the module itself, of a pipeline its unet or transformer")
 
+# %% ../../nbs/core/21_driver.ipynb #3d49c5fb
 PAST = weakref.WeakKeyDictionary()   # model -> what earlier calls changed in its architecture
 
 def built(model, before, data)->tuple: # (changes since the vanilla class, reference to the model); empty where the architecture is the old one
