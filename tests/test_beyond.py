@@ -1,6 +1,7 @@
 "Numbers that move and numbers that are shared: counts, identities, golden values, and what they are worth."
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,7 @@ def test_the_number_of_deltas_never_changes(net, optimizer, keep):
         before = {n: s["index"].clone() for n, s in course.state.items()}
         rule.update(course)
         seen.append({n: (before[n], s["index"].clone()) for n, s in course.state.items()})
-    course = train(model, Rule(rule.begin, rule.state, rule.view, look, 5, rule.finish), keep, recipe=finetune(40, 1e-2, optimizer))
+    course = train(model, replace(rule, update=look, every=5), keep, recipe=finetune(40, 1e-2, optimizer))
     for n, w in base.named_parameters():
         if n not in course.names: assert torch.equal(w, model.get_parameter(n)); continue
         k = int(keep * w.numel() + .5)
@@ -112,7 +113,7 @@ def test_the_gradient_heard_is_the_gradient_of_the_matrix():
     model, plain, got = mlp(), mlp(), []
     rule = sft(every=2, window=1)
     def look(course): got.append({n: dict(s["heard"]) for n, s in course.state.items()})
-    train(model, Rule(rule.begin, rule.state, rule.view, look, 2, rule.finish), .1, 2, finetune(2, 0.))
+    train(model, replace(rule, update=look, every=2), .1, 2, finetune(2, 0.))
     batch = data()[1]
     F.cross_entropy(plain(batch[0]), batch[1]).backward()
     for n, heard in got[0].items():

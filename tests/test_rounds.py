@@ -111,7 +111,8 @@ def test_learning_rate_rewinding_keeps_weights_and_repeats_the_training():
         train(two, batches(), F.cross_entropy)
     assert equal(one.state_dict(), two.state_dict())
 
-@pytest.mark.parametrize("settings, word", [(dict(rewind=-.1), "outside"), (dict(rewind=1.5), "outside"), (dict(recover=lambda model, data, loss, part=1.: None), "since"), (dict(recover="none"), "since")])
+@pytest.mark.parametrize("settings, word", [(dict(rewind=-.1), "outside"), (dict(rewind=1.5), "outside"), (dict(recover=Recovery(lambda model, data, loss, part=1.: None, steps=3)), "can resume"),
+                                            (dict(recover="none"), "give it a training")])
 def test_late_rewinding_refuses_before_work(settings, word):
     net = mlp()
     with pytest.raises(BadInput, match=word): run(net, "imp-late", **settings)

@@ -166,7 +166,7 @@ def test_silent_inputs_and_too_few_tokens():
 
 def test_repair_needs_weights():
     net = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4)) for _ in range(3)])
-    with pytest.raises(BadInput, match="repairs weights"): prune(net, solve="repair", space="blocks", data=torch.randn(4, 4))
+    with pytest.raises(BadInput, match="updates weights"): prune(net, solve="repair", space="blocks", data=torch.randn(4, 4))
 
 
 def gpt2():

@@ -66,7 +66,8 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
     readers = [PROVIDERS[n] for n in method.needs]
     if method.recover.steps and not method.recover.outside or any(r.reads_loss for r in readers):
         with torch.no_grad(), in_mode(space.model, False): as_loss(loss)(space.model, first_batch(data))
-    if method.pattern.fixed is not None and method.rule is None and method.allocate not in (uniform, as_left):
+    allocates = "allocate" in method.used and method.allocate not in (uniform, as_left)
+    if method.pattern.fixed is not None and allocates:
         warnings.warn(f"pattern {method.pattern.name} fixes the density of every layer: the allocation has no effect", stacklevel=4)
 
 def check_weights(model)->None: # raises BadInput
@@ -180,6 +181,7 @@ def network(model)->None: # raises BadInput
     if not isinstance(model, nn.Module):
         raise BadInput(f"a network is a torch.nn.Module, not {type(model).__name__}: pass the module itself, of a pipeline its unet or transformer")
 
+# %% ../../nbs/core/21_driver.ipynb #3d49c5fb
 PAST = weakref.WeakKeyDictionary()   # model -> what earlier calls changed in its architecture
 
 def built(model, before, data)->tuple: # (changes since the vanilla class, reference to the model); empty where the architecture is the old one

@@ -144,6 +144,7 @@ def thresholded(start:float, # fraction of the training before the density falls
         return Rule(state=state, view=view, update=update, finish=finish)
     return rule
 
+# %% ../../nbs/weight/29_learned_masks.ipynb #c9a93e8c
 @register("Soft Threshold Weight Reparameterization for Learnable Sparsity", "arXiv:2002.03231", 2020, "weight", stage="init")
 def str_(start:float=.1,  # fraction of the training before the density falls
          end:float=.7,    # fraction when it has fallen

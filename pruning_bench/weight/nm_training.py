@@ -150,6 +150,7 @@ def two_masks(): # a function (method, keep) -> Rule
     "The rule `both_ways`, as a part of a method."
     return lambda method, keep: both_ways()
 
+# %% ../../nbs/weight/31_nm_training.ipynb #3558b08f
 @register("Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation", "arXiv:1308.3432", 2013, "weight", stage="init")
 def nm_ste(steps:int=600, # optimiser steps
            lr:float=3e-3, # peak learning rate

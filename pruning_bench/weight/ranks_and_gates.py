@@ -243,6 +243,7 @@ def projecting(every:int,   # optimiser steps between two projections
         return Rule(begin=begin, update=update, every=every, finish=None)
     return rule
 
+# %% ../../nbs/weight/32_ranks_and_gates.ipynb #76c58973
 @register("TRP: Trained Rank Pruning for Efficient Deep Neural Networks", "arXiv:2004.14566", 2020, "weight", stage="init")
 def trp(every:int=5,       # optimiser steps between two projections
         level:float=1.,    # a layer may have a lower rank than the budget allows when that holds this share of its energy
@@ -292,6 +293,7 @@ def needed(gates:dict, # as from `new_gates`
     means = F.adaptive_avg_pool1d(x.flatten(1).unsqueeze(1), 16).squeeze(1)
     return torch.sigmoid(means @ gates["weight"][i] + gates["bias"][i])
 
+# %% ../../nbs/weight/32_ranks_and_gates.ipynb #060ee684
 def through(i:int,       # number of the block
             gates:dict,  # as from `new_gates`
             shares:dict, # {block: share of open gates}, written
@@ -331,6 +333,7 @@ def open_blocks(course)->int: # at least one
     "How many blocks stay."
     return max(1, int(course.keep * len(course.space.all) + .5))
 
+# %% ../../nbs/weight/32_ranks_and_gates.ipynb #ef212bb6
 @rule_maker()
 def consensus(budget:float, # weight of the distance between the mean share of open gates and the budget
               agree:float,  # weight of the disagreement between inputs

@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize
 
 from pruning_bench import BadInput, prune
 from pruning_bench.core.allocate import as_left, settle, winners
-from pruning_bench.core.rule import Course, Rule, along, clock, dress, move, slots, under
+from pruning_bench.core.rule import Course, Rule, RuleMaker, clock, dress, move, slots, under
 from pruning_bench.core.mask import hold, listen, masks_of, release
 from pruning_bench.core.method import METHODS, Method, register
-from pruning_bench.core.recover import finetune, rest
+from pruning_bench.core.recover import finetune
 from pruning_bench.core.schedule import cubic
 from pruning_bench.core.space import Weights, folded, order_of, prunable
 
@@ -433,7 +433,9 @@ def toward(method, keep): # magnitude along a cubic, every second step: the reco
 RULES = {"finish": MAGNITUDE, "view": DIM, "gradual": toward}
 
 
-def recipe(rule, steps=20): return Method(prepare=along(rule), allocate=as_left, between=rest, recover=finetune(steps, lr=1e-2))
+def recipe(rule, steps=20, uses=()): # of a `Rule`, or of a function (method, keep) -> Rule
+    made = RuleMaker((lambda method, keep: rule) if isinstance(rule, Rule) else rule, "under_test", uses=uses)
+    return Method(rule=made, recover=finetune(steps, lr=1e-2))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -447,7 +449,7 @@ def test_methods_are_exact_train_once_and_repeat_themselves(rule, sparsity):
         assert torch.equal(state, torch.random.get_rng_state())
     for n, layer in prunable(nets[0]).items(): assert int(plans[0].masks[n].sum()) == round((1 - sparsity) * layer.weight.numel()) == int((layer.weight != 0).sum())
     assert plans[0] == plans[1] and all(torch.equal(a, b) for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values()))
-    assert plans[0].cost["backward"] == 20 and plans[0].recipe["prepare"] == "along"
+    assert plans[0].cost["backward"] == 20 and plans[0].recipe["rule"] == "under_test"
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -481,7 +483,7 @@ def test_a_fixed_pattern_is_passed_on_without_a_warning(recwarn):
         return {n: (course.w(n), course.pattern(course.w(n).abs(), .5)) for n in course.names}
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    plan = prune(net, recipe(Rule(finish=pairs), 3), "2:4", [(torch.randn(6, 8), torch.randint(4, (6,)))], F.cross_entropy)
+    plan = prune(net, recipe(Rule(finish=pairs), 3, ("pattern",)), "2:4", [(torch.randn(6, 8), torch.randint(4, (6,)))], F.cross_entropy)
     assert seen == ["2:4"] and plan.density == .5 and not [w for w in recwarn if "allocation" in str(w.message)]
 
 
@@ -496,9 +498,13 @@ def test_the_whole_training_is_announced_to_the_rule():
 
 def test_refusals_name_the_remedy():
     with pytest.raises(BadInput, match="give it a training with recover="):
-        prune(mixed(), Method(prepare=along(Rule()), allocate=as_left, between=rest), .5, batches(), F.cross_entropy)
+        prune(mixed(), Method(rule=Rule()), .5, batches(), F.cross_entropy)
     with pytest.raises(BadInput, match="blocks"):
-        prune(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), recipe(Rule()), .5, [(torch.randn(3, 4), torch.randint(4, (3,)))], F.cross_entropy, space="blocks")
+        blocks, data = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), [(torch.randn(3, 4), torch.randint(4, (3,)))]
+        prune(blocks, recipe(Rule(view=drift)), .5, data, F.cross_entropy, space="blocks")
+    for part, value in dict(score="magnitude", allocate="global", pattern="2:4", schedule="cubic", solve="zero").items():
+        with pytest.raises(BadInput, match=f"does not read {part}="):
+            prune(mixed(), recipe(Rule()), data=batches(), loss=F.cross_entropy, **{part: value})
     net = mixed()
     with pytest.raises(BadInput, match="took 3 optimiser steps and 4 were announced"):
         with under(MAGNITUDE, Weights(net), .5, 4): train(net, 3)
@@ -528,18 +534,3 @@ def test_pieces_of_a_training_ignore_gradients_left_by_others():
         recover(net, batches(), F.cross_entropy, .2, since=.5)
         return net
     for a, b in zip(piece(False).state_dict().values(), piece(True).state_dict().values()): assert torch.equal(a, b)
-
-
-# the registry
-
-def test_names_belong_to_the_module_that_took_them():
-    def define(module):
-        def a_name_of_this_test(): "Nothing."; return Method()
-        a_name_of_this_test.__module__ = module
-        return register("A title", "folklore", 2026, "weight")(a_name_of_this_test)
-    try:
-        for module in ("here", "here", "__main__", "__main__"): define(module)
-        define("there")   # after a notebook has taken it over, it belongs to nobody
-        with pytest.raises(BadInput, match="already defined in there"): define("here")
-        assert CARDS["a-name-of-this-test"].build.__module__ == "there"
-    finally: CARDS.pop("a-name-of-this-test", None)
