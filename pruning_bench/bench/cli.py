@@ -18,7 +18,7 @@ from ..core.inputs import BadInput, choose, first_batch
 from ..core.method import FAMILIES, METHODS, methods as list_methods
 from . import board as boards, runner
 from .entry import code_digest, entry_path, write_json
-from .run import AROUND, REPLACED, frame, settled
+from .run import AROUND, REPLACED, budget_of, frame, settled
 from .suites import SUITES, with_controls
 from .tasks import cache_folder, page, task as find_task, tasks as list_tasks
 
@@ -133,6 +133,7 @@ def asked(world, method:str, sparsity, settings:dict)->tuple: # (sparsities, set
     fixed = settled(world, method, settings)[0].pattern.fixed
     sparsities, settings = read_sparsities(sparsity or [str(1 - (fixed or .5))], settings)
     settled(world, method, settings)
+    for s in sparsities: budget_of(s, settings)
     return sparsities, settings
 
 @app.command()
