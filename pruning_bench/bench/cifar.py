@@ -138,19 +138,24 @@ def classifier(name:str, about:str, build, # as in `Task`
                first:int|None=None,        # test pictures to read; None = all
                scale:str="imagenet",       # preprocessing
                size:int=128,               # pictures per batch
+               budget:str="",              # a line of the protocol: how many steps a part of the pictures is given
                **more,                     # further fields
     )->Task:                               # registered
     "A task of classifying CIFAR-10."
-    batches = stream(scale=scale, size=size, steps=train["steps"])
     calm = stream(scale=scale, size=64, steps=4, augment=False)
-    return register(Task(name, **{**dict(track="cnn", about=about, build=build, batches=batches, calibration=lambda seed: list(calm(1000 + seed)),
-        outputs=answers(scale, first), metrics=graded, behaviour=compared, metric="accuracy", higher=True, loss=F.cross_entropy, threads=2,
-        train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **again) if again else none(), examples=lambda: Pictures(scale),
-        fingerprint=lambda: digest(CIFAR10), recipe={"train": train, "recover": again, "batch": size, "augmentation": "shift by up to 4 pixels, mirror"},
-        protocol={"metrics": "accuracy, cross-entropy, worst class, calibration error", "preprocessing": f"(x / 255 - mean) / sd, {scale}: {SCALES[scale]}",
-                  "calibration": "256 training pictures, not augmented", "splits": "train 45,000, validation the last 5,000 of the training pictures, test 10,000",
-                  "test pictures": "all" if first is None else f"the first {first:,}", "CIFAR-10 train": CIFAR10["train"], "CIFAR-10 test": CIFAR10["test"]},
-        sources=(TERMS,)), **more}))
+    protocol = {"metrics": "accuracy, cross-entropy, worst class, calibration error",
+                "preprocessing": f"(x / 255 - mean) / sd, {scale}: {SCALES[scale]}",
+                "calibration": "256 training pictures, not augmented",
+                "splits": "train 45,000, validation the last 5,000 of the training pictures, test 10,000",
+                "test pictures": "all" if first is None else f"the first {first:,}",
+                "CIFAR-10 train": CIFAR10["train"], "CIFAR-10 test": CIFAR10["test"], **({"budget": budget} if budget else {})}
+    fields = dict(track="cnn", about=about, build=build, batches=stream(scale=scale, size=size, steps=train["steps"]),
+        calibration=lambda seed: list(calm(1000 + seed)), outputs=answers(scale, first), metrics=graded, behaviour=compared,
+        metric="accuracy", higher=True, loss=F.cross_entropy, threads=2, train=finetune(label=f"training {name}", **train),
+        recover=finetune(label=f"retraining {name}", **again) if again else none(), examples=lambda: Pictures(scale),
+        recipe={"train": train, "recover": again, "batch": size, "augmentation": "shift by up to 4 pixels, mirror"},
+        fingerprint=lambda: digest(CIFAR10), protocol=protocol, sources=(TERMS,))
+    return register(Task(name, **{**fields, **more}))
 
 class Pictures(torch.utils.data.Dataset):
     "The training pictures in the order in which data pruning counts them, scaled when they are asked for."
@@ -223,7 +228,8 @@ family_of("vit-tiny", "a vision transformer on 4 x 4 patches", vit, epochs(10, 1
 
 # %% ../../nbs/bench/71_cifar.ipynb #f9df33b8
 DATA = {"": (epochs(4, .1, clip=5., warmup=.05), None), "@smoke": (epochs(.2, .05), 1000), "@full": (epochs(200, .1), None)}
-PROTOCOLS = {"cifar10-data": ("fixed steps: the same number for every subset", lambda kept: 1.), "cifar10-data-epochs": ("fixed epochs: steps in proportion to the pictures kept", lambda kept: kept)}
+PROTOCOLS = {"cifar10-data": ("fixed steps: the same number for every subset", lambda kept: 1.),
+             "cifar10-data-epochs": ("fixed epochs: steps in proportion to the pictures kept", lambda kept: kept)}
 for (name, (budget, share)), (tier, (recipe, first)) in itertools.product(PROTOCOLS.items(), DATA.items()):
-    made = classifier(name + tier, f"CIFAR-10, training ResNet-20 on a part of the pictures, {budget.partition(':')[0]}", ResNet, recipe, recipe, first=first, track="data", share=share, recover=none())
-    made.protocol["budget"] = budget
+    about = f"CIFAR-10, training ResNet-20 on a part of the pictures, {budget.partition(':')[0]}"
+    classifier(name + tier, about, ResNet, recipe, recipe, first, track="data", share=share, recover=none(), budget=budget)

@@ -18,7 +18,7 @@ from ..core.inputs import BadInput, choose, first_batch
 from ..core.method import FAMILIES, METHODS, methods as list_methods
 from . import board as boards, runner
 from .entry import code_digest, entry_path, write_json
-from .run import AROUND, REPLACED, frame, settled
+from .run import AROUND, REPLACED, budget_of, frame, settled
 from .suites import SUITES, with_controls
 from .tasks import cache_folder, page, task as find_task, tasks as list_tasks
 
@@ -88,7 +88,7 @@ def kind_of(budget:Budget, text:str)->dict: # settings of a run; empty for a fra
 def read_sparsities(texts:list,    # budgets as `Budget.parse` reads them
                     settings:dict, # of the run
     )->tuple: # (sparsities, settings)
-    "The fractions of budgets, and settings that say what they are fractions of; raises `BadInput` for two kinds at once."
+    "Fractions, and settings that say what they are fractions of; raises `BadInput` for two kinds at once."
     asked = [(Budget.parse(text), text) for text in texts]
     kinds = list({json.dumps(k): k for k in (kind_of(*a) for a in asked)}.values())
     if len(kinds) > 1: raise BadInput(f"one run has one kind of budget, not {' and '.join(texts)}: ask in two runs")
@@ -100,11 +100,13 @@ def check_device(device:str)->str:
     "A device that exists here."
     import torch
     try: torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError): raise BadInput(f"device {device!r} is not available here: use --device cpu") from None
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"device {device!r} is not available here: use --device cpu") from None
     return device
 
-COLUMNS = {"mask_density": "kept", "params": "params", "nonzero": "non-zero", "macs": "MACs", "nonzero_macs": "non-zero MACs",
-           "bytes_sparse": "file", "speedup": "faster", "prune_seconds": "prune s"}   # of an entry, as a terminal heads them
+# of an entry, as a terminal heads them
+COLUMNS = {"mask_density": "kept", "params": "params", "nonzero": "non-zero", "macs": "MACs",
+           "nonzero_macs": "non-zero MACs", "bytes_sparse": "file", "speedup": "faster", "prune_seconds": "prune s"}
 
 def brief(entry:dict): # pandas DataFrame
     "The dense model and every run, with the columns a terminal has room for."
@@ -120,7 +122,8 @@ def variant_of(settings:dict)->str: # "default" or "name=value,..."
     "A variant is named after what was changed."
     def said(k, v):
         if k == "pattern": return str(v)
-        if k == "budget" and isinstance(v, dict): v = ",".join(str(x) if n == "of" else f"{n}={x}" for n, x in v.items())
+        if k == "budget" and isinstance(v, dict):
+            v = ",".join(str(x) if n == "of" else f"{n}={x}" for n, x in v.items())
         return f"{k}={v}"
     return ",".join(said(k, v) for k, v in sorted(settings.items())) or "default"
 
@@ -130,19 +133,21 @@ def asked(world, method:str, sparsity, settings:dict)->tuple: # (sparsities, set
     fixed = settled(world, method, settings)[0].pattern.fixed
     sparsities, settings = read_sparsities(sparsity or [str(1 - (fixed or .5))], settings)
     settled(world, method, settings)
+    for s in sparsities: budget_of(s, settings)
     return sparsities, settings
 
 @app.command()
 def run(task: str, method: str,
         sparsity: Annotated[Optional[list[str]], typer.Option(help=
-            "fraction to remove, a pattern such as 2:4 or a budget such as macs=0.5; may be repeated; 0.5 if not given")] = None,
+            "fraction to remove, a pattern such as 2:4, or a budget such as macs=0.5; may be repeated")] = None,
         seeds: Annotated[int, typer.Option(help="number of paired seeds", min=1)] = 3, device: str = "cpu",
         setting: Annotated[Optional[list[str]], typer.Option("--set", help=
             "name=value, an argument of the method, a replaced part or skip; may be repeated")] = None,
         control: Annotated[Optional[list[str]], typer.Option(help=
-            "random, shuffled, scratch, scratch-b or smaller: a control to run beside the method; may be repeated")] = None,
-        tier: Annotated[Optional[str], typer.Option(help="smoke, or full for a GPU; the task as it is if not given")] = None,
-        out: Annotated[Optional[Path], typer.Option(help="folder that receives the entries")] = None, as_json: JSON = False):
+            "a control beside the method: random, shuffled, scratch, scratch-b or smaller; may be repeated")] = None,
+        tier: Annotated[Optional[str], typer.Option(help="smoke, or full for a GPU; small if not given")] = None,
+        out: Annotated[Optional[Path], typer.Option(help="folder that receives the entries")] = None,
+        as_json: JSON = False):
     "Run one method on one task, with controls if wanted, and print its entry as a table."
     world = find_task(task if tier in (None, "small") else f"{task}@{tier}")
     sparsities, settings = asked(world, method, sparsity, read_settings(method, setting or []))
@@ -152,7 +157,8 @@ def run(task: str, method: str,
     if not all(map(runner.finished, jobs)): first_batch(world.calibration(0))   # missing data is said before any work
     found = runner.run_jobs(jobs, 1)
     for job in jobs:
-        if isinstance(found[job.name], str): raise RuntimeError(f"{job.name} failed: {found[job.name]} (log in {job.folder()})")
+        message = found[job.name]
+        if isinstance(message, str): raise RuntimeError(f"{job.name} failed: {message} (log in {job.folder()})")
     if out: [write_json(e, entry_path(out, e)) for e in found.values()]
     if as_json: return print(json.dumps(found[first.name] if len(jobs) == 1 else list(found.values()), indent=1))
     for name, entry in found.items():
@@ -161,20 +167,24 @@ def run(task: str, method: str,
 # %% ../../nbs/bench/97_cli.ipynb #eba78a53
 @app.command()
 def suite(name: str, jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
-          folder: Annotated[Path, typer.Option(help="leaderboard folder that receives the entries")] = Path("leaderboard"),
-          limit: Annotated[float, typer.Option(help="seconds one job may take")] = 1800., retry: Annotated[bool, typer.Option(help="try jobs again that failed twice")] = False, as_json: JSON = False):
+          folder: Annotated[Path, typer.Option(help="leaderboard folder for the entries")] = Path("leaderboard"),
+          limit: Annotated[float, typer.Option(help="seconds one job may take")] = 1800.,
+          retry: Annotated[bool, typer.Option(help="try jobs again that failed twice")] = False, as_json: JSON = False):
     "Run every job of a suite that is not finished, and write the entries."
     todo = SUITES[name]()
     found = runner.run_jobs(todo, jobs, limit, retry)
     good = {n: e for n, e in found.items() if isinstance(e, dict)}
     for entry in good.values(): write_json(entry, entry_path(folder / "entries", entry))
     if as_json: print(json.dumps({n: "ok" if n in good else e for n, e in found.items()}, indent=1))
-    if len(good) < len(todo): raise RuntimeError(f"{len(todo) - len(good)} of {len(todo)} jobs have no result; the others are written. Run again to retry, logs are in the folders above")
+    if len(good) < len(todo):
+        raise RuntimeError(f"{len(todo) - len(good)} of {len(todo)} jobs have no result; the others are written. "
+                           "Run again to retry, logs are in the folders above")
 
 @app.command()
 def board(folder: Annotated[Path, typer.Option(help="leaderboard folder")] = Path("leaderboard"),
           readme: Annotated[Path, typer.Option(help="file whose board is refreshed, if it exists")] = Path("README.md"),
-          check: Annotated[bool, typer.Option("--check", help="only validate the entries")] = False, as_json: JSON = False):
+          check: Annotated[bool, typer.Option("--check", help="only validate the entries")] = False,
+          as_json: JSON = False):
     "Make tables, figures and the page from the entries, and print the board."
     if check: return print(f"{len(boards.read_entries(folder / 'entries'))} entries are valid")
     table = boards.publish(folder, readme)

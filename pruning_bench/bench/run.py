@@ -63,7 +63,8 @@ def budget_of(sparsity:float, # of the run
     named = settings.get("budget")
     if named is None: return Budget.parse(sparsity)
     how = {"of": named} if isinstance(named, str) else dict(named)
-    if "of" not in how: raise BadInput(f"budget={named!r} names no resource: write for instance {{'of': 'macs', 'round_to': 8}}")
+    if "of" not in how:
+        raise BadInput(f"budget={named!r} names no resource: write for instance {{'of': 'macs', 'round_to': 8}}")
     return Budget.parse({how.pop("of"): sparsity, **how})
 
 # %% ../../nbs/bench/93_run.ipynb #9f090c40
@@ -76,7 +77,8 @@ def by_method(task:Task, method:str, sparsity:float, seed:int, settings:dict, de
     "The method, on the model its stage starts from."
     _, recipe, inside = settled(task, method, settings)
     model = start(task, method, seed, device)
-    given = {k: v for k, v in settings.items() if k not in ("control", "budget")} | ({"recover": recipe} if inside else {})
+    given = {k: v for k, v in settings.items() if k not in ("control", "budget")}
+    if inside: given["recover"] = recipe
     data = task.batches(seed) if inside else task.calibration(seed)
     plan = prune(model, method, budget_of(sparsity, settings), data, task.loss, seed=seed, **given)
     return model, plan, None if inside else recipe, not inside
@@ -133,7 +135,8 @@ def from_scratch_b(task, method, sparsity, seed, settings, device)->tuple: # as 
 def smaller_dense(task, method, sparsity, seed, settings, device)->tuple: # as `by_method`; there is no plan
     "A dense network with about as many parameters as the method left."
     if not task.smaller:
-        raise BadInput(f"task {task.name!r} knows no smaller network: give it a `smaller`, or leave control 'smaller' out")
+        raise BadInput(f"task {task.name!r} knows no smaller network: "
+                       "give it a `smaller`, or leave control 'smaller' out")
     with seeded(seed): model = task.smaller(1 - sparsity).to(device)
     return model, None, longer(task), False
 
@@ -145,7 +148,7 @@ def model_run(task:Task,       # the world
               method:str,      # registered name
               sparsity:float,  # fraction to remove
               seed:int,        # picks the dense model, the calibration draw and every random choice
-              settings:dict=NOTHING, # of the method, replaced parts such as {"pattern": "2:4"}, `skip`, `budget`, `control`
+              settings:dict=NOTHING, # of the method, replaced parts ({"pattern": "2:4"}), `skip`, `budget`, `control`
               device:str="cpu",
     )->tuple: # (run of an entry, pruned model, plan)
     "Prune a network, measure it, retrain it within the task's budget, measure again."

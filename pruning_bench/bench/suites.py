@@ -40,11 +40,14 @@ def embedded()->list: # jobs
     two_four = {"2:4": {"pattern": "2:4"}}
     return (jobs("pydoc-llama", ["random", "magnitude", "global-magnitude", "wanda", "sparsegpt"], (.5, .7))
         + jobs("pydoc-llama", ["random", "magnitude", "wanda", "sparsegpt"], (.5,), **two_four)
-        + jobs("pydoc-llama", ["block-influence"], (1/6, 2/6)) + jobs("pydoc-llama", ["random"], (1/6, 2/6), blocks={"space": "blocks"})
+        + jobs("pydoc-llama", ["block-influence"], (1/6, 2/6))
+        + jobs("pydoc-llama", ["random"], (1/6, 2/6), blocks={"space": "blocks"})
         + jobs("digits-ddpm", ["rand-struct", "l1-filter", "taylor-filter"], (.25, .5))
-        + jobs("digits-cnn", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude"], (.5, .9))
+        + jobs("digits-cnn", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude"],
+            (.5, .9))
         + jobs("digits-cnn", ["rand-struct", "l1-filter", "taylor-filter"], (.5, .75))
-        + jobs("digits-mlp", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude", "snip", "synflow", "imp"], (.8, .95))
+        + jobs("digits-mlp", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude",
+            "snip", "synflow", "imp"], (.8, .95))
         + [c for j in jobs("digits-mlp", ["global-magnitude"], (.8, .95)) for c in with_controls(j, *CONTROLS)[1:]]
         + [c for j in jobs("digits-cnn", ["l1-filter"], (.5, .75)) for c in with_controls(j, "scratch", "smaller")[1:]]
         + jobs("digits-data", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9))
@@ -58,33 +61,42 @@ def real()->list: # jobs
     return (jobs("cifar10-resnet20", ["random", "magnitude", "global-magnitude", "erk-magnitude"], (.8, .9))
         + jobs("cifar10-resnet56", ["magnitude", "global-magnitude"], (.8,))
         + jobs("cifar10-resnet20", ["rand-struct", "l1-filter", "taylor-filter"], (.3,))
-        + jobs("stories-llama", ["random", "magnitude", "wanda", "sparsegpt"], (.5,)) + jobs("stories-llama", ["magnitude", "wanda", "sparsegpt"], (.5,), **two_four)
-        + jobs("t2i-tiny", ["magnitude"], (.5,), **{"text encoder": {"skip": ["unet*"]}, "U-Net": {"skip": ["text_encoder*"]}}))
+        + jobs("stories-llama", ["random", "magnitude", "wanda", "sparsegpt"], (.5,))
+        + jobs("stories-llama", ["magnitude", "wanda", "sparsegpt"], (.5,), **two_four)
+        + jobs("t2i-tiny", ["magnitude"], (.5,), **{"text encoder": {"skip": ["unet*"]},
+            "U-Net": {"skip": ["text_encoder*"]}}))
 
 @suite
 def smoke()->list: # jobs
     "One small job of every track."
-    return (jobs("digits-mlp", ["magnitude"], (.9,), (0,)) + jobs("cifar10-resnet20@smoke", ["global-magnitude"], (.8,), (0,))
+    return (jobs("digits-mlp", ["magnitude"], (.9,), (0,))
+        + jobs("cifar10-resnet20@smoke", ["global-magnitude"], (.8,), (0,))
         + jobs("stories-llama@smoke", ["wanda"], (.5,), (0,)) + jobs("digits-data", ["random-subset"], (.5,), (0,)))
 
 @suite
 def oneshot()->list: # jobs
     "Criteria by themselves, on published ResNets without retraining; three seeds where a method draws something."
     levels, costly = (.5, .6, .7, .8, .9), ["obd", "mfac"]   # a gradient for every calibration picture
-    return [j for d, more in ((20, costly), (56, [])) for j in jobs(f"cifar10-resnet{d}@oneshot", ["magnitude", "global-magnitude", "erk-magnitude", "lamp", "global-mp"], levels, (0,))
+    return [j for d, more in ((20, costly), (56, [])) for j in jobs(f"cifar10-resnet{d}@oneshot",
+            ["magnitude", "global-magnitude", "erk-magnitude", "lamp", "global-mp"], levels, (0,))
         + jobs(f"cifar10-resnet{d}@oneshot", ["random", "wanda", "sparsegpt", *more], levels)]
 
 @suite
 def retrained()->list: # jobs
     "Two epochs for everybody, whether the cut comes before them or on the way."
-    return (jobs("cifar10-resnet20@two-epochs", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude"], (.9,))
+    return (jobs("cifar10-resnet20@two-epochs", ["random", "magnitude", "global-magnitude", "erk-magnitude",
+            "gradual-magnitude"], (.9,))
         + jobs("cifar10-resnet56@two-epochs", ["magnitude", "global-magnitude"], (.9,)))
 
 @suite
 def structured()->list: # jobs
     "Ways to choose channels and to repair what is left, and the architecture that they leave from scratch."
-    choose_by = ["rand-struct", "l1-filter", "l2-filter", "bn-scale", "fpgm", "depgraph", "taylor-filter", "thinet", "udfc", "obspa"]
+    choose_by = ["rand-struct", "l1-filter", "l2-filter", "bn-scale", "fpgm", "depgraph", "taylor-filter", "thinet",
+            "udfc", "obspa"]
     refit = {"refitted": {"solve": "compensate"}}
-    return (jobs("digits-cnn", choose_by, (.5, .75)) + jobs("digits-cnn", ["rand-struct", "l1-filter"], (.5, .75), **refit)
-        + [c for j in jobs("digits-cnn", ["l1-filter"], (.5, .75)) for c in with_controls(j, "random", "scratch", "scratch-b", "smaller")[1:]]
-        + jobs("cifar10-resnet20", choose_by, (.3,)) + jobs("cifar10-resnet20", ["rand-struct", "l1-filter"], (.3,), **refit))
+    return (jobs("digits-cnn", choose_by, (.5, .75))
+        + jobs("digits-cnn", ["rand-struct", "l1-filter"], (.5, .75), **refit)
+        + [c for j in jobs("digits-cnn", ["l1-filter"], (.5, .75)) for c in with_controls(j, "random", "scratch",
+            "scratch-b", "smaller")[1:]]
+        + jobs("cifar10-resnet20", choose_by, (.3,))
+        + jobs("cifar10-resnet20", ["rand-struct", "l1-filter"], (.3,), **refit))
