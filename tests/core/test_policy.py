@@ -161,7 +161,9 @@ def test_one_policy_for_two_models_at_a_time(net, x):
 
 # refusals
 
-@pytest.mark.parametrize("shares", [{}, None, .5, *({"layers.0": v} for v in (0, -.5, 1.5, float("nan"), float("inf"), "half", True))])
+NO_SHARES = [0, -.5, 1.5, float("nan"), float("inf"), "half", True]
+
+@pytest.mark.parametrize("shares", [{}, None, .5, *({"layers.0": v} for v in NO_SHARES)])
 def test_shares_that_mean_nothing(shares):
     with pytest.raises(BadInput): Policy("testvectors", shares, norm)
 
@@ -274,7 +276,8 @@ def test_it_comes_back_from_a_file(tmp_path, parts):
 def all_units(scores, fraction): return torch.ones_like(scores, dtype=torch.bool)
 
 @pytest.mark.parametrize("part, value", [("score", norm), ("score", lambda w, s: w), ("pattern", all_units),
-                                         ("score", Score(norm, "random", unit="any")), ("allocate", lambda s, k, space: {})])
+                                         ("score", Score(norm, "random", unit="any")),
+                                         ("allocate", lambda s, k, space: {})])
 def test_functions_without_a_registered_name_are_not_written(tmp_path, part, value):
     policy = Policy(**{"space": "testvectors", "shares": {"layers.0": .5}, "score": "random", part: value})
     with pytest.raises(BadInput, match="not registered"): policy.save(tmp_path/"policy")
