@@ -9,6 +9,7 @@ from pruning_bench.core.inputs import BadInput, batch_loss
 from pruning_bench.core.method import Method, build, cite, methods, register
 from pruning_bench.core.own_loop import pruning
 from pruning_bench.core.plan import Plan, load_plan
+from pruning_bench.core.policy import Policy, load_policy, make_policy
 from pruning_bench.core.registry import BUILT_IN
 
 
