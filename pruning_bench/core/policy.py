@@ -7,7 +7,7 @@ __all__ = ['Policy', 'checked_fields', 'check_score', 'check_pattern', 'checked_
            'UnseenScores', 'make_policy', 'rebuilt', 'defined_by', 'written_part', 'policy_digest', 'policy_text',
            'policy_table', 'policy_html', 'save_policy', 'load_policy']
 
-# %% ../../nbs/core/23_policy.ipynb #7237a8b6
+# %% ../../nbs/core/23_policy.ipynb #2d79ced9
 import functools, hashlib, json, os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .registry import same_definition
 from .runtime_space import RUNTIME_SPACES, observed_scores, only_one, runtime_space_of, unit_ranks
 from .score import SCORES, Score, as_score
 
-# %% ../../nbs/core/23_policy.ipynb #1ffb26af
+# %% ../../nbs/core/23_policy.ipynb #d3983312
 @dataclass(frozen=True, eq=False, repr=False)
 class Policy:
     "What is dropped while a model runs: a share for every place, and the parts that choose at every forward pass."
@@ -49,7 +49,7 @@ class Policy:
     def on(self, model:nn.Module): return policy_on(self, model)
     def save(self, folder)->Path: return save_policy(self, folder)
 
-# %% ../../nbs/core/23_policy.ipynb #29b4c246
+# %% ../../nbs/core/23_policy.ipynb #9503b468
 def checked_fields(policy)->dict: # {field: value as stored}
     "Read the parts of a policy; raises `BadInput` for what cannot be meant."
     space = RUNTIME_SPACES[policy.space]
@@ -92,7 +92,7 @@ def checked_shares(shares, pattern:Pattern)->dict: # {place: float}
             raise BadInput(f"pattern {pattern.name} keeps {pattern.fixed:g}, not {share:g} at {name!r}: write it or 1")
     return {str(name): float(share) for name, share in shares.items()}
 
-# %% ../../nbs/core/23_policy.ipynb #18faf347
+# %% ../../nbs/core/23_policy.ipynb #7b55d9c4
 def decision(policy, name:str, # a place
              w:Tensor,         # (examples, units), norms
              stats,            # what the score declared
@@ -110,7 +110,7 @@ def decision(policy, name:str, # a place
         raise BadInput(f"{count} of the {units} units at {name!r} should stay, and {who} keeps another number")
     return mask
 
-# %% ../../nbs/core/23_policy.ipynb #2e67b628
+# %% ../../nbs/core/23_policy.ipynb #03c8aa6f
 @contextmanager
 def policy_on(policy, model:nn.Module): # yields {place: bool mask of the latest forward pass}
     "Drop units at every forward pass inside the block; the model is as before after it."
@@ -125,7 +125,7 @@ def policy_on(policy, model:nn.Module): # yields {place: bool mask of the latest
         return masks[name]
     with only_one(model), space.install(decide, policy.score.needs): yield masks
 
-# %% ../../nbs/core/23_policy.ipynb #d09e9aa1
+# %% ../../nbs/core/23_policy.ipynb #74fdeba5
 @part_factory(Allocator)
 def given(fractions, # one fraction for each place, in order, or {place: fraction}
     ): # an allocator
@@ -147,7 +147,7 @@ class UnseenScores(Mapping):
     def __len__(self): return len(self.places)
     def __getitem__(self, name): raise BadInput("this allocation compares scores, which need a run: pass data=")
 
-# %% ../../nbs/core/23_policy.ipynb #31a3596a
+# %% ../../nbs/core/23_policy.ipynb #60f163b0
 def make_policy(model:nn.Module,    # looked at, not changed
                 space:str,          # name of a runtime space
                 score,              # a name, a `Score`, or a function (w, stats) -> tensor like w
@@ -169,7 +169,7 @@ def make_policy(model:nn.Module,    # looked at, not changed
         raise BadInput(f"allocation {allocate.name!r} needs what runtime units do not have ({e}): {remedy}") from None
     return replace(draft, shares=shares, provenance={"requested": keep})
 
-# %% ../../nbs/core/23_policy.ipynb #bbf6de50
+# %% ../../nbs/core/23_policy.ipynb #0da85b63
 def rebuilt(kind:str, # "score", "pattern" or "allocate"
             name:str, settings:dict): # the part
     "The registered part with that name and those settings; raises `BadInput` for an unknown name."
@@ -204,11 +204,12 @@ def policy_digest(policy)->str: # sha256 in hexadecimal
     about = json.dumps([policy.space, policy.options, parts, policy.shares], sort_keys=True)
     return hashlib.sha256(about.encode()).hexdigest()
 
-# %% ../../nbs/core/23_policy.ipynb #aa6d1cce
+# %% ../../nbs/core/23_policy.ipynb #22239177
 def policy_text(policy)->str: # one line
     "The parts and the shares of a policy."
     shares = ", ".join([f"{s:.4f}" for s in policy.shares.values()][:4] + ["..."] * (len(policy.shares) > 4))
-    return f"Policy({policy.score}, {policy.space}: {shares} kept at {len(policy.shares)} places, {policy.digest[:12]})"
+    places = f"{len(policy.shares)} place" + "s" * (len(policy.shares) > 1)
+    return f"Policy({policy.score}, {policy.space}: {shares} kept at {places}, {policy.digest[:12]})"
 
 def policy_table(policy): # pandas DataFrame, one row per place
     "The share of every place, and what is left of the units when shares multiply."
@@ -222,7 +223,7 @@ def policy_html(policy)->str: # an HTML fragment
     style = style.bar(subset=["share", "product"], vmin=0, vmax=1, color="#9ecae1")
     return f"<p><code>{policy!r}</code></p>" + style.set_uuid(policy.digest[:8]).to_html()
 
-# %% ../../nbs/core/23_policy.ipynb #3b74c09e
+# %% ../../nbs/core/23_policy.ipynb #bf0677ac
 def save_policy(policy, folder)->Path: # the folder written
     "Write `policy.json`; raises `BadInput` for parts that are not registered. The file appears complete or not at all."
     parts = {kind: written_part(kind, getattr(policy, kind)) for kind in ("score", "pattern", "allocate")}

@@ -6,7 +6,7 @@
 __all__ = ['RUNTIME_SPACES', 'ACTIVE', 'RuntimeSpace', 'runtime_space', 'RuntimeHook', 'runtime_space_of', 'only_one',
            'unit_ranks', 'observed_scores']
 
-# %% ../../nbs/core/24_runtime_space.ipynb #10674412
+# %% ../../nbs/core/24_runtime_space.ipynb #f128617f
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from .inputs import BadInput, as_batches, forward, in_mode
 from .registry import Registry
 from .score import Score
 
-# %% ../../nbs/core/24_runtime_space.ipynb #e421d6b0
+# %% ../../nbs/core/24_runtime_space.ipynb #67c2cc53
 @runtime_checkable
 class RuntimeSpace(Protocol):
     "Units that exist only while a model runs; made as `(model, **options)`, which refuses a model without them."
@@ -36,7 +36,7 @@ def runtime_space(cls:type)->type: # a class with the methods of `RuntimeSpace`
     "Register a runtime space under its lower-case name; raises `BadInput` for a taken name."
     return RUNTIME_SPACES.add(cls.__name__.lower(), cls)
 
-# %% ../../nbs/core/24_runtime_space.ipynb #1bcfdfb5
+# %% ../../nbs/core/24_runtime_space.ipynb #4be00222
 class RuntimeHook:
     "A forward hook of one module of one model; a copy or a pickle of it does nothing."
     def __init__(self, fn:Callable=None): self.fn = fn # (module, args, kwargs, output) -> new output or None
@@ -47,7 +47,7 @@ class RuntimeHook:
         "Register the hook after all others of a module."
         return module.register_forward_hook(self, with_kwargs=True)
 
-# %% ../../nbs/core/24_runtime_space.ipynb #b041987e
+# %% ../../nbs/core/24_runtime_space.ipynb #3ada9edd
 ACTIVE = weakref.WeakSet()   # the modules of models in whose forward pass units are being dropped
 
 def runtime_space_of(name:str,     # of a runtime space
@@ -73,7 +73,7 @@ def only_one(model:nn.Module): # yields nothing
     try: yield
     finally: ACTIVE.difference_update(modules)
 
-# %% ../../nbs/core/24_runtime_space.ipynb #4af7f1af
+# %% ../../nbs/core/24_runtime_space.ipynb #575a16ce
 def unit_ranks(score:Score, name:str, # of a place
                w:Tensor, stats,       # as a runtime space passes them to `decide`
     )->Tensor: # like w; higher = keep
