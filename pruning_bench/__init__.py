@@ -9,12 +9,13 @@ from pruning_bench.core.inputs import BadInput, batch_loss
 from pruning_bench.core.method import Method, build, cite, methods, register
 from pruning_bench.core.own_loop import pruning
 from pruning_bench.core.plan import Plan, load_plan
+from pruning_bench.core.policy import Policy, load_policy, make_policy
 from pruning_bench.core.registry import BUILT_IN
 
 
 def import_families():
     "Import every module of the method families, which registers its methods and parts; happens when a name is first missing."
-    for family in ("weight", "structured", "diffusion", "data"):
+    for family in ("weight", "structured", "diffusion", "data", "inference"):
         for module in pkgutil.iter_modules([str(Path(__file__).parent/family)]):
             importlib.import_module(f"{__name__}.{family}.{module.name}")
 
