@@ -7,6 +7,7 @@ __all__ = ['SPACES', 'folded', 'Layer', 'order_of', 'shared', 'matches', 'layers
            'block_list', 'passthrough', 'Blocks', 'drop_blocks', 'Examples']
 
 # %% ../../nbs/core/02_space.ipynb #ec3fc6ae
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -121,6 +122,28 @@ class Weights:
             hold(layer.module, layer.attr, layer.tensor(mask))
 
     def remove(self): "A masked weight keeps its place: there is nothing to take out."
+
+    def part(self, prefix, # beginning of the names of its layers, or a tuple of beginnings
+             module,       # a module that runs them
+        )->"Weights":
+        "The same units, those of some layers only."
+        other = copy.copy(self)
+        other.model, other.layers = module, {n: l for n, l in self.layers.items() if n.startswith(prefix)}
+        return other
+
+    def state(self)->dict: # {"NAME:weight" and "NAME:mask": tensor on the CPU}
+        "Weights and masks of all layers, in the form their layers store them."
+        kept = {}
+        for n, layer in self.layers.items():
+            kept[f"{n}:weight"] = layer.weight.detach().cpu().contiguous()
+            kept[f"{n}:mask"] = layer.tensor(self.alive(n)).cpu().contiguous()
+        return kept
+
+    def load(self, kept)->None: # what `state` gave
+        "Write weights and masks back."
+        self.apply((n, (l.matrix(kept[f"{n}:weight"].to(l.weight.device)), l.matrix(kept[f"{n}:mask"])))
+                   for n, l in self.layers.items())
+
     def slices(self): return {}
 
     @staticmethod
