@@ -159,6 +159,7 @@ def unknown(settings:dict):
     "Settings without a method: point at the nearest part."
     choose(next(iter(settings)), dict.fromkeys([*PARTS, "space", "skip", "seed", "calibration"]), "argument of prune")
 
+# %% ../../nbs/core/21_driver.ipynb #624bb4c9
 def take(data, n:int): # yields batches with about n examples in all
     "The first batches of a loader, until n examples are reached."
     got, batches = 0, iter(data or ())
@@ -190,6 +191,7 @@ class Job:
         origin = built(self.space.model, self.before, self.data)
         return Plan(self.record.space, masks, recipe, self.keep, cost, self.space.slices(), met, *origin)
 
+# %% ../../nbs/core/21_driver.ipynb #bd652e36
 def ready(record:Method, model, budget:Budget, data, loss, skip, calibration:int, seed:int, # as for `prune`
           settings:dict={},      # arguments of the method
           any_stages:bool=False, # whether other stages than those of the record may be used where memory is short
@@ -214,6 +216,7 @@ def ready(record:Method, model, budget:Budget, data, loss, skip, calibration:int
         before = portrait(model) if model is not None else None
         return Job(record, units, keep, data, calib, bound, before, skip, given, run, notes)
 
+# %% ../../nbs/core/21_driver.ipynb #b21b46fe
 def network(model)->None: # raises BadInput
     "Refuse what is not a network, or one that can no longer be changed."
     if isinstance(model, torch.jit.ScriptModule):
@@ -224,9 +227,10 @@ def network(model)->None: # raises BadInput
         raise BadInput(f"a network is a torch.nn.Module, not {type(model).__name__}: "
                        "pass the module itself, of a pipeline its unet or transformer")
 
+# %% ../../nbs/core/21_driver.ipynb #9cd25068
 PAST = weakref.WeakKeyDictionary()   # model -> what earlier calls changed in its architecture
 
-def built(model, before, data)->tuple: # (changes since the vanilla class, reference to the model); both empty without any
+def built(model, before, data)->tuple: # (changes since the vanilla class, reference to the model)
     "What `Plan.save` needs besides the decision."
     if model is None: return {}, None
     now = changes(before, portrait(model))
@@ -279,7 +283,7 @@ def prune(model:nn.Module,   # pruned in place; None for methods that choose exa
           schedule=None,     # when: a name, a `Schedule`, a list of fractions to keep, or a function keep -> list
           rule=None,         # what happens at every training step: a `Rule`, or a function (method, keep) -> Rule
           stages=None,       # the network at once ("whole"), or `block_by_block(...)`; None = whole where it fits
-          recover=None,      # retraining: a name, a `Recovery` such as finetune(steps=100), or (model, data, loss, part)
+          recover=None,      # retraining: a name, a `Recovery`, or a function (model, data, loss, part)
           space=None,        # what is a unit: "weights", "channels", "heads", "blocks", "examples", ...
           restore:bool=True, # put the model back as it was when something fails; costs a copy of its tensors
           **settings         # arguments of the method, see `help(build(method))`

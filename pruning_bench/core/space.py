@@ -99,6 +99,7 @@ def pairs(solved): # {group: (new weights, mask)}, or a generator of such pairs
     "The decisions of a step, one after the other."
     return solved.items() if isinstance(solved, Mapping) else solved
 
+# %% ../../nbs/core/02_space.ipynb #40aa0672
 @space
 class Weights:
     "Every weight of every prunable layer is a unit."
@@ -123,9 +124,7 @@ class Weights:
 
     def remove(self): "A masked weight keeps its place: there is nothing to take out."
 
-    def part(self, prefix, # beginning of the names of its layers, or a tuple of beginnings
-             module,       # a module that runs them
-        )->"Weights":
+    def part(self, prefix, module)->"Weights": # how the names of its layers begin (text, or a tuple); what runs them
         "The same units, those of some layers only."
         other = copy.copy(self)
         other.model, other.layers = module, {n: l for n, l in self.layers.items() if n.startswith(prefix)}
@@ -133,11 +132,9 @@ class Weights:
 
     def state(self)->dict: # {"NAME:weight" and "NAME:mask": tensor on the CPU}
         "Weights and masks of all layers, in the form their layers store them."
-        kept = {}
-        for n, layer in self.layers.items():
-            kept[f"{n}:weight"] = layer.weight.detach().cpu().contiguous()
-            kept[f"{n}:mask"] = layer.tensor(self.alive(n)).cpu().contiguous()
-        return kept
+        kept = {f"{n}:weight": l.weight.detach() for n, l in self.layers.items()}
+        kept |= {f"{n}:mask": l.tensor(self.alive(n)) for n, l in self.layers.items()}
+        return {n: t.cpu().contiguous() for n, t in kept.items()}
 
     def load(self, kept)->None: # what `state` gave
         "Write weights and masks back."

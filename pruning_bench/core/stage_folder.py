@@ -105,6 +105,7 @@ class StageFolder:
             part.load({n: kept.get_tensor(n) for n in kept.keys()})
             set_random_state(kept.metadata())
 
+# %% ../../nbs/core/23_stage_folder.ipynb #7b9f8fca
 def written(path:Path, write)->None: # write(path) writes a file
     "Write a file under another name, then rename it."
     beside = path.with_name(f".{path.name}-{os.getpid()}")
