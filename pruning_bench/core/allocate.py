@@ -10,6 +10,7 @@ __all__ = ['ALLOCATORS', 'Allocator', 'allocator', 'allocator_factory', 'as_allo
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 import numpy as np
 import torch
 from .inputs import BadInput
@@ -21,6 +22,7 @@ from .registry import Registry
 class Allocator(Part):
     "Sparsity allocation `(scores, keep, space) -> {group: fraction to keep}`."
     needs: frozenset = frozenset()   # statistics it reads; with any, they are its fourth argument
+    shapes_only: bool = False        # whether it looks at shapes and masks and never at the values of scores
 
     def shares(self, scores:dict, keep:float, space, stats:dict)->dict: # {group: fraction to keep}
         "Ask the allocator, with the statistics only where it declares some."
@@ -28,11 +30,13 @@ class Allocator(Part):
 
 ALLOCATORS = Registry("allocation")   # name -> Allocator, or a factory of one that can be called without arguments
 
-def allocator(fn:Callable, # (scores, keep, space) -> {group: fraction to keep}
+def allocator(fn:Callable=None, # (scores, keep, space) -> {group: fraction to keep}; None = return a decorator
+              shapes_only:bool=False, # whether it looks at shapes and masks and never at the values of scores
     )->Allocator:
     "Register an allocator under its name, without a trailing underscore; raises `BadInput` for a taken name."
+    if fn is None: return partial(allocator, shapes_only=shapes_only)
     name = fn.__name__.rstrip("_")
-    return ALLOCATORS.add(name, Allocator(fn, name), fn)
+    return ALLOCATORS.add(name, Allocator(fn, name, shapes_only=shapes_only), fn)
 
 def allocator_factory(needs=(), # statistics that the allocators read
     ): # a decorator for a function of settings that returns an allocator
@@ -53,7 +57,7 @@ def spent(fractions:dict, # {name: fraction kept}
     return sum(fractions[n] * size[n] for n in size) / sum(size.values())
 
 # %% ../../nbs/core/05_allocate.ipynb #0790085f
-@allocator
+@allocator(shapes_only=True)
 def uniform(scores:dict, keep:float, space)->dict: # {name: keep}
     "The same fraction everywhere."
     return dict.fromkeys(scores, keep)
@@ -102,11 +106,12 @@ def global_(scores:dict, keep:float, space)->dict: # {name: fraction}
     return {n: int(p.count_nonzero()) / p.numel() for n, p in zip(scores, parts)}
 
 # %% ../../nbs/core/05_allocate.ipynb #b5911ac5
-@allocator
+@allocator(shapes_only=True)
 def erk(scores:dict, keep:float, space)->dict: # {name: fraction}
     "Erdős–Rényi-Kernel: density proportional to sum(shape) / prod(shape), dense where that exceeds one."
     shapes = {n: space.layers[n].shape for n in scores if n in space.layers}
-    if len(shapes) < len(scores): raise BadInput(f"allocation 'erk' is defined by layer shapes; {space.unit}s have none: use 'uniform' or 'global'")
+    if len(shapes) < len(scores):
+        raise BadInput(f"allocation 'erk' is defined by layer shapes; {space.unit}s have none: use 'uniform' or 'global'")
     size = {n: math.prod(s) for n, s in shapes.items()}
     return poured({n: sum(s) / size[n] for n, s in shapes.items()}, size, keep)
 
@@ -114,7 +119,7 @@ def poured(want:dict,  # {name: density wanted, up to a common factor}
            size:dict,  # {name: number of units}
            keep:float, # the budget
     )->dict: # {name: fraction}
-    "Densities proportional to `want` that spend the budget; what would exceed one is dense, and the others share the rest."
+    "Densities proportional to `want` that spend the budget; what would exceed one is dense, the others share the rest."
     dense = set()
     while True:
         rest = [n for n in want if n not in dense]
@@ -125,7 +130,7 @@ def poured(want:dict,  # {name: density wanted, up to a common factor}
         dense |= over
 
 # %% ../../nbs/core/05_allocate.ipynb #f43f8956
-@allocator
+@allocator(shapes_only=True)
 def as_left(scores:dict, keep:float, space)->dict: # {name: fraction}
     "What is alive in every group stays; the budget was settled before."
     return {n: int(space.alive(n).sum()) / space.alive(n).numel() for n in scores}

@@ -9,11 +9,11 @@ __all__ = ['Loop', 'in_loop', 'pruning']
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from torch import nn
-from .driver import Ledger, ready, resolve, step_by_step
+from .driver import Ledger, drive, ready, resolve
 from .inputs import BadInput
 from .method import Method
 from .plan import Plan
-from .recover import Trainer, at_once, none
+from .recover import at_once, none, rest
 from .restore import restore_on_error
 from .rule import Course, under
 
@@ -57,5 +57,5 @@ def pruning(model:nn.Module, # pruned in place
             loop = Loop(course)
             yield loop
         if rule.finish: job.space.remove()
-        else: step_by_step(job.record, job.space, job.keep, job.calib, Trainer(model, job.record.recover, None, loss))
+        else: drive(replace(job.record, rule=None, between=rest), job.space, job.keep, None, job.calib, loss)
     loop.plan = job.report({"steps": steps}, cost())

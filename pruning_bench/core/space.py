@@ -7,6 +7,7 @@ __all__ = ['SPACES', 'folded', 'Layer', 'order_of', 'shared', 'matches', 'layers
            'block_list', 'passthrough', 'faded', 'Blocks', 'drop_blocks', 'Examples']
 
 # %% ../../nbs/core/02_space.ipynb #ec3fc6ae
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def pairs(solved): # {group: (new weights, mask)}, or a generator of such pairs
     "The decisions of a step, one after the other."
     return solved.items() if isinstance(solved, Mapping) else solved
 
+# %% ../../nbs/core/02_space.ipynb #40aa0672
 @space
 class Weights:
     "Every weight of every prunable layer is a unit."
@@ -122,6 +124,24 @@ class Weights:
             hold(layer.module, layer.attr, layer.tensor(mask))
 
     def remove(self): "A masked weight keeps its place: there is nothing to take out."
+
+    def part(self, prefix, module)->"Weights": # how the names of its layers begin (text, or a tuple); what runs them
+        "The same units, those of some layers only."
+        other = copy.copy(self)
+        other.model, other.layers = module, {n: l for n, l in self.layers.items() if n.startswith(prefix)}
+        return other
+
+    def state(self)->dict: # {"NAME:weight" and "NAME:mask": tensor on the CPU}
+        "Weights and masks of all layers, in the form their layers store them."
+        kept = {f"{n}:weight": l.weight.detach() for n, l in self.layers.items()}
+        kept |= {f"{n}:mask": l.tensor(self.alive(n)) for n, l in self.layers.items()}
+        return {n: t.cpu().contiguous() for n, t in kept.items()}
+
+    def load(self, kept)->None: # what `state` gave
+        "Write weights and masks back."
+        self.apply((n, (l.matrix(kept[f"{n}:weight"].to(l.weight.device)), l.matrix(kept[f"{n}:mask"])))
+                   for n, l in self.layers.items())
+
     def slices(self): return {}
 
     @staticmethod
