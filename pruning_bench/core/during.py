@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .inputs import BadInput
-from .mask import hold, listen, masks_of, release
+from .mask import attach_mask, masks_of, record_gradient, remove_masks, set_mask
 from .method import Ledger, Method, drive, ready, resolve
 from .plan import Plan
 from .recover import at_once, none, rest
@@ -65,7 +65,7 @@ def move(course, name:str, # a layer
     "Give a layer another mask: the dead and the newborn are zero, and so is their momentum."
     layer, w, mask = course.space.layers[name], course.weight[name], mask & course.open[name]
     changed = course.stored(name, mask != course.alive(name))
-    getattr(layer.module, f"{layer.attr}_mask").copy_(course.stored(name, mask))
+    set_mask(layer.module, layer.attr, course.stored(name, mask))
     for v in (w.data, w.grad, *slots(course, name)): v.masked_fill_(changed, 0) if v is not None else None
 
 # %% ../../nbs/core/13_during.ipynb #a2bdd65f
@@ -142,13 +142,13 @@ def dress(rule, course, name:str): # a function that takes it off again
     def hear(grad):
         if (course.step + 1) % rule.every == 0: course.heard[name] = course.heard.get(name, 0) + grad.detach()
     def undress():
-        listen(layer.module, layer.attr, None)
+        ear.remove()
         if rule.view is None: return
         parametrize.remove_parametrizations(layer.module, layer.attr, leave_parametrized=False)
         for k in [k for k in order if k in owned]: owned[k] = owned.pop(k)   # the state dict keeps its order
         if isinstance(layer.module, nn.RNNBase): layer.module._init_flat_weights()   # recurrent layers list their weights a second time
     if rule.view: parametrize.register_parametrization(layer.module, layer.attr, View(layer, rule.view, course.state[name], course, name))
-    listen(layer.module, layer.attr, hear)
+    ear = record_gradient(layer.module, layer.attr, hear)
     return undress
 
 # %% ../../nbs/core/13_during.ipynb #289a2e37
@@ -179,10 +179,10 @@ def as_it_was(model:nn.Module): # yields nothing
     before = {n: m.clone() for n, m in masks_of(model).items()}
     try: yield
     except BaseException:
-        release(model)
+        remove_masks(model)
         for n, m in before.items():
             path, _, attr = n.rpartition(".")
-            hold(model.get_submodule(path), attr, m)
+            attach_mask(model.get_submodule(path), attr, m)
         raise
 
 # %% ../../nbs/core/13_during.ipynb #9077a369

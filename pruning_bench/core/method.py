@@ -171,7 +171,9 @@ def check(method:Method, space, data, loss)->None: # raises BadInput
 # %% ../../nbs/core/11_method.ipynb #c18b7ae2
 class Ledger:
     "Seconds, peak memory, forward and backward passes, and samples, counted without the method's help."
-    def __init__(self, model): self.model, self.forward, self.backward, self.samples = model, 0, 0, 0
+    def __init__(self, model):
+        self.model, self.forward, self.backward, self.samples = model, 0, 0, 0
+        self.compiled = torch.zeros(3, dtype=torch.int64)   # the same, counted inside graphs of torch.compile
 
     def __enter__(self):
         self.meter = peak_memory("cpu" if self.model is None else device_of(self.model))
@@ -188,12 +190,14 @@ class Ledger:
     def __deepcopy__(self, memo): return self   # copies of the model report to the same ledger
 
     def count(self, module, args, kwargs):
-        self.forward += 1
-        self.backward += torch.is_grad_enabled()
-        self.samples += size_of(args[0] if args else kwargs)
+        seen = 1, int(torch.is_grad_enabled()), size_of(args[0] if args else kwargs)
+        if torch.compiler.is_compiling():   # a Python number that changes would be compiled again at every step
+            for total, n in zip(self.compiled.unbind(), seen): total.add_(n)
+        else: self.forward, self.backward, self.samples = self.forward + seen[0], self.backward + seen[1], self.samples + seen[2]
 
     def __call__(self)->dict: # JSON values; `peak_bytes` is None where nobody can measure it
-        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, forward=self.forward, backward=self.backward, samples=self.samples)
+        forward, backward, samples = (a + b for a, b in zip((self.forward, self.backward, self.samples), self.compiled.tolist()))
+        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, forward=forward, backward=backward, samples=samples)
 
 # %% ../../nbs/core/11_method.ipynb #d542bc2f
 def resolve(method, parts:dict, settings:dict, sparsity)->tuple: # (Method, sparsity)
