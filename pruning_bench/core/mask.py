@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['INTEGERS', 'MEMORY', 'NEW', 'SAME_VALUES', 'Mask', 'clear', 'keep_of', 'write_zeros', 'check_zeros', 'mask_gradient',
            'MaskedParameter', 'unpickled', 'then_zero', 'hooked', 'bind', 'unbind', 'after_step', 'masked', 'lost',
-           'adopt', 'BeforeForward', 'after_load', 'before_state', 'our_hooks', 'watch', 'watch_model', 'parameter_of',
-           'check_maskable', 'attach_mask', 'set_mask', 'mask_of', 'carry_mask', 'masks_of', 'detach_mask',
-           'remove_masks', 'mask_gradients', 'record_gradient']
+           'adopt', 'write_in_graph', 'BeforeForward', 'after_load', 'before_state', 'our_hooks', 'watch',
+           'watch_model', 'parameter_of', 'check_maskable', 'attach_mask', 'set_mask', 'mask_of', 'carry_mask',
+           'masks_of', 'detach_mask', 'remove_masks', 'mask_gradients', 'record_gradient']
 
-# %% ../../nbs/core/01_mask.ipynb #b5367112
+# %% ../../nbs/core/01_mask.ipynb #2a25bfaf
 import copy, sys, weakref
 import torch
 from torch import nn, Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .inputs import BadInput
 
-# %% ../../nbs/core/01_mask.ipynb #67a09523
+# %% ../../nbs/core/01_mask.ipynb #498f887c
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}   # bytes of a number -> integer of that size
 
 class Mask:
@@ -37,7 +37,7 @@ def clear(x:Tensor,   # changed in place
     elif integer is None: x.masked_fill_(keep == 0, 0)
     else: x.view(integer).bitwise_and_(keep)
 
-# %% ../../nbs/core/01_mask.ipynb #318cb939
+# %% ../../nbs/core/01_mask.ipynb #a1230b1c
 MEMORY = Tensor.data   # how torch itself reads and replaces the memory of a tensor
 
 def keep_of(p)->Tensor: # int8, where the parameter is
@@ -62,7 +62,7 @@ def mask_gradient(p)->None: # a hook: called when autograd has added to `p.grad`
     if p.grad.requires_grad: p.grad = p.grad.masked_fill(keep_of(p) == 0, 0)   # it will be differentiated again
     elif p.grad.layout is torch.strided: clear(p.grad, keep_of(p))
 
-# %% ../../nbs/core/01_mask.ipynb #89368d35
+# %% ../../nbs/core/01_mask.ipynb #c1dfa3df
 class MaskedParameter(nn.Parameter):
     "A parameter that is zero wherever its mask says so. The mask belongs to it: copies, pickles and ties have it too."
     @property
@@ -102,7 +102,7 @@ def unpickled(values:Tensor, requires_grad:bool, mask:Mask, others:dict)->Masked
     p.__dict__.update(others)
     return p
 
-# %% ../../nbs/core/01_mask.ipynb #6b7a6fcd
+# %% ../../nbs/core/01_mask.ipynb #17b16468
 SAME_VALUES = {"requires_grad_", "detach_", "rename_", "share_memory_", "retain_grad_"}
 
 def then_zero(name:str): # a method
@@ -119,7 +119,7 @@ for name in dir(Tensor):
     in_place = name == "__setitem__" or name.startswith("__i") and f"__{name[3:]}" in dir(Tensor) or name.endswith("_") and not name.startswith("_")
     if in_place and name not in SAME_VALUES and callable(getattr(Tensor, name)): setattr(MaskedParameter, name, then_zero(name))
 
-# %% ../../nbs/core/01_mask.ipynb #0d843c71
+# %% ../../nbs/core/01_mask.ipynb #ca269c02
 def hooked(p, register, fn): # the handle
     "Put a hook on a parameter; torch wants it to be trained at that moment."
     trained = p.requires_grad
@@ -142,7 +142,7 @@ def unbind(p:MaskedParameter)->nn.Parameter: # the same object
     p.__class__ = nn.Parameter
     return p
 
-# %% ../../nbs/core/01_mask.ipynb #c4c758f7
+# %% ../../nbs/core/01_mask.ipynb #36da8446
 def after_step(optimizer, args, kwargs)->None: # a hook of every optimiser in the process
     "Momentum from before the pruning may have moved pruned weights."
     for group in optimizer.param_groups:
@@ -151,7 +151,7 @@ def after_step(optimizer, args, kwargs)->None: # a hook of every optimiser in th
 
 register_optimizer_step_post_hook(after_step)
 
-# %% ../../nbs/core/01_mask.ipynb #e05e893f
+# %% ../../nbs/core/01_mask.ipynb #ff7bce12
 def masked(module:nn.Module): # yields (name, parameter)
     "The masked parameters that a module owns."
     yield from ((a, p) for a, p in module._parameters.items() if type(p) is MaskedParameter)
@@ -170,14 +170,21 @@ def adopt(module:nn.Module, replaced:bool=False)->None: # replaced: what is ther
         if p is None or p.shape != mask.keep.shape and type(p) is nn.Parameter: raise lost(module, attr)
         if type(p) is nn.Parameter and (replaced or mask.owner is None or mask.owner() is None): bind(p, Mask(mask.keep))
     for attr, p in masked(module):
-        known[attr] = p.pruning_mask
+        module.__dict__.setdefault("pruning_masks", {})[attr] = p.pruning_mask
         check_zeros(p)
+
+@torch.no_grad()
+def write_in_graph(parameters)->None:
+    "The zeros as a part of a graph of `torch.compile`, which cannot ask whether a parameter was changed."
+    for p in parameters:
+        if isinstance(p, MaskedParameter): torch.ops.aten.masked_fill_(p, p.pruning_mask.keep == 0, 0)
 
 class BeforeForward:
     "A forward pre-hook: zeros that were overwritten since the last step are written again before they are used."
     def __init__(self, inside:bool): self.inside = inside   # also the modules inside, whose weights others may read
     def __call__(self, module, args):
-        if torch.compiler.is_compiling(): return
+        if torch.compiler.is_exporting(): return   # an exported graph does not change its weights
+        if torch.compiler.is_compiling(): return write_in_graph(module.parameters(recurse=self.inside))
         for m in module.modules() if self.inside else (module,): adopt(m)
 
     @property
@@ -203,7 +210,7 @@ def watch_model(model:nn.Module)->None:
     "Let a model check all masks inside before it runs, also those of modules that are never called, whose weights others read."
     if not any(isinstance(h, BeforeForward) and h.inside for h in model._forward_pre_hooks.values()): model.register_forward_pre_hook(BeforeForward(inside=True))
 
-# %% ../../nbs/core/01_mask.ipynb #5c59206a
+# %% ../../nbs/core/01_mask.ipynb #02757878
 def parameter_of(module:nn.Module, attr:str): # the parameter, or None where the attribute is computed from others
     "What is trained behind an attribute of a module."
     views = getattr(module, "parametrizations", {})
@@ -253,7 +260,7 @@ def masks_of(model:nn.Module)->dict: # {parameter name: bool mask}
     for m in model.modules(): adopt(m)
     return {n: keep_of(p) != 0 for n, p in model.named_parameters() if type(p) is MaskedParameter}
 
-# %% ../../nbs/core/01_mask.ipynb #70920af3
+# %% ../../nbs/core/01_mask.ipynb #5c72573e
 def detach_mask(module:nn.Module, attr:str=None)->None: # one parameter; all of the module if not given
     "Drop masks of one module; the zeros stay until something trains them away."
     for a, p in list(masked(module)):
@@ -267,7 +274,7 @@ def remove_masks(model:nn.Module)->nn.Module: # the same model
     for module in model.modules(): adopt(module); detach_mask(module)
     return model
 
-# %% ../../nbs/core/01_mask.ipynb #cf0c2927
+# %% ../../nbs/core/01_mask.ipynb #b1f25630
 def mask_gradients(params, grads)->list: # of `torch.autograd.grad`, which calls no hook that sees `p.grad`
     "The gradients of some parameters, zero where weights are pruned."
     masked_of = lambda p, g: g.masked_fill(keep_of(p) == 0, 0) if type(p) is MaskedParameter and g is not None else g
