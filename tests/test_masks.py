@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pruning_bench import BadInput, prune, pruning
 from pruning_bench.core import mask as masks
 from pruning_bench.core.mask import (MaskedParameter, attach_mask, detach_mask, mask_of, masks_of, record_gradient,
-                                     remove_masks, set_mask, watch_model)
+                                     remove_masks, set_mask, install_model_hook)
 
 
 class Attention(nn.Module):
@@ -70,7 +70,7 @@ def sparse(kind, seed=0): # half of every weight is pruned
     model = dense(kind, seed)
     if kind == "tied":   # `prune` leaves shared weights alone
         attach_mask(model.a, "weight", model.a.weight.abs() > model.a.weight.abs().median())
-        watch_model(model)
+        install_model_hook(model)
     else: assert prune(model, "magnitude", .5).density == .5
     return model
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core.inputs import BadInput, forward, in_mode, move, seeded, some
-from ..core.mask import attach_mask, carry_mask, mask_of, masks_of, remove_masks, watch_model
+from ..core.mask import attach_mask, transfer_mask, mask_of, masks_of, remove_masks, install_model_hook
 from .trace import Quick, bare, ghost, place, tensors
 
 # %% ../../nbs/structured/39_surgery.ipynb #b265f5fc
@@ -43,7 +43,7 @@ def selected(t:Tensor, dims:dict)->Tensor: # a parameter stays a parameter
     new = t.detach()
     for d, kept in dims.items(): new = new.index_select(d, torch.as_tensor(kept, device=t.device))
     if not isinstance(t, nn.Parameter): return new.contiguous()
-    return carry_mask(t, nn.Parameter(new.contiguous(), t.requires_grad), lambda mask: selected(mask, dims))
+    return transfer_mask(t, nn.Parameter(new.contiguous(), t.requires_grad), lambda mask: selected(mask, dims))
 
 # %% ../../nbs/structured/39_surgery.ipynb #d1ac9cdb
 def renumber(m:nn.Module, n:int)->None: # n channels
@@ -103,7 +103,7 @@ def mask_out(model:nn.Module, slices:dict)->None:
         mask = torch.ones_like(getattr(module, attr), dtype=torch.bool) if mask is None else mask
         for d, kept in dims.items(): mask.index_fill_(d, torch.as_tensor(np.setdiff1d(np.arange(mask.shape[d]), kept), device=mask.device), False)
         attach_mask(module, attr, mask)
-    watch_model(model)
+    install_model_hook(model)
 
 # %% ../../nbs/structured/39_surgery.ipynb #0a0a7294
 def said(error:Exception)->str: # one line
