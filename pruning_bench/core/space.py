@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn, Tensor
 from .inputs import BadInput, as_dataset
-from .mask import attach_mask, check_maskable, mask_of, install_model_hook
+from .mask import attach_mask, check_maskable, mask_of, install_hooks
 
 # %% ../../nbs/core/02_space.ipynb #48d828ff
 def folded(m:Tensor,    # (rows, columns)
@@ -118,7 +118,7 @@ class Weights:
             new = layer.tensor(w.clone())   # `w` may be a view of the weight it is written to
             attach_mask(layer.module, layer.attr, layer.tensor(mask))
             with torch.no_grad(): layer.weight.copy_(new)
-        install_model_hook(self.model)
+        install_hooks(self.model, inside=True)
 
     def remove(self): "A masked weight keeps its place: there is nothing to take out."
     def slices(self): return {}
@@ -128,7 +128,7 @@ class Weights:
         layers = prunable(model)
         for name, mask in plan.masks.items():
             attach_mask(layers[name].module, layers[name].attr, layers[name].tensor(mask.to(layers[name].weight.device)))
-        install_model_hook(model)
+        install_hooks(model, inside=True)
 
 # %% ../../nbs/core/02_space.ipynb #c602e1a3
 def block_list(model:nn.Module)->tuple: # (path, ModuleList)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core.inputs import BadInput, forward, in_mode, move, seeded, some
-from ..core.mask import attach_mask, transfer_mask, mask_of, masks_of, remove_masks, install_model_hook
+from ..core.mask import attach_mask, transfer_mask, mask_of, masks_of, remove_masks, install_hooks
 from .trace import Quick, bare, ghost, place, tensors
 
 # %% ../../nbs/structured/39_surgery.ipynb #b265f5fc
@@ -103,7 +103,7 @@ def mask_out(model:nn.Module, slices:dict)->None:
         mask = torch.ones_like(getattr(module, attr), dtype=torch.bool) if mask is None else mask
         for d, kept in dims.items(): mask.index_fill_(d, torch.as_tensor(np.setdiff1d(np.arange(mask.shape[d]), kept), device=mask.device), False)
         attach_mask(module, attr, mask)
-    install_model_hook(model)
+    install_hooks(model, inside=True)
 
 # %% ../../nbs/structured/39_surgery.ipynb #0a0a7294
 def said(error:Exception)->str: # one line
