@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn, Tensor
 from .inputs import BadInput, as_dataset
-from .mask import attach_mask, check_maskable, mask_of, install_hooks
+from .mask import attach_mask, check_maskable, install_hooks, mask_of
 
 # %% ../../nbs/core/02_space.ipynb #48d828ff
 def folded(m:Tensor,    # (rows, columns)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core.inputs import BadInput, forward, in_mode, move, seeded, some
-from ..core.mask import attach_mask, transfer_mask, mask_of, masks_of, remove_masks, install_hooks
+from ..core.mask import attach_mask, install_hooks, mask_of, masks_of, remove_masks, transfer_mask
 from .trace import Quick, bare, ghost, place, tensors
 
 # %% ../../nbs/structured/39_surgery.ipynb #b265f5fc
