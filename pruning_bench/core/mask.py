@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .inputs import BadInput
 
-# %% ../../nbs/core/01_mask.ipynb #5460bb94
+# %% ../../nbs/core/01_mask.ipynb #cfcfcfb2
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}   # bytes of a number -> integer of that size
 
 class Mask:
@@ -38,7 +38,7 @@ def clear(x:Tensor,   # changed in place
     elif integer is None: x.masked_fill_(keep == 0, 0)
     else: x.view(integer).bitwise_and_(keep)
 
-# %% ../../nbs/core/01_mask.ipynb #bf54cd51
+# %% ../../nbs/core/01_mask.ipynb #1ddf4f43
 MEMORY = Tensor.data   # how torch itself reads and replaces the memory of a tensor
 
 def keep_of(p)->Tensor: # int8, where the parameter is
@@ -70,7 +70,7 @@ def mask_gradient(p)->None: # a hook: called when autograd has added to `p.grad`
     if p.grad.requires_grad: p.grad = p.grad.masked_fill(keep_of(p) == 0, 0)   # it will be differentiated again
     elif p.grad.layout is torch.strided: clear(p.grad, keep_of(p))
 
-# %% ../../nbs/core/01_mask.ipynb #f8ca1c4c
+# %% ../../nbs/core/01_mask.ipynb #d542b5e6
 class MaskedParameter(nn.Parameter):
     "A parameter that is zero wherever its mask says so. The mask belongs to it: copies, pickles and ties have it too."
     @property
@@ -108,7 +108,7 @@ def unpickled(values:Tensor, requires_grad:bool, mask:Mask, others:dict)->Masked
     p.__dict__.update(others)
     return p
 
-# %% ../../nbs/core/01_mask.ipynb #4b332233
+# %% ../../nbs/core/01_mask.ipynb #b2d3376a
 SAME_ZEROS = {"requires_grad_", "detach_", "rename_", "share_memory_", "retain_grad_", "mul_"}   # zeros stay
 
 def with_zeros(name:str): # a method
@@ -146,11 +146,11 @@ def after_step(optimizer, args, kwargs)->None: # a hook of every optimiser in th
     "Momentum from before the pruning may have moved pruned weights."
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if type(p) is MaskedParameter: check_zeros(p)
+            if type(p) is MaskedParameter: write_zeros(p)   # fused optimisers do not count their changes
 
 register_optimizer_step_post_hook(after_step)
 
-# %% ../../nbs/core/01_mask.ipynb #e42aaee6
+# %% ../../nbs/core/01_mask.ipynb #147e0842
 def masked(module:nn.Module): # yields (name, parameter)
     "The masked parameters that a module owns."
     yield from ((a, p) for a, p in module._parameters.items() if type(p) is MaskedParameter)
@@ -201,7 +201,7 @@ def install_hooks(module:nn.Module, inside:bool=False)->None: # inside: check th
     module.register_load_state_dict_post_hook(after_load)
     module.register_state_dict_pre_hook(before_state)
 
-# %% ../../nbs/core/01_mask.ipynb #036de109
+# %% ../../nbs/core/01_mask.ipynb #2ea9b3f5
 def parameter_of(module:nn.Module, attr:str): # the parameter, or None where the attribute is computed from others
     "What is trained behind an attribute of a module."
     views = getattr(module, "parametrizations", {})
@@ -264,7 +264,7 @@ def masks_of(model:nn.Module)->dict: # {parameter name: bool mask}
     for m in model.modules(): restore_masks(m)
     return {n: keep_of(p) != 0 for n, p in model.named_parameters() if type(p) is MaskedParameter}
 
-# %% ../../nbs/core/01_mask.ipynb #50c21b2b
+# %% ../../nbs/core/01_mask.ipynb #9af61010
 def detach_mask(module:nn.Module, attr:str=None)->None: # one parameter; all of the module if not given
     "Drop masks of one module; the zeros stay until something trains them away."
     for a, p in list(masked(module)):
