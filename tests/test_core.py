@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.allocate import ALLOCATORS, kth, settle, spent, winners
-from pruning_bench.core.mask import hold, masks_of, release
+from pruning_bench.core.mask import attach_mask, masks_of, remove_masks
 from pruning_bench.core.pattern import as_pattern, block, count_of, n_m, per_row, top_rows, unstructured
 from pruning_bench.core.schedule import SCHEDULES
 from pruning_bench.core.score import magnitude, unit_scores
@@ -189,14 +189,14 @@ def test_masks_follow_copies_devices_and_types_but_not_state_dicts():
     twin = copy.deepcopy(model).double()
     assert masks_of(twin).keys() == masks_of(model).keys() and all(m.dtype == torch.bool for m in masks_of(twin).values())
     assert list(model.state_dict()) == list(net().state_dict())
-    release(twin)
+    remove_masks(twin)
     assert not masks_of(twin) and masks_of(model)
 
 
 def test_a_frozen_parameter_can_be_held():
     layer = nn.Linear(4, 4)
     layer.weight.requires_grad_(False)
-    hold(layer, "weight", torch.eye(4, dtype=torch.bool))
+    attach_mask(layer, "weight", torch.eye(4, dtype=torch.bool))
     assert (layer.weight != 0).sum() <= 4 and layer(torch.randn(2, 4)).shape == (2, 4)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from pruning_bench.bench.measure import (FORMATS, accuracy, clock, densities, disk_bytes, load_sparse, logits_of, macs, nonzero_macs, nonzeros, parameters,
                                          save_sparse, token_nll)
 from pruning_bench.core.inputs import BadInput
-from pruning_bench.core.mask import hold
+from pruning_bench.core.mask import attach_mask
 
 
 class Attention(nn.Module):
@@ -164,7 +164,7 @@ def test_macs_leave_mode_and_hooks_alone():
 def test_three_densities():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
     masked = copy.deepcopy(net)
-    hold(masked[0], "weight", torch.arange(24).view(6, 4) >= 12)
+    attach_mask(masked[0], "weight", torch.arange(24).view(6, 4) >= 12)
     masked[0].weight.data[5, :3] = 0
     assert densities(masked, net) == {"mask": 18 / 30, "nonzero": 15 / 30, "structure": 1.}
     assert densities(masked, net, "whole") == {"mask": 25 / 37, "nonzero": 22 / 37, "structure": 1.}

@@ -12,7 +12,7 @@ from pruning_bench import BadInput, Method, build, prune
 from pruning_bench.bench.tasks import task
 from pruning_bench.core.allocate import global_
 from pruning_bench.core.inputs import seeded
-from pruning_bench.core.mask import hold, masks_of
+from pruning_bench.core.mask import attach_mask, masks_of
 from pruning_bench.core.pattern import n_m, per_row, unstructured
 from pruning_bench.core.recover import Recovery, after_training, finetune, go_back, renew_norms
 from pruning_bench.core.schedule import Schedule, as_schedule, cubic, cuts, geometric
@@ -193,7 +193,7 @@ def test_members_with_other_masks_are_refused():
     with pytest.raises(BadInput, match="differ"): soup_of([a, b])
     with pytest.raises(BadInput, match="differ"): soup_of([a, mlp(0)])
     part = mlp(0)
-    hold(part[1], "weight", part[1].weight > 0)
+    attach_mask(part[1], "weight", part[1].weight > 0)
     with pytest.raises(BadInput, match="differ"): soup_of([part, a])
 
 def test_members_share_mask_and_budget_but_not_batches():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from pruning_bench import BadInput, prune
 from pruning_bench.core.allocate import as_left, settle, winners
 from pruning_bench.core.rule import Course, Rule, RuleMaker, clock, dress, move, slots, under
-from pruning_bench.core.mask import hold, listen, masks_of, release
+from pruning_bench.core.mask import attach_mask, masks_of, record_gradient, remove_masks
 from pruning_bench.core.method import METHODS, Method, register
 from pruning_bench.core.recover import finetune
 from pruning_bench.core.schedule import cubic
@@ -104,7 +104,7 @@ def test_gradients_are_dense_and_match_autograd_on_every_layout():
         F.cross_entropy(net(x), y).backward(); opt.step()
     got = heard_by(net, loop)[0]
     twin = copy.deepcopy(net)
-    release(twin)
+    remove_masks(twin)
     F.cross_entropy(twin(x), y).backward()
     for name, layer in prunable(twin).items():
         assert torch.allclose(got[name], layer.matrix(layer.weight.grad), atol=1e-6), name
@@ -122,7 +122,7 @@ def test_gradients_are_summed_over_accumulated_batches_and_over_nothing_else():
             if i % 2: opt.step(); opt.zero_grad()
     got = heard_by(net, loop, every=3, steps=3)
     twin = copy.deepcopy(net)
-    release(twin)
+    remove_masks(twin)
     for x, y in data[4:]: F.cross_entropy(twin(x), y).backward()
     assert len(got) == 1
     for name, layer in prunable(twin).items(): assert torch.allclose(got[0][name], layer.matrix(layer.weight.grad), atol=1e-6)
@@ -166,11 +166,12 @@ def test_gradients_of_a_view_are_those_of_the_trained_weight():
 
 def test_nobody_listens_afterwards_nor_to_copies():
     net, calls = nn.Linear(3, 2), []
-    hold(net, "weight", torch.ones(2, 3, dtype=torch.bool))
-    listen(net, "weight", calls.append)
+    attach_mask(net, "weight", torch.ones(2, 3, dtype=torch.bool))
+    handle = record_gradient(net, "weight", calls.append)
     for twin in (copy.deepcopy(net), net): twin(torch.ones(1, 3)).sum().backward()
     assert len(calls) == 1
-    listen(net, "weight", None); listen(net, "weight", None)
+    handle.remove()
+    handle.remove()
     net(torch.ones(1, 3)).sum().backward()
     assert len(calls) == 1
 
@@ -180,13 +181,14 @@ def test_nobody_listens_afterwards_nor_to_copies():
     assert counted == [1, 2] and not course.heard
 
 
-def test_a_parameter_may_outlive_its_module():
+def test_a_mask_outlives_the_module_that_its_parameter_came_from():
     old, new = nn.Linear(3, 2), nn.Linear(3, 2)
-    hold(old, "weight", old.weight > 0)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    attach_mask(old, "weight", mask)
     new.weight = old.weight
     del old
     new(torch.ones(1, 3)).sum().backward()
-    assert (new.weight.grad == 1).all()
+    assert torch.equal(new.weight.grad, mask.float()) and torch.equal(new.weight != 0, mask)
 
 
 def test_a_model_can_be_saved_whole_while_a_rule_listens(tmp_path):

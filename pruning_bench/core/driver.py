@@ -105,6 +105,7 @@ class Ledger:
         ):
         self.model, self.forward, self.backward, self.samples = model, 0, 0, 0
         self.blocks, self.block_forward, self.depth = blocks, 0, 0
+        self.compiled = torch.zeros(3, dtype=torch.int64)   # the same, counted inside graphs of torch.compile
 
     def __enter__(self):
         self.meter = peak_memory("cpu" if self.model is None else device_of(self.model))
@@ -125,9 +126,11 @@ class Ledger:
     def __deepcopy__(self, memo): return self   # copies of the model report to the same ledger
 
     def count(self, module, args, kwargs):
-        self.forward += 1
-        self.backward += torch.is_grad_enabled()
-        self.samples += size_of(args[0] if args else kwargs)
+        seen = 1, int(torch.is_grad_enabled()), size_of(args[0] if args else kwargs)
+        if torch.compiler.is_compiling():   # a Python number that changes would be compiled again at every step
+            for total, n in zip(self.compiled.unbind(), seen): total.add_(n)
+            return
+        self.forward, self.backward, self.samples = self.forward + seen[0], self.backward + seen[1], self.samples + seen[2]
 
     def enter(self, module, args):
         self.block_forward += self.depth == 0 and module is not self.model
@@ -136,8 +139,9 @@ class Ledger:
     def leave(self, module, args, output): self.depth -= 1
 
     def __call__(self)->dict: # JSON values; `peak_bytes` is None where nobody can measure it
-        passes = dict(forward=self.forward, backward=self.backward, block_forward=self.block_forward)
-        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, **passes, samples=self.samples)
+        forward, backward, samples = self.compiled.tolist()
+        passes = dict(forward=self.forward + forward, backward=self.backward + backward, block_forward=self.block_forward)
+        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, **passes, samples=self.samples + samples)
 
 # %% ../../nbs/core/21_driver.ipynb #d542bc2f
 def resolve(method,        # a registered name, a `Method`, or None

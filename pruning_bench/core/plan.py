@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'packed', 'digest_of', 'spoken', 'table_of', 'html_of', 'plot_of', 'diff_of', 'save_plan', 'write_plan',
-           'load_plan', 'apply_plan', 'kept_of']
+           'load_plan', 'apply_plan', 'bake_plan', 'kept_of']
 
 # %% ../../nbs/core/10_plan.ipynb #be824fff
 import hashlib, json, os, shutil, tempfile
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from safetensors.numpy import load_file, save_file
 from .inputs import BadInput, as_dataset, choose
+from .mask import remove_masks
 from .space import SPACES
 from .checkpoint import save_model
 
@@ -52,6 +53,7 @@ class Plan:
     def diff(self, other): return diff_of(self, other)
     def save(self, folder, model=None)->Path: return save_plan(self, folder, model)
     def apply(self, model): return apply_plan(self, model)
+    def bake(self, model): return bake_plan(self, model)
     def kept(self, name:str="examples", row:int=0)->Tensor: return kept_of(self, name, row)
     def subset(self, dataset, row:int=0): return torch.utils.data.Subset(as_dataset(dataset), kept_of(self, "examples", row).tolist())
 
@@ -157,6 +159,16 @@ def apply_plan(plan, model)->None: # changes the model in place
         lost = next((n for n in [*plan.slices, *(plan.masks if not plan.slices else ())] if n not in names), None)
         if lost: raise BadInput(f"this plan was made for another architecture: the model has no {lost!r}")
     space.restore(model, plan)
+
+def bake_plan(plan,  # whose zeros the model carries
+              model, # changed in place
+    ):               # the same model, ordinary again
+    "Take the masks off and leave the zeros, for exports and for programs without this library; raises `BadInput` for masks of another plan."
+    if plan.space == "weights":
+        found = SPACES["weights"](model, skip=plan.recipe.get("skip", ()))
+        missing = next((n for n, m in plan.masks.items() if n not in found.layers or not torch.equal(found.alive(n).cpu(), m)), None)
+        if missing: raise BadInput(f"the zeros of {missing!r} in this model are not those of the plan: call plan.apply(model) first")
+    return remove_masks(model)
 
 def kept_of(plan, name:str="examples", row:int=0)->Tensor: # 1-D indices
     "Indices of the kept units of one group; `row` picks the round of a changing subset."

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .inputs import BadInput
-from .mask import listen
+from .mask import record_gradient, set_mask
 from .part import Part, part_factory
 from .space import folded
 
@@ -63,7 +63,7 @@ def move(course, name:str, # a layer
     "Give a layer another mask: the dead and the newborn are zero, and so is their momentum."
     layer, w, mask = course.space.layers[name], course.weight[name], mask & course.open[name]
     changed = course.stored(name, mask != course.alive(name))
-    getattr(layer.module, f"{layer.attr}_mask").copy_(course.stored(name, mask))
+    set_mask(layer.module, layer.attr, course.stored(name, mask))
     for v in (w.data, w.grad, *slots(course, name)): v.masked_fill_(changed, 0) if v is not None else None
 
 # %% ../../nbs/core/13_rule.ipynb #a2bdd65f
@@ -163,13 +163,13 @@ def dress(rule, course, name:str): # a function that takes it off again
     def hear(grad):
         if (course.step + 1) % rule.every == 0: course.heard[name] = course.heard.get(name, 0) + grad.detach()
     def undress():
-        listen(layer.module, layer.attr, None)
+        recording.remove()
         if view is None: return
         parametrize.remove_parametrizations(layer.module, layer.attr, leave_parametrized=False)
         for k in [k for k in order if k in owned]: owned[k] = owned.pop(k)   # the state dict keeps its order
         if isinstance(layer.module, nn.RNNBase): layer.module._init_flat_weights()   # recurrent layers list their weights a second time
     if view: parametrize.register_parametrization(layer.module, layer.attr, View(layer, view, course.state[name], course, name))
-    listen(layer.module, layer.attr, hear)
+    recording = record_gradient(layer.module, layer.attr, hear)
     return undress
 
 def gated_weight(w:Tensor, factor)->Tensor: # like w

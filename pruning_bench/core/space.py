@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn, Tensor
 from .inputs import BadInput, as_dataset
-from .mask import hold
+from .mask import attach_mask, check_maskable, install_hooks, mask_of
 from .registry import Registry
 
 # %% ../../nbs/core/02_space.ipynb #48d828ff
@@ -106,7 +106,10 @@ class Weights:
     "Every weight of every prunable layer is a unit."
     unit = "weight"
 
-    def __init__(self, model, data=None, skip=(), loss=None): self.model, self.layers = model, prunable(model, skip)
+    def __init__(self, model, data=None, skip=(), loss=None):
+        self.model, self.layers = model, prunable(model, skip)
+        for layer in self.layers.values(): check_maskable(layer.module, layer.attr)
+
     def names(self): return list(self.layers)
     def w(self, name): return self.layers[name].read()
     def cost(self, name): return 1.
@@ -114,14 +117,16 @@ class Weights:
 
     def alive(self, name): # bool, like `w(name)`
         layer = self.layers[name]
-        mask = getattr(layer.module, f"{layer.attr}_mask", None)
+        mask = mask_of(layer.module, layer.attr)
         return torch.ones_like(layer.read(), dtype=torch.bool) if mask is None else layer.matrix(mask)
 
     def apply(self, solved): # {name: (new weights, mask)}, or a generator of such pairs: one layer exists at a time
         for name, (w, mask) in pairs(solved):
             layer = self.layers[name]
-            layer.weight.data.copy_(layer.tensor(w.clone()))   # `w` may be a view of the weight it is written to
-            hold(layer.module, layer.attr, layer.tensor(mask))
+            new = layer.tensor(w.clone())   # `w` may be a view of the weight it is written to
+            attach_mask(layer.module, layer.attr, layer.tensor(mask))
+            with torch.no_grad(): layer.weight.copy_(new)
+        install_hooks(self.model, inside=True)
 
     def remove(self): "A masked weight keeps its place: there is nothing to take out."
 
@@ -148,7 +153,8 @@ class Weights:
     def restore(model, plan): # masks of a plan onto a fresh model
         layers = prunable(model)
         for name, mask in plan.masks.items():
-            hold(layers[name].module, layers[name].attr, layers[name].tensor(mask.to(layers[name].weight.device)))
+            attach_mask(layers[name].module, layers[name].attr, layers[name].tensor(mask.to(layers[name].weight.device)))
+        install_hooks(model, inside=True)
 
 # %% ../../nbs/core/02_space.ipynb #c602e1a3
 def block_list(model:nn.Module)->tuple: # (path, ModuleList)

@@ -17,6 +17,7 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from .inputs import BadInput, as_loss, in_mode, runner, size_of, some
+from .mask import mask_gradients
 from .part import Part
 from .registry import Registry
 
@@ -143,7 +144,7 @@ def mean_gradient(space, batches, loss)->dict: # {layer: (rows, columns)}
     params = [l.weight for l in space.layers.values()]
     with torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", leave=False, delay=3):
-            grads = torch.autograd.grad(loss(space.model, batch), params, allow_unused=True)
+            grads = mask_gradients(params, torch.autograd.grad(loss(space.model, batch), params, allow_unused=True))
             for (name, layer), g in zip(space.layers.items(), grads):
                 total[name] = total.get(name, 0) + (torch.zeros_like(layer.read()) if g is None else layer.matrix(g))
             count += 1
@@ -178,7 +179,8 @@ def sample_gradients(model:nn.Module, params:dict, # {name: parameter}
     with in_mode(model, False), torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", leave=False, delay=3):
             for a in range(0, size_of(batch), each):
-                found = torch.autograd.grad(loss(model, some(batch, slice(a, a + each))), list(params.values()), allow_unused=True)
+                one = loss(model, some(batch, slice(a, a + each)))
+                found = mask_gradients(params.values(), torch.autograd.grad(one, list(params.values()), allow_unused=True))
                 yield {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found)}
 
 # %% ../../nbs/core/03_stats.ipynb #0d51c26c

@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from ..core.allocate import poured, settle, winners
 from ..core.inputs import BadInput, as_loss, in_mode, size_of
-from ..core.mask import release
+from ..core.mask import remove_masks
 from ..core.method import Method, register
 from ..core.part import part_factory
 from ..core.recover import Preparation, finetune, renew_norms
@@ -178,7 +178,7 @@ def quota(t:float, end:float, active:int, alpha:float=.3)->int: # weights to mov
 def wishes(model:nn.Module, name:str, batch, loss, k:int)->Tensor: # (rows, columns): the k largest gradients of dead weights, else zero
     "What a client sends: the gradient of one batch where a weight is dead."
     dead, twin = ~Weights(model).alive(name), copy.deepcopy(model)
-    release(twin)   # masks also silence gradients
+    remove_masks(twin)   # masks also silence gradients
     layer = Weights(twin).layers[name]
     with in_mode(twin, False): g = layer.matrix(torch.autograd.grad(as_loss(loss)(twin, batch), layer.weight)[0])
     return g * winners(g.abs().masked_fill(~dead, -1.).flatten(), min(k, int(dead.sum()))).view_as(g)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from ..core.checkpoint import agrees, answer, digest_of_file
 from ..core.inputs import BadInput, device_of
-from ..core.mask import hold
+from ..core.mask import attach_mask, install_hooks
 from ..core.plan import load_plan
 from .surgery import cut, put_back, selected, state_of
 
@@ -97,7 +97,8 @@ def rebuild(model, about:dict, state:dict, folder)->None: # changes the model
     where = device_of(model)
     reshape(model, state)
     correct(model, about)
-    for n, mask in masks.items(): hold(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2].removesuffix("_mask"), mask.to(where))
+    for n, mask in masks.items(): attach_mask(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2].removesuffix("_mask"), mask.to(where))
+    if masks: install_hooks(model, inside=True)
     model.load_state_dict({n: t.to(where) for n, t in state.items()}, strict=not masks, assign=True)
     for n, first in about["tied"].items(): tie(model, n, first)
     found = answer(model, about["example"])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core.inputs import BadInput, forward, in_mode, move, seeded, some
-from ..core.mask import held_names, hold, release
+from ..core.mask import attach_mask, install_hooks, mask_of, masks_of, remove_masks, transfer_mask
 from .trace import Quick, bare, ghost, place, tensors
 
 # %% ../../nbs/structured/39_surgery.ipynb #b265f5fc
@@ -32,7 +32,6 @@ def cut(model:nn.Module, slices:dict, # {parameter, buffer or norm without weigh
         new = selected(old, dims)
         for m, store, a in homes[place(old)]:
             store[a] = new
-            if f"{a}_mask" in m._buffers: m._buffers[f"{a}_mask"] = selected(m._buffers[f"{a}_mask"], dims)
     for m in model.modules(): refresh(m)
     for fix in AFTER_CUT: fix(model)
 
@@ -43,7 +42,8 @@ def selected(t:Tensor, dims:dict)->Tensor: # a parameter stays a parameter
     "Index every listed dimension."
     new = t.detach()
     for d, kept in dims.items(): new = new.index_select(d, torch.as_tensor(kept, device=t.device))
-    return nn.Parameter(new.contiguous(), t.requires_grad) if isinstance(t, nn.Parameter) else new.contiguous()
+    if not isinstance(t, nn.Parameter): return new.contiguous()
+    return transfer_mask(t, nn.Parameter(new.contiguous(), t.requires_grad), lambda mask: selected(mask, dims))
 
 # %% ../../nbs/structured/39_surgery.ipynb #d1ac9cdb
 def renumber(m:nn.Module, n:int)->None: # n channels
@@ -99,10 +99,11 @@ def mask_out(model:nn.Module, slices:dict)->None:
     homes = {f"{n}.{a}" if n else a: (m, a) for n, m in model.named_modules() for a in m._parameters}
     for name, dims in ((n, d) for n, d in slices.items() if n in homes):   # running statistics need no mask
         module, attr = homes[name]
-        mask = module._buffers.get(f"{attr}_mask")
-        mask = torch.ones_like(getattr(module, attr), dtype=torch.bool) if mask is None else mask.clone()
+        mask = mask_of(module, attr)
+        mask = torch.ones_like(getattr(module, attr), dtype=torch.bool) if mask is None else mask
         for d, kept in dims.items(): mask.index_fill_(d, torch.as_tensor(np.setdiff1d(np.arange(mask.shape[d]), kept), device=mask.device), False)
-        hold(module, attr, mask)
+        attach_mask(module, attr, mask)
+    install_hooks(model, inside=True)
 
 # %% ../../nbs/structured/39_surgery.ipynb #0a0a7294
 def said(error:Exception)->str: # one line
@@ -244,7 +245,7 @@ def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: #
         raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes, so nothing is removed: "
                        "name the layers concerned in skip=")
     for m in model.modules():
-        if held_names(m) and all(getattr(c, f"{a}_mask").all() for c in m.modules() for a in held_names(c)): release(m)
+        if (found := masks_of(m)) and all(mask.all() for mask in found.values()): remove_masks(m)
 
 def cut_if_it_fits(model:nn.Module, slices:dict)->None:
     "Cut a fresh dense model."

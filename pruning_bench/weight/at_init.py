@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.allocate import global_
 from ..core.inputs import BadInput, as_loss, forward, size_of, some
+from ..core.mask import mask_gradients
 from ..core.method import Method, register
 from ..core.recover import wait
 from ..core.schedule import geometric
@@ -59,7 +60,8 @@ def hessian_grad(space, batches, loss=None,
         fixed = [l.tensor(g) for l, g in zip(layers.values(), mean_gradient(space, batches, loss).values())]
         def twice(batch): # a function of its own, so that no graph outlives its batch
             grads = torch.autograd.grad(as_loss(loss)(space.model, batch), params, create_graph=True, allow_unused=True)
-            return torch.autograd.grad(sum((g * f).sum() for g, f in zip(grads, fixed) if g is not None), params, allow_unused=True)
+            both = sum((g * f).sum() for g, f in zip(grads, fixed) if g is not None)   # `fixed` is zero where weights are pruned
+            return mask_gradients(params, torch.autograd.grad(both, params, allow_unused=True))
         for batch in batches:
             for (n, l), h in zip(layers.items(), twice(batch)):
                 total[n] = total.get(n, 0) + (torch.zeros_like(l.read()) if h is None else l.matrix(h)) / len(batches)
@@ -101,7 +103,7 @@ def flow(space, batches, loss=None)->dict: # {layer: (rows, columns)}, float64
     with torch.enable_grad():
         out = forward(twin, ones_for(next(iter(batches))))
         total = (out if isinstance(out, Tensor) else out[0]).sum()
-        grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+        grads = mask_gradients(weights.values(), torch.autograd.grad(total, list(weights.values()), allow_unused=True))
     total = total.detach().clamp_min(torch.finfo(torch.double).tiny)
     return {n: space.layers[n].matrix(torch.zeros_like(w) if g is None else g / total) for (n, w), g in zip(weights.items(), grads)}
 

@@ -17,6 +17,7 @@ from torch import nn, Tensor
 from torch.nn.utils import skip_init
 from ..core.allocate import settle, winners
 from ..core.inputs import BadInput, choose
+from ..core.mask import mask_of
 from ..core.method import Method, register
 from ..core.recover import finetune
 from ..core.rule import Rule, rule_maker
@@ -120,7 +121,7 @@ def thinnable(model:nn.Module,
     layers = {n: l for n, l in prunable(model, skip).items() if fits(l)}
     if not layers: raise BadInput(f"{type(model).__name__} contains no layer that two thin ones could replace: ranks need plain linear layers or convolutions inside a module")
     for n, l in layers.items():
-        if not getattr(l.module, f"{l.attr}_mask", torch.ones(1)).all(): raise BadInput(f"{n!r} has pruned weights, and two thin layers would fill them: add it to skip=, or prune ranks first")
+        if (mask := mask_of(l.module, l.attr)) is not None and not mask.all(): raise BadInput(f"{n!r} has pruned weights, and two thin layers would fill them: add it to skip=, or prune ranks first")
     return layers
 
 def thin_again(model:nn.Module, # dense, changed in place

@@ -34,7 +34,7 @@ def test_global_magnitude_takes_a_quarter_of_the_time_of_torch():
     assert all(sum(int(m.sum()) for m in p.masks.values()) == round(.1 * units) for p in plans)   # fast and exact
     assert by_library <= .25 * by_torch
 
-def test_masks_cost_a_tenth_of_a_training_step_at_most():
+def test_masks_cost_a_twentieth_of_a_training_step_at_most():
     dense = resnet50()
     sparse = copy.deepcopy(dense)
     prune(sparse, "magnitude", .9)
@@ -47,7 +47,7 @@ def test_masks_cost_a_tenth_of_a_training_step_at_most():
     rounds = [(step(dense), step(sparse)) for _ in range(9)][1:]   # interleaved; the first one warms up
     bare, held = (min(r) for r in zip(*rounds))
     print(f"\nResNet-50, training step of 8 pictures: {bare:.2f} s, with masks {held:.2f} s, ratio {held / bare:.3f}")
-    assert held <= 1.1 * bare
+    assert held <= 1.05 * bare
 
 CHILD = """
 import sys, torch, torch.nn.functional as F, torchvision
