@@ -35,8 +35,7 @@ from .restore import restore_on_error
 
 # %% ../../nbs/core/21_driver.ipynb #82507884
 def drive(method:Method, space, keep:float, # the record, where the units live, the fraction to keep at the end
-          data, calib, loss,                # training batches, calibration batches, `as_loss` kinds
-          run:Run=Run(),                    # what the stages may know
+          data, calib, loss, run:Run=Run(), # batches to train and to calibrate on, `as_loss` kinds, for the stages
     )->None:
     "Run a method: this loop is the same for all of them."
     train = Trainer(space.model, method.recover, None if data is None else endless(data), loss)
