@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'SPARSE', 'block_by_block', 'equal_lists', 'inside', 'Stop', 'Recorder', 'arguments', 'first_of', 'others',
-           'activations', 'skipped', 'replaced', 'record', 'chains', 'covered', 'fault', 'alike', 'Inputs', 'stored',
-           'BlockByBlock', 'finished', 'on_device', 'usable']
+           'activations', 'skipped', 'replaced', 'record', 'chains', 'covered', 'fault', 'alike', 'Calls', 'Inputs',
+           'stored', 'BlockByBlock', 'finished', 'on_device', 'usable']
 
 # %% ../../nbs/core/24_block_by_block.ipynb #560615be
 import inspect, weakref
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
@@ -160,6 +160,14 @@ def alike(a, b)->bool: # any nesting of values
 
 # %% ../../nbs/core/24_block_by_block.ipynb #6343e121
 @dataclass
+class Calls(Sequence):
+    "The calls of block i, one {argument: value} per batch, put together when they are read: nothing is kept alive."
+    inputs: object   # an `Inputs`
+    i: int
+    def __len__(self): return len(self.inputs.x)
+    def __getitem__(self, b): return self.inputs.call(self.i, range(len(self))[b])
+
+@dataclass
 class Inputs:
     "What the blocks of a list are called with: activations, which change from block to block, and further arguments."
     store: object    # device on which they wait
@@ -176,10 +184,6 @@ class Inputs:
             self.x.append(first_of(recorder.calls[0][1]).to(self.store))
             self.further.append([stored(others(given), self.store, moved) for _, given, _ in recorder.calls])
         return self
-
-    def calls(self, i:int)->list: # one {argument: value} per batch
-        "The calls of block i."
-        return [self.call(i, b) for b in range(len(self.x))]
 
     def call(self, i:int, b:int)->dict: # {argument: value}
         "The call of block i on batch b."
@@ -241,7 +245,7 @@ class BlockByBlock:
         "One block, and then the activations behind it."
         dense = self.propagate == "dense"
         x = inputs.after(i, part, []) if dense and not last else None
-        yield from finished(part, inputs.calls(i), folder, number)
+        yield from finished(part, Calls(inputs, i), folder, number)
         if not last: inputs.x = x if dense else inputs.after(i, part, inputs.x)
 
 # %% ../../nbs/core/24_block_by_block.ipynb #4f839abc
@@ -266,7 +270,7 @@ def on_device(module:nn.Module, device): # yields nothing; None = where it is
 def usable(device)->None: # raises BadInput; None is usable
     "Refuse a device that does not exist or holds no values."
     try: found = None if device is None else torch.empty(1, device=device).device.type
-    except (RuntimeError, AssertionError, TypeError) as e: found = "meta"
+    except (RuntimeError, AssertionError, TypeError): found = "meta"
     if found == "meta": raise BadInput(f"device {device!r} cannot be used here: name one such as 'cpu' or 'cuda:0'")
 
 # %% ../../nbs/core/24_block_by_block.ipynb #c94299e4

@@ -1,5 +1,5 @@
 "Stages: block after block against the whole network, interrupted and resumed, refused, and on many architectures."
-import copy, os, signal, subprocess, sys, textwrap
+import copy, os, signal, subprocess, sys, textwrap, weakref
 import pytest, torch, torchvision, transformers as tf
 from torch import nn
 import pruning_bench.weight.sparsegpt, pruning_bench.weight.wanda
@@ -427,6 +427,16 @@ def test_memory_is_that_of_one_block():
         peaks[str(stages)] = plan.cost["peak_bytes"]
     if None in peaks.values(): pytest.skip("nobody can measure memory here")
     assert peaks["whole"] > 6 * 2048**2 * 4 and peaks[str(PRUNED)] < .7 * peaks["whole"]
+
+
+def test_no_activations_are_kept_but_those_between_two_blocks():
+    model, seen, dead = llama(3), [], []
+    def note(module, args, kwargs):
+        dead.extend(ref() is None for ref in seen[-1:])   # what the batch before gave has made room for its output
+        seen.append(weakref.ref(next(iter([*args, *kwargs.values()]))))
+    for part, batches in PRUNED.parts(Weights(model), TEXT, Run()):
+        if part.model is model.model.layers[1]: part.model.register_forward_pre_hook(note, with_kwargs=True)
+    assert dead == [True]
 
 
 def test_block_by_block_is_the_default_where_the_second_moments_do_not_fit(monkeypatch):
