@@ -156,7 +156,8 @@ def ready(record:Method, model, budget:Budget, data, loss, skip, calibration:int
     if budget.resource and record.rule and "allocate" not in record.rule.uses:
         raise BadInput(f"method {record.name!r} decides by a rule that knows only a fraction of {record.space}: pass a plain number instead of a budget of {budget.of}")
     if budget.resource and record.allocate is as_left:
-        raise BadInput(f"allocation 'as_left' keeps what is left and cannot meet a budget of {budget.of}: choose another one, such as 'global'")
+        raise BadInput(f"allocation 'as_left' keeps what is left and cannot meet a budget of {budget.of}: "
+                       "choose another one, such as 'global'")
     with seeded(seed):
         units = SPACES[record.space](model, data, skip, loss, **record.options)
         check(record, units, data, loss)

@@ -241,8 +241,8 @@ def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: #
     finally:
         if not same: put_back(state)
     if not same:
-        raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes, so nothing is removed: "
-                       "name the layers concerned in skip=")
+        raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes, "
+                       "so nothing is removed: name the layers concerned in skip=")
     for m in model.modules():
         if held_names(m) and all(getattr(c, f"{a}_mask").all() for c in m.modules() for a in held_names(c)): release(m)
 
