@@ -105,7 +105,8 @@ def assignment(part:str, text:str)->tuple: # (name, value)
     try: return name.strip(), json.loads(value)
     except json.JSONDecodeError: pass
     try: return name.strip(), float(value)   # `.5` is a number, and no JSON
-    except ValueError: raise BadInput(f"budget {text!r}: {part!r} is not name=number: write for instance macs=0.5,round_to=8") from None
+    except ValueError:
+        raise BadInput(f"budget {text!r}: {part!r} is not name=number: write for instance macs=0.5,round_to=8") from None
 
 # %% ../../nbs/core/14_budget.ipynb #14814905
 def resource_budget(request:Mapping)->Budget: # `{"macs": .5, "round_to": 8}`

@@ -110,7 +110,8 @@ def splora(rank:int=16,       # of the corrections
            stream:bool=False, # also cut the channels of residual streams
     ):
     "The weights are frozen, low-rank corrections train between cuts and are cut along, and at the end they are fused."
-    return Method(space="channels", score=fused_size, schedule=geometric(rounds), prepare=accompanied(rank), between=taught,
+    return Method(space="channels", score=fused_size, schedule=geometric(rounds),
+                  prepare=accompanied(rank), between=taught,
                   recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #8d92b91d

@@ -165,7 +165,7 @@ def latency(space,          # where the groups are
         if all(kept[n] == len(g) for n, g in space.groups.items()): return 1.
         if key not in seen: seen[key] = measured(kept)
         full, left = (float(np.median(t)) for t in seen[key].values())
-        last.update(seconds_full=full, seconds_left=left, stable=all(map(steady, seen[key].values())), candidates=len(seen),
-                    device=str(device_of(dense)))
+        last.update(seconds_full=full, seconds_left=left, stable=all(map(steady, seen[key].values())),
+                    candidates=len(seen), device=str(device_of(dense)))
         return left / full
     return Price(fraction, tries=tries, says=last.copy)

@@ -56,7 +56,8 @@ def taylor_gate(each:int=1,        # examples per gradient
                 stream:bool=False, # also cut the channels of residual streams
     ):
     "Channels whose gates would change the loss least, to first order, are removed, in one ranking of all groups."
-    return Method(space="channels", score=gate_taylor, allocate=global_, options={"stream": stream}, readings={"gate_taylor": dict(each=each)})
+    return Method(space="channels", score=gate_taylor, allocate=global_, options={"stream": stream},
+                  readings={"gate_taylor": dict(each=each)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #a4ec4cb1
 @criterion(reads_loss=True)

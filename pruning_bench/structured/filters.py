@@ -72,7 +72,8 @@ def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and s
         @wraps(fn)
         def read(space, batches=None, loss=None, normalise="none", **settings):
             if not hasattr(space, "groups"):
-                raise BadInput(f"criterion {name!r} ranks coupled channels, and this space has {space.unit}s: choose space='channels'")
+                raise BadInput(f"criterion {name!r} ranks coupled channels, and this space has {space.unit}s: "
+                               "choose space='channels'")
             divisor, out = choose(normalise, NORMALISERS, "normaliser"), {}
             for n, s in fn(space, batches, loss, **settings).items():
                 by = divisor(s[space.alive(n)]) if space.alive(n).any() else 1.

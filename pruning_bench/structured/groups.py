@@ -362,20 +362,21 @@ def called_with_input(space, homes:dict)->set: # {parameter: module}; the parame
 
 # %% ../../nbs/structured/40_groups.ipynb #a6618168
 def gate_places(space)->list: # [(group, parameter, dimension, module)]
-    "Where the gates of a space act; raises `BadInput` for a layer that reads a channel in a place where no gate can act."
+    "Where the gates of a space act; raises `BadInput` for a layer that reads channels where no gate can act."
     known = nn.Linear, nn.modules.conv._ConvNd
-    places = [(n, p, d, space.model.get_submodule(p.rpartition(".")[0])) for n, g in space.groups.items() for p, d in g.consumes]
+    def home(p): return space.model.get_submodule(p.rpartition(".")[0])
+    places = [(n, p, d, home(p)) for n, g in space.groups.items() for p, d in g.consumes]
     takes = {p: m for _, p, _, m in places if isinstance(m, known) or type(m).__name__ == "Conv1D"}
     seen = called_with_input(space, takes)
     for n, p, _, m in places:
         if p not in seen:
-            raise BadInput(f"channels of {n!r} are read by {p!r}, which {type(m).__name__} does not multiply with an input of its own: "
-                           f"name {n!r} in skip=, or choose a method without gates")
+            raise BadInput(f"channels of {n!r} are read by {p!r}, which {type(m).__name__} does not multiply "
+                           f"with an input of its own: name {n!r} in skip=, or choose a method without gates")
     return places
 
 @contextmanager
 def gated(space, factor): # `factor(group)` -> (units,) factors, or None for a group without a gate; yields nothing
-    "Inside, every layer that reads a unit of a space gets it multiplied by a factor; raises `BadInput` where that is impossible."
+    "Inside, every layer that reads a unit gets it multiplied by a factor; raises `BadInput` where that is impossible."
     weights = dict(space.model.named_parameters())
     with ExitStack() as stack:
         for way in LISTENING: stack.enter_context(way(space.model))   # attention then calls its output projection

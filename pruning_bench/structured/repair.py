@@ -176,7 +176,8 @@ def obspa(stream:bool=False, # also cut the channels of residual streams
           damp:float=.01,    # see `rooted`
     ):
     "Channels that refitted neighbours replace best are removed; readers are refitted, batch norms recalibrated, nothing is trained."
-    return Method(space="channels", score=channel_obs, solve=compensate.configured(damp=damp), recover=recalibrate(), options={"stream": stream})
+    return Method(space="channels", score=channel_obs, solve=compensate.configured(damp=damp),
+                  recover=recalibrate(), options={"stream": stream})
 
 # %% ../../nbs/structured/49_repair.ipynb #f9a3a0ce
 def folded_filters(space, group, norms:dict)->tuple: # filters (units, weights) and constants (units, producers), batch norms folded in
@@ -248,4 +249,5 @@ def thinet(stream:bool=False, # also cut the channels of residual streams
            damp:float=.01,    # see `rooted`
     ):
     "Greedy search for the channels whose readers miss them least, then a least-squares refit."
-    return Method(space="channels", score=thinet_order, solve=compensate.configured(damp=damp), options={"stream": stream})
+    return Method(space="channels", score=thinet_order, solve=compensate.configured(damp=damp),
+                  options={"stream": stream})

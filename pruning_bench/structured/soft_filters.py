@@ -54,7 +54,8 @@ def sfp(rounds:int=10,     # how often filters are zeroed
         stream:bool=False, # also cut the channels of residual streams
     ):
     "Filters with the smallest norm are zeroed again and again while all of them train; the last ones go."
-    return Method(space="channels", rule=softly(filter_norm, rounds, end), recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=softly(filter_norm, rounds, end),
+                  recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #065c27d1
 @register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250", 2019, "structured", stage="init")
@@ -65,7 +66,8 @@ def soft_fpgm(rounds:int=10,     # how often filters are zeroed
               stream:bool=False, # also cut the channels of residual streams
     ):
     "Filters that resemble all others most are zeroed again and again while all of them train; the last ones go."
-    return Method(space="channels", rule=softly(PROVIDERS["fpgm"], rounds, end), recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=softly(PROVIDERS["fpgm"], rounds, end),
+                  recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #82fd4347
 def passes(s:Tensor, # (units,) importance
@@ -117,7 +119,8 @@ def lapp(reach:float=3.,    # how far a threshold can move, in mean importances
     ):
     "A threshold per layer on the norms of channels, learned while a budget falls; no bypass branches."
     rule = learning(reach, heat, weight, end)
-    return Method(space="channels", rule=rule, allocate=global_, recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=rule, allocate=global_,
+                  recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #ef158bc0
 def loudness(space, name:str)->Tensor: # (units,), differentiable
@@ -165,4 +168,5 @@ def pdp_channels(tau:float=1.,      # temperature, in medians of the squared nor
     ):
     "Channels are heard through a sigmoid of their norm whose threshold rises, so weak ones may return; then they are cut."
     rule = half_heard(tau, start, ramp, end)
-    return Method(space="channels", rule=rule, allocate=global_, recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=rule, allocate=global_,
+                  recover=finetune(steps, lr), options={"stream": stream})

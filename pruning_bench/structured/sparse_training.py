@@ -48,11 +48,11 @@ def pressing(press,     # `press(course, method)`, after every step before the c
              begin=lambda course: None, # before the first step
              gate=None, # (group, state, course) -> (units,) factors while training, or None
     ):                  # fn(method, keep) -> Rule
-    "Press while training, choose once, and train on without the rest; raises `BadInput` for an allocation that reads statistics."
+    "Press while training, choose once, and train on; raises `BadInput` for an allocation that reads statistics."
     def rule(method, keep):
         if method.allocate.needs:
-            raise BadInput(f"allocation {method.allocate.name!r} reads {sorted(method.allocate.needs)[0]!r} from calibration data, and "
-                           "this method chooses inside its training: take an allocation without statistics, such as 'global'")
+            raise BadInput(f"allocation {method.allocate.name!r} reads {sorted(method.allocate.needs)[0]!r} "
+                           "from calibration data, and this method chooses inside its training: take an allocation without statistics, such as 'global'")
         def settle(course):
             for n, m in choose(course, method).items(): course.state[n]["mask"] = m
             course.space.apply({n: (course.w(n), course.state[n]["mask"]) for n in course.names})
@@ -71,11 +71,14 @@ def knobs(space)->dict: # {group: [(parameter, (units, count) indices)]}
     "The batch norm scales of every group; raises `BadInput` where there is none."
     own, norms = dict(space.model.named_parameters()), [m for m in space.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     mine = {id(m.weight) for m in norms if m.weight is not None}
-    def scales(g): return [(own[p], torch.as_tensor(i, device=own[p].device)) for (p, _), i in g.members.items() if p in own and id(own[p]) in mine]
+    def scales(g):
+        norms_of = [(own[p], i) for (p, _), i in g.members.items() if p in own and id(own[p]) in mine]
+        return [(p, torch.as_tensor(i, device=p.device)) for p, i in norms_of]
     out = {n: scales(g) for n, g in space.groups.items()}
     for n in out:
         if not out[n]:
-            raise BadInput(f"no batch norm scales the channels of {n!r}: name it in skip=, or choose a penalty on all weights, such as 'group-lasso'")
+            raise BadInput(f"no batch norm scales the channels of {n!r}: name it in skip=, "
+                           "or choose a penalty on all weights, such as 'group-lasso'")
     return out
 
 def by_scale(course, method)->dict: # {group: mask}
@@ -100,7 +103,8 @@ def slimming(travel:float=.9,   # how far a scale moves that the loss ignores; s
              stream:bool=False, # also cut the channels of residual streams
     ):
     "A lasso on batch norm scales while training, then the smallest are cut in one ranking of all layers."
-    return Method(space="channels", rule=slim(travel, end), allocate=global_, recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=slim(travel, end), allocate=global_,
+                  recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #565b273a
 @rule_maker("allocate", "pattern")
@@ -131,7 +135,8 @@ def masksparsity(travel:float=.3,   # how far a scale moves that the loss ignore
                  stream:bool=False, # also cut the channels of residual streams
     ):
     "A lasso on all batch norm scales finds who goes; a second one presses only those, down to zero."
-    return Method(space="channels", rule=aimed(travel, look, end), allocate=global_, recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=aimed(travel, look, end), allocate=global_,
+                  recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #2cdd517c
 def pressure(s:Tensor, # (units,) norms
@@ -176,7 +181,8 @@ def group_lasso(strength:float=8.,  # logarithm of the factor by which the weake
                 stream:bool=False,  # also cut the channels of residual streams
     ):
     "Whole channels shrink while training, the weakest sixteen times as fast as the strongest; then the smallest go."
-    return Method(space="channels", rule=lasso(strength, alpha, end), allocate=global_, recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=lasso(strength, alpha, end), allocate=global_,
+                  recover=finetune(steps, lr), options={"stream": stream})
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #69dcab32
 @rule_maker("allocate", "pattern")
@@ -201,4 +207,5 @@ def growing_reg(strength:float=8.,  # logarithm of the factor by which a chosen 
                 stream:bool=False,  # also cut the channels of residual streams
     ):
     "The channels with the smallest norms are chosen at once, and squeezed out by a penalty that grows."
-    return Method(space="channels", rule=growing(strength, end), recover=finetune(steps, lr), options={"stream": stream})
+    return Method(space="channels", rule=growing(strength, end),
+                  recover=finetune(steps, lr), options={"stream": stream})

@@ -203,7 +203,7 @@ class Widths:
 
 # %% ../../nbs/structured/56_supernets.ipynb #f594ff1b
 @part_factory(Preparation, trains=True)
-def transform(share:float, choices:int, reach:float, weight:float): # (method, space, keep, train) -> {"teacher": dense network}
+def transform(share:float, choices:int, reach:float, weight:float): # (method, space, keep, train) -> {"teacher": network}
     "Learn widths with a share of the training; the weights return to what they were."
     def prepare(method, space, keep, train):
         teacher, before, space.order = copy.deepcopy(space.model).eval().requires_grad_(False), copy.deepcopy(space.model.state_dict()), ranked(space)

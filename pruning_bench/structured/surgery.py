@@ -242,8 +242,8 @@ def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: #
     finally:
         if not same: put_back(state)
     if not same:
-        raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes, so nothing is removed: "
-                       "name the layers concerned in skip=")
+        raise BadInput(f"removing channels from {type(model).__name__} changes what masking them computes, "
+                       "so nothing is removed: name the layers concerned in skip=")
     for m in model.modules():
         if (found := masks_of(m)) and all(mask.all() for mask in found.values()): remove_masks(m)
 

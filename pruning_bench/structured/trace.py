@@ -113,7 +113,7 @@ def apart(g:Graph, t:Tensor, *dims)->list: # of arrays
     return [f for f in g.of(t) if all(f.shape[d] == 1 for d in dims)]
 
 # %% ../../nbs/structured/37_listening.ipynb #b7c53457
-RULES = Registry("operation rule", group="")   # operation -> function(graph, outputs, arguments) -> atoms of the output(s)
+RULES = Registry("operation rule", group="")   # operation -> function(graph, outputs, arguments) -> atoms of outputs
 
 def rule(*names,                # ATen names without overload and trailing underscore
          replaces:bool=False,   # whether the rule of another function may be replaced

@@ -64,7 +64,9 @@ def dimap(scope:str="block", # what a weight is compared with: the weights of it
 @provider()
 def energy_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
     "Mean gradient of the mean squared output in evaluation mode: no label is read."
-    if isinstance(loss, BatchLoss): raise BadInput("this method reads outputs of the model on data=, but the loss runs the model itself: choose another score, for instance 'magnitude'")
+    if isinstance(loss, BatchLoss):
+        raise BadInput("this method reads outputs of the model on data=, but the loss runs the model itself: "
+                       "choose another score, for instance 'magnitude'")
     with in_mode(space.model, False): return mean_gradient(space, batches, batch_loss(lambda model, batch: answer(model, batch).square().mean()))
 
 @score(needs=("energy_grad",))
