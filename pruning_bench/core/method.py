@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'PARTS', 'FAMILIES', 'STAGES', 'METHODS', 'Method', 'str_of', 'Card', 'register', 'build', 'methods',
-           'cite', 'Ledger', 'magnitude_', 'random']
+           'cite', 'magnitude_', 'random']
 
 # %% ../../nbs/core/11_method.ipynb #9a9794f7
 import inspect
@@ -124,37 +124,6 @@ def cite(*names:str)->str: # markdown list
     "References of methods, from their cards."
     link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
     return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (METHODS[n] for n in names))
-
-# %% ../../nbs/core/11_method.ipynb #c18b7ae2
-class Ledger:
-    "Seconds, peak memory, forward and backward passes, and samples, counted without the method's help."
-    def __init__(self, model):
-        self.model, self.forward, self.backward, self.samples = model, 0, 0, 0
-        self.compiled = torch.zeros(3, dtype=torch.int64)   # the same, counted inside graphs of torch.compile
-
-    def __enter__(self):
-        self.meter = peak_memory("cpu" if self.model is None else device_of(self.model))
-        self.memory = self.meter.__enter__()
-        self.since = time.perf_counter()
-        self.hook = self.model.register_forward_pre_hook(self.count, with_kwargs=True) if self.model is not None else None
-        return self
-
-    def __exit__(self, *error):
-        if self.hook: self.hook.remove()
-        self.seconds = time.perf_counter() - self.since
-        self.meter.__exit__(None, None, None)
-
-    def __deepcopy__(self, memo): return self   # copies of the model report to the same ledger
-
-    def count(self, module, args, kwargs):
-        seen = 1, int(torch.is_grad_enabled()), size_of(args[0] if args else kwargs)
-        if torch.compiler.is_compiling():   # a Python number that changes would be compiled again at every step
-            for total, n in zip(self.compiled.unbind(), seen): total.add_(n)
-        else: self.forward, self.backward, self.samples = self.forward + seen[0], self.backward + seen[1], self.samples + seen[2]
-
-    def __call__(self)->dict: # JSON values; `peak_bytes` is None where nobody can measure it
-        forward, backward, samples = (a + b for a, b in zip((self.forward, self.backward, self.samples), self.compiled.tolist()))
-        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, forward=forward, backward=backward, samples=samples)
 
 # %% ../../nbs/core/11_method.ipynb #ed8c8a30
 @register("Comparing Biases for Minimal Network Construction with Back-Propagation", "NeurIPS 1988", 1988, "weight")
