@@ -15,7 +15,7 @@ from pruning_bench.core.registry import BUILT_IN
 
 def import_families():
     "Import every module of the method families, which registers its methods and parts; happens when a name is first missing."
-    for family in ("weight", "structured", "diffusion", "data", "inference"):
+    for family in ("graph", "weight", "structured", "diffusion", "data", "inference"):
         for module in pkgutil.iter_modules([str(Path(__file__).parent/family)]):
             importlib.import_module(f"{__name__}.{family}.{module.name}")
 
@@ -23,5 +23,5 @@ BUILT_IN["pruning_bench.methods"] = import_families
 
 
 def __getattr__(name):
-    if name == "load_pruned": return importlib.import_module("pruning_bench.structured.reshape").load_pruned
+    if name == "load_pruned": return importlib.import_module("pruning_bench.graph.saving").load_pruned
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
 from tqdm import tqdm
-from .inputs import BadInput, choose, device_of, forward, in_mode, move, seeded, some
-from .space import order_of
+from .inputs import BadInput, choose, device_of, forward, in_mode, to_device, seeded, slice_batch
+from .space import matrix_permutations
 from .stage_folder import StageFolder
 from .stages import STAGES, Run, Stages
-from .stats import plain
+from .stats import unfused_layers
 
 # %% ../../nbs/core/24_block_by_block.ipynb #18b6131b
 def equal_lists(model:nn.Module)->dict: # {path: list of blocks}
     "Lists of modules of one class that hold layers, outermost first; lists of one block where there is no longer one."
     found = {path: [*m] for path, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)
-             and len({type(b) for b in m}) == 1 and any(order_of(s) for s in m[0].modules())}
+             and len({type(b) for b in m}) == 1 and any(matrix_permutations(s) for s in m[0].modules())}
     longer = {path: blocks for path, blocks in found.items() if len(blocks) > 1}
     return longer or {path: b for path, b in found.items() if isinstance(model.get_submodule(path), nn.ModuleList)}
 
@@ -97,7 +97,7 @@ def replaced(block:nn.Module, fn): # yields nothing
 def record(space, recorders, batch, run:Run)->None:
     "Run the network once in evaluation mode, until a recorder ends the pass."
     with ExitStack() as stack:
-        for context in (in_mode(space.model, False), plain(space)): stack.enter_context(context)
+        for context in (in_mode(space.model, False), unfused_layers(space)): stack.enter_context(context)
         for r in recorders:
             for i, block in enumerate(r.blocks): stack.enter_context(replaced(block, r.replacement(i)))
         try: run.call(space.model, batch)
@@ -113,7 +113,7 @@ def chains(space, batches, run:Run)->dict: # {path: list of blocks}, in the orde
     if not lists: raise BadInput(f"{kind} has no list of equal blocks (a ModuleList or Sequential): use stages='whole'")
     outermost = {path: blocks for path, blocks in lists.items() if not inside(path, set(lists) - {path})}
     if not batches: return outermost
-    ended, few = [], some(batches[0], slice(0, 1))
+    ended, few = [], slice_batch(batches[0], slice(0, 1))
     recorders = {path: Recorder(blocks, ended=ended) for path, blocks in lists.items()}
     with seeded(0): record(space, recorders.values(), few, run)
     found, faults = {}, {}
@@ -192,7 +192,7 @@ class Inputs:
     @torch.no_grad()
     def after(self, i:int, part, x:list)->list: # `x`, or an empty list
         "Write the outputs of block i to a list; with `self.x` every input makes room for its output."
-        with in_mode(part.model, False), plain(part):
+        with in_mode(part.model, False), unfused_layers(part):
             for b in range(len(self.x)): x[b:b + 1] = [activations(forward(part.model, self.call(i, b))).to(self.store)]
         return x
 

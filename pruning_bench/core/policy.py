@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from .allocate import ALLOCATORS, Allocator, as_allocator, uniform
 from .inputs import BadInput
 from .part import Part, part_factory
-from .pattern import Pattern, as_pattern, count_of, per_row
+from .pattern import Pattern, as_pattern, count_to_keep, per_row
 from .registry import same_definition
 from .runtime_space import RUNTIME_SPACES, observed_scores, only_one, runtime_space_of, unit_ranks
 from .score import SCORES, Score, as_score
@@ -100,7 +100,7 @@ def decision(policy, name:str, # a place
     "Which units stay: the same number in every example."
     share, units = policy.shares[name], w.shape[-1]
     if share == 1: return torch.ones_like(w, dtype=torch.bool)
-    count = count_of(share, units)
+    count = count_to_keep(share, units)
     if count < 1: raise BadInput(f"a share of {share:g} of the {units} units at {name!r} keeps none: keep more")
     if units % policy.pattern.divides[1]:
         raise BadInput(f"pattern {policy.pattern.name} does not divide the {units} units at {name!r}: choose another")

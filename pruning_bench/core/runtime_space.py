@@ -75,7 +75,7 @@ def only_one(model:nn.Module): # yields nothing
 
 # %% ../../nbs/core/24_runtime_space.ipynb #575a16ce
 def unit_ranks(score:Score, name:str, # of a place
-               w:Tensor, stats,       # as a runtime space passes them to `decide`
+               w:Tensor, stats,       # as a runtime space passes them to `resolve_splits`
     )->Tensor: # like w; higher = keep
     "Scores of the units that arrive at a place; raises `BadInput` where they are not one number per unit."
     s = score(w, stats)

@@ -129,7 +129,7 @@ def recorder(seen:dict)->Callable: # a hook
 def dropper(space, name:str, decide:Callable, needs, # as `install` has them
             seen:dict,                               # {module: its latest output}
     )->Callable: # a hook of a block
-    "Keep the tokens that `decide` chooses, of the output of a block."
+    "Keep the tokens that `resolve_splits` chooses, of the output of a block."
     def drop(block, args, kwargs, x):
         if kwargs.get("attention_mask", args[1] if len(args) > 1 else None) is not None:
             raise BadInput("an attention mask speaks of tokens that may be gone: call the model without one")

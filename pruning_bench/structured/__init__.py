@@ -1,2 +1,0 @@
-"Coupled channels, heads and blocks; importing it registers the rules of operations, attention included."
-from pruning_bench.structured import attention, rules

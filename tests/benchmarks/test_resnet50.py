@@ -53,7 +53,7 @@ CHILD = """
 import sys, torch, torch.nn.functional as F, torchvision
 from pruning_bench import prune
 from pruning_bench.core.memory import peak_memory
-from pruning_bench.core.recover import finetune
+from pruning_bench.core.recovery import finetune
 torch.manual_seed(0)
 def step(model, x, y): finetune(2)(model, [(x, y)], F.cross_entropy)   # AdamW; from the second step on its two moments are held
 work = {"step": step, "synflow": lambda *a: prune(a[0], "synflow", .9, [a[1:]], rounds=2), "global-magnitude": lambda *a: prune(a[0], "global-magnitude", .9)}

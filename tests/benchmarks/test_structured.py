@@ -7,8 +7,8 @@ import torchvision
 
 from pruning_bench import prune
 from pruning_bench.structured.filters import member_sums
-from pruning_bench.structured.groups import coupling
-from pruning_bench.structured.surgery import cut, kept_slices
+from pruning_bench.graph.groups import dependency_groups
+from pruning_bench.graph.surgery import cut, kept_slices
 
 MODELS = {"ResNet-50": "resnet50", "ViT-B/16": "vit_b_16", "ConvNeXt-T": "convnext_tiny", "Swin-T": "swin_t", "DenseNet-121": "densenet121"}
 
@@ -18,11 +18,11 @@ def theirs(model, x):
     tp.pruner.MetaPruner(model, x, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=.5, ignored_layers=heads).step()
 
 def ours(model, x):
-    groups, weights = {g.name: g for g in coupling(model, x).groups if len(g) > 1}, {n: p.detach().abs() for n, p in model.named_parameters()}
+    groups, weights = {g.name: g for g in dependency_groups(model, x).groups if len(g) > 1}, {n: p.detach().abs() for n, p in model.named_parameters()}
     score = {n: sum(member_sums(g, weights, g.produces).values()) for n, g in groups.items()}
     cut(model, kept_slices(model, groups, {n: s.argsort().argsort() >= len(s) // 2 for n, s in score.items()}))
 
-def careful(model, x): prune(model, "l1-filter", .5, data=[x], stream=True)
+def careful(model, x): prune(model, "l1-filter", .5, data=[x], residual=True)
 
 LIMIT = 60   # seconds
 
@@ -62,7 +62,7 @@ def test_llama_takes_less_than_two_seconds(layers):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4)).eval()
     batch = {"input_ids": torch.arange(32).view(2, 16)}
     start = time.process_time()
-    found = coupling(model, batch)
+    found = dependency_groups(model, batch)
     took = time.process_time() - start
     print(f"\nLLaMA architecture, {layers} layers: {len(found.groups)} groups in {took:.2f} s")
     assert took < 2 and len(found.groups) >= layers

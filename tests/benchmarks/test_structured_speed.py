@@ -13,9 +13,9 @@ import torch
 import torchvision
 
 from pruning_bench import prune
-from pruning_bench.bench.measure import macs
-from pruning_bench.bench.speed import latency
-from pruning_bench.core.memory import kept_memory
+from pruning_bench.bench.measure.size import macs
+from pruning_bench.bench.measure.latency import compare_latency
+from pruning_bench.core.memory import reuse_malloc
 
 BATCHES = [int(n) for n in os.environ.get("PRUNING_BENCH_SPEED_BATCHES", "1,64").split(",")]
 PAIRS = int(os.environ.get("PRUNING_BENCH_SPEED_PAIRS", "9"))
@@ -35,7 +35,7 @@ def delivered(dense, request, batch):
     model = copy.deepcopy(dense)
     x = torch.randn(batch, 3, 224, 224, device=DEVICE)
     prune(model, "l1-filter", request, [x[:1]])
-    found = latency({"dense": dense, "pruned": model}, x, pairs=PAIRS, budget=60.)["models"]
+    found = compare_latency({"dense": dense, "pruned": model}, x, pairs=PAIRS, budget=60.)["models"]
     return macs(dense, x[:1]) / macs(model, x[:1]), found["pruned"]["speedup"] if all(m["stable"] for m in found.values()) else None
 
 
@@ -45,7 +45,7 @@ def delivered(dense, request, batch):
 def test_half_of_the_multiplications_is_nearly_twice_as_fast(name, batch):
     dense = made(name)
     rows = {}
-    for label, request, memory in (("macs", {"macs": .5}, nullcontext), ("macs in steps of 32", REMEDY, nullcontext), ("macs in steps of 32, memory kept", REMEDY, kept_memory)):
+    for label, request, memory in (("macs", {"macs": .5}, nullcontext), ("macs in steps of 32", REMEDY, nullcontext), ("macs in steps of 32, memory kept", REMEDY, reuse_malloc)):
         with memory(): promised, factor = rows[label] = delivered(dense, request, batch)
         print(f"\n{name}, batch {batch}, {DEVICE}, {label}: promised {promised:.2f}, delivered {'unstable' if factor is None else f'{factor:.2f}, share {factor / promised:.2f}'}")
         if factor is not None and factor >= PROMISE * promised: return
@@ -58,7 +58,7 @@ def test_a_latency_budget_keeps_its_word():
     dense = made("resnet50")
     model, x = copy.deepcopy(dense), torch.randn(1, 3, 224, 224, device=DEVICE)
     plan = prune(model, "l1-filter", {"latency": .5, "pairs": PAIRS, "round_to": 16}, [x])
-    again = latency({"dense": dense, "pruned": model}, x, pairs=PAIRS, budget=60.)["models"]
+    again = compare_latency({"dense": dense, "pruned": model}, x, pairs=PAIRS, budget=60.)["models"]
     print(f"\nResNet-50, half of the milliseconds: {plan.budget['candidates']} candidates, {1 - plan.budget['left']:.3f} removed; measured again: {1 - 1 / again['pruned']['speedup']:.3f}")
     if not (plan.budget["stable"] and all(m["stable"] for m in again.values())): pytest.skip("the machine was too busy to say anything")
     assert again["pruned"]["speedup"] >= 2 * .9

@@ -227,7 +227,7 @@ def test_an_allocator_that_compares_scores_needs_data(net, x):
     edge = every.sort(descending=True).values[round(.5 * len(every)) - 1]
     assert policy.shares == {n: int((s >= edge).sum()) / len(s) for n, s in scores.items()} and not hooks(net)
 
-@pytest.mark.parametrize("name", ["erk", "as_left"])
+@pytest.mark.parametrize("name", ["erk", "keep_current"])
 def test_allocators_of_weights_are_refused(net, x, name):
     with pytest.raises(BadInput): make_policy(net, "testvectors", norm, .5, allocate=name, data=[x])
 

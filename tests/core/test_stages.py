@@ -6,7 +6,7 @@ import pruning_bench.weight.sparsegpt, pruning_bench.weight.wanda
 from pruning_bench import BadInput, Method, batch_loss, prune
 from pruning_bench.core import driver
 from pruning_bench.core.block_by_block import block_by_block, chains
-from pruning_bench.core.driver import Ledger
+from pruning_bench.core.driver import CostMeter
 from pruning_bench.core.inputs import in_mode
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.pattern import unstructured
@@ -160,8 +160,8 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path, propagate, error):
     STATE.update(calls=0, stop=None)
     resumed = prune(model, score=rate, data=TEXT, stages=stages)
     assert STATE["calls"] == 7 * 2 and resumed == plan and same_weights(model, straight)
-    assert str(tmp_path) not in str(resumed.recipe)
-    assert resumed.recipe["stages"].startswith(f"block_by_block(propagate='{propagate}'")
+    assert str(tmp_path) not in str(resumed.provenance)
+    assert resumed.provenance["stages"].startswith(f"block_by_block(propagate='{propagate}'")
     STATE.update(calls=0)
     again = llama(5)
     assert prune(again, score=rate, data=TEXT, stages=stages) == plan and STATE["calls"] == 0
@@ -383,7 +383,7 @@ def test_calls_of_blocks_are_counted():
     assert (cost["forward"], cost["block_forward"]) == (2, 0)
     cost = prune(llama(4), "magnitude", stages="block_by_block").cost
     assert (cost["forward"], cost["block_forward"]) == (0, 0)
-    with Ledger(model, [*model.model.layers]) as cost:
+    with CostMeter(model, [*model.model.layers]) as cost:
         model(**TEXT[0])
         with pytest.raises(TypeError): model.model.layers[0](nonsense=1)
         model.model.layers[0].mlp(torch.randn(2, 32))
@@ -442,18 +442,18 @@ def test_no_activations_are_kept_but_those_between_two_blocks():
 def test_block_by_block_is_the_default_where_the_second_moments_do_not_fit(monkeypatch):
     need = 4 * sum(l.read().shape[1]**2 for l in Weights(llama()).layers.values())
     monkeypatch.setattr(driver, "available", lambda device: need)
-    assert prune(llama(), data=TEXT, **SPARSEGPT).recipe["stages"] == "whole"
+    assert prune(llama(), data=TEXT, **SPARSEGPT).provenance["stages"] == "whole"
     monkeypatch.setattr(driver, "available", lambda device: need - 1)
     chosen, asked = llama(), llama()
     with pytest.warns(UserWarning, match=f"need {need:,} bytes and {need - 1:,} are available"):
         plan = prune(chosen, data=TEXT, **SPARSEGPT)
-    assert plan.recipe["stages"].startswith("block_by_block(") and f"{need:,} bytes" in plan.recipe["stages_because"]
+    assert plan.provenance["stages"].startswith("block_by_block(") and f"{need:,} bytes" in plan.provenance["stages_because"]
     assert plan == prune(asked, data=TEXT, stages=PRUNED, **SPARSEGPT) and same_weights(chosen, asked)
-    assert prune(llama(), data=TEXT, stages="whole", **SPARSEGPT).recipe["stages"] == "whole"   # as the user says
-    assert prune(llama(), score="wanda", data=TEXT).recipe["stages"] == "whole"                  # nothing quadratic
-    assert prune(llama(), data=TEXT, allocate="global", **SPARSEGPT).recipe["stages"] == "whole"  # must see all groups
+    assert prune(llama(), data=TEXT, stages="whole", **SPARSEGPT).provenance["stages"] == "whole"   # as the user says
+    assert prune(llama(), score="wanda", data=TEXT).provenance["stages"] == "whole"                  # nothing quadratic
+    assert prune(llama(), data=TEXT, allocate="global", **SPARSEGPT).provenance["stages"] == "whole"  # must see all groups
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    assert prune(net, data=[torch.randn(32, 8)], **SPARSEGPT).recipe["stages"] == "whole"         # no blocks
+    assert prune(net, data=[torch.randn(32, 8)], **SPARSEGPT).provenance["stages"] == "whole"         # no blocks
 
 
 def test_the_size_of_second_moments_is_what_they_hold():
@@ -479,7 +479,7 @@ def test_a_loss_that_runs_the_network_itself_runs_it_here_too():
 def test_names_and_provenance():
     assert "block_by_block" in STAGES
     plan = prune(llama(2), "wanda", .5, data=TEXT, stages="block_by_block")
-    assert plan.recipe["stages"] == "block_by_block(propagate='pruned', store='cpu', device=None)"
+    assert plan.provenance["stages"] == "block_by_block(propagate='pruned', store='cpu', device=None)"
     with pytest.raises(BadInput, match="unknown propagate 'prund': did you mean pruned"):
         block_by_block(propagate="prund")
     with pytest.raises(BadInput, match="unknown stages"): prune(llama(2), stages="block_for_block")

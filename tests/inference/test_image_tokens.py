@@ -8,7 +8,7 @@ from torchvision.models import VisionTransformer
 from transformers import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
 from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
-from pruning_bench.bench.measure import macs
+from pruning_bench.bench.measure.size import macs
 from pruning_bench.core.inputs import BadInput
 from pruning_bench.core.policy import load_policy, make_policy
 from pruning_bench.core.runtime_space import RuntimeSpace

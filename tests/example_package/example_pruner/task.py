@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from pruning_bench.bench.tasks import Task, register
-from pruning_bench.core.recover import finetune
+from pruning_bench.bench.task import Task, register_task
+from pruning_bench.core.recovery import finetune
 
 
 def examples(n: int,    # number of examples
@@ -28,7 +28,7 @@ def accuracy(model, loader)->float: # fraction
 
 
 TRAIN = dict(steps=200, lr=1e-2)
-register(Task.from_parts(
+register_task(Task.from_parts(
     network, examples(512, 0), examples(256, 2), F.cross_entropy, accuracy, name="sum-of-two", validation=examples(256, 1),
     fit=finetune(**TRAIN), recover=finetune(steps=20, lr=1e-3), bound=.9, recipe={"train": TRAIN, "recover": dict(steps=20, lr=1e-3)},
     varies=("dense model", "calibration", "random masks", "recovery order")))

@@ -1,0 +1,139 @@
+"""Entries and the board: nothing derived is stored, nothing incomplete is averaged, nothing is half written."""
+import copy
+import json
+import math
+
+import pytest
+
+from entries import COST, SIZE, SPEED
+from pruning_bench import BadInput
+from pruning_bench.bench import board
+from pruning_bench.bench.entry import SCHEMA, code_digest, entry_path, notebook_digest, read_entries, validate, write_json
+
+
+def make_run(sparsity=.5, seed=0, before=.8, after=.9, **changes):
+    return {"sparsity": sparsity, "seed": seed, "status": "ok", "message": None, "plan": "a" * 64, "size": SIZE, "cost": COST, "speed": SPEED,
+            "quality": {"after_prune": {"accuracy": before}, "after_recover": {"accuracy": after}}, **changes}
+
+
+def failed(sparsity=.5, seed=0, status="diverged"):
+    return make_run(sparsity, seed, status=status, message="loss is nan", plan=None, size=None, cost=None, speed=None, quality={"after_prune": None, "after_recover": None})
+
+
+def make_entry(method="magnitude", runs=None, higher=True, stage="trained", variant="default"):
+    return {"schema": "entry.v2", "task": {"name": "toy", "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": higher},
+            "method": {"name": method, "variant": variant, "settings": {}, "recipe": {}, "family": "weight", "stage": stage, "paper": "p", "year": 2020},
+            "dense": [{"seed": 0, "quality": {"accuracy": .95}, "size": SIZE, "train_seconds": None}],
+            "runs": runs or [make_run(seed=s, after=.9 + s / 100) for s in range(3)],
+            "provenance": dict.fromkeys(["package", "code", "notebook", "python", "libraries", "device", "threads", "date"])}
+
+
+def test_a_good_entry_passes_and_survives_json():
+    entry = make_entry()
+    assert validate(json.loads(json.dumps(entry))) == entry
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda e: e.update(delta=.1), "delta"),
+    (lambda e: e["runs"][0].update(rank=1), "rank"),
+    (lambda e: e["runs"][0].update(seed="0"), "seed"),
+    (lambda e: e["runs"][0].update(sparsity=1.5), "sparsity"),
+    (lambda e: e["runs"][0]["size"].update(mask_density="half"), "mask_density"),
+    (lambda e: e["task"].update(digest="abc"), "digest"),
+    (lambda e: e.pop("dense"), "dense"),
+    (lambda e: e.update(runs=[]), "runs"),
+    (lambda e: e["runs"].append(e["runs"][0]), "twice"),
+    (lambda e: e["runs"][0].update(status="ok", size=None), "does not fit"),
+    (lambda e: e["runs"][0].update(status="diverged", message="x"), "does not fit"),
+    (lambda e: e["provenance"].pop("code"), "code"),
+    (lambda e: e["runs"][0].update(quality={"after_prune": {"accuracy": "0.9"}, "after_recover": None}), "quality"),
+])
+def test_a_bad_entry_is_refused_naming_the_place(change, word):
+    entry = copy.deepcopy(make_entry())
+    change(entry)
+    with pytest.raises(BadInput) as refused:
+        validate(entry)
+    assert word in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_files_are_named_after_their_content(tmp_path):
+    entry = make_entry(variant="2:4")
+    path = write_json(entry, entry_path(tmp_path, entry))
+    assert path.name == "magnitude--2of4.json" and read_entries(tmp_path) == [entry]
+    path.rename(path.with_name("wanda--2of4.json"))
+    with pytest.raises(BadInput, match="should be magnitude--2of4.json"):
+        read_entries(tmp_path)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    write_json(make_entry(), entry_path(tmp_path, make_entry())).write_text("{")
+    with pytest.raises(BadInput, match="magnitude--default.json"):
+        read_entries(tmp_path)
+
+
+def test_numbers_that_json_cannot_hold_leave_nothing_behind(tmp_path):
+    with pytest.raises(ValueError):
+        write_json({"x": math.nan}, tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_mean_and_deviation_are_computed_from_the_runs():
+    row = board.entry_rows([make_entry()]).query("board == 'retrained'").iloc[0]
+    assert row.value == pytest.approx(.91) and row.sd == pytest.approx(.01) and row.seeds == 3 and row.removed == .5
+
+
+def test_a_failed_run_voids_the_mean():
+    table = board.entry_rows([make_entry(runs=[make_run(seed=0), make_run(seed=1), failed(seed=2)])])
+    assert table.value.isna().all() and set(table.status) == {"1 of 3 diverged"}
+    assert "1 of 3 diverged" in board.to_markdown(board.format_columns(table))
+
+
+def test_the_order_follows_the_direction_of_the_metric():
+    good, bad = make_entry("a", [make_run(seed=s, after=.9) for s in range(3)]), make_entry("b", [make_run(seed=s, after=.5) for s in range(3)])
+    first = lambda entries: board.sort_rows(board.entry_rows(entries).query("board == 'retrained'")).method.iloc[0]
+    assert first([good, bad]) == "a"
+    for e in (good, bad): e["task"]["higher"] = False
+    assert first([good, bad]) == "b"
+
+
+def test_methods_that_start_untrained_have_a_board_of_their_own():
+    assert set(board.entry_rows([make_entry(stage="init")]).board) == {"trained under the mask"}
+
+
+def test_the_front_holds_what_nothing_beats():
+    table = board.entry_rows([make_entry(runs=[make_run(s) for s in (.2, .4, .6, .8)])])
+    table = table[table.board == "retrained"].assign(nonzero=[.1, .2, .3, .2], value=[.5, .7, .6, .65])
+    front = lambda t: board.plot_front(t).lines[-2].get_xydata().tolist()
+    beside = .2 * 1.35 ** .05   # the better one of two at the same place
+    assert sum(front(table), []) == pytest.approx([.1, .5, beside, .7]) and sum(front(table.assign(higher=False)), []) == pytest.approx([.1, .5])
+
+
+def test_publishing_is_repeatable_and_keeps_what_people_wrote(tmp_path):
+    for m in ("magnitude", "random"): write_json(make_entry(m), entry_path(tmp_path / "board" / "entries", make_entry(m)))
+    readme, folder = tmp_path / "README.md", tmp_path / "board"
+    readme.write_text(f"before\n{board.BEGIN_MARKER}\n{board.END_MARKER}\nafter\n")
+    board.publish(folder, readme, index="")
+    first = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    board.publish(folder, readme, index="")
+    assert first == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n") and "*random*" in readme.read_text()
+    assert json.loads((folder / "schema" / "entry.v2.json").read_text()) == SCHEMA
+
+
+def test_a_page_needs_no_network_and_escapes_names(tmp_path):
+    html = board.render_html(board.entry_rows([make_entry("<script>alert(1)</script>")]))
+    assert "<script>alert(1)" not in html and "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+
+
+def test_a_readme_without_a_place_is_refused():
+    with pytest.raises(BadInput, match="BEGIN LEADERBOARD"):
+        board.replace_marked("nothing here", "x")
+
+
+def test_the_code_digest_is_stable_and_outputs_do_not_count(tmp_path):
+    assert code_digest() == code_digest() and len(code_digest()) == 64
+    cell = {"cell_type": "code", "source": ["1 + 1"], "outputs": []}
+    a, b = tmp_path / "a.ipynb", tmp_path / "b.ipynb"
+    a.write_text(json.dumps({"cells": [cell]}))
+    b.write_text(json.dumps({"cells": [{**cell, "outputs": ["2"]}]}))
+    assert notebook_digest(a) == notebook_digest(b)
