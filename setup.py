@@ -1,4 +1,6 @@
-"""Everything comes from settings.ini; an extra `x` is a line `x_requirements = ...` there. The benchmark notebooks travel inside the package.
+"""Everything comes from settings.ini; an extra `x` is a line `x_requirements = ...` there.
+
+The benchmark notebooks travel inside the package.
 
 The extra `dev` contains `bench`, and `all` contains every extra but `dev`.
 """
@@ -10,7 +12,8 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+statuses = [
+    "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
 pythons = "3.10 3.11 3.12 3.13".split()
 suffix = "_requirements"
 package = cfg["lib_path"]

@@ -1,8 +1,8 @@
 """Make the environment that the Makefile uses complete: `python3 .ci/environment.py PATH`.
 
 A missing environment is created and gets this project with its development tools. An existing one is left alone when it
-already has what settings.ini asks for, and otherwise gets only what it lacks. PATH/.pruning_bench records what was done:
-creating | created | created DIGEST | found DIGEST; an interrupted run is taken up where that file says it stopped.
+already has what settings.ini asks for, and otherwise gets only what it lacks. PATH/.pruning_bench records what was
+done: creating | created | created DIGEST | found DIGEST; an interrupted run is taken up where that file says it stopped.
 Standard library only: it runs before anything is installed.
 """
 import configparser, fcntl, hashlib, os, shutil, subprocess, sys
@@ -35,9 +35,12 @@ def digest(cfg):
 
 def create(venv, state, min_python):
     if sys.version_info < tuple(map(int, min_python.split("."))):
-        sys.exit(f"pruning_bench needs Python {min_python} or newer, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")
+        sys.exit(
+            f"pruning_bench needs Python {min_python} or newer, this is {sys.version.split()[0]}: make "
+            "PYTHON=python3.12 ...")
     state.write_text("creating")
-    for old in set(venv.iterdir()) - {state}: shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    for old in set(venv.iterdir()) - {state}:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     print(f"Creating {venv} (once; PyTorch and its libraries take several GB and a few minutes)", flush=True)
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     state.write_text("created")
@@ -59,7 +62,9 @@ def complete(venv, cfg, done):
         subprocess.run([python, "-m", "pip", "install", "-e", f"{ROOT}[dev]"], check=True)
     else:
         wanted = " ".join(cfg[k] for k in ("requirements", "bench_requirements", "dev_requirements")).split()
-        lacking = subprocess.run([python, "-c", MISSING, *wanted], check=True, text=True, stdout=subprocess.PIPE).stdout.split()
+        lacking = subprocess.run(
+            [python, "-c", MISSING, *wanted], check=True, text=True, stdout=subprocess.PIPE
+        ).stdout.split()
         if lacking: subprocess.run([python, "-m", "pip", "install", *lacking], check=True)
     if os.access(venv, os.W_OK): state.write_text(f"{kind} {done}")
 
@@ -80,4 +85,6 @@ if __name__ == "__main__":
     try: main()
     except KeyboardInterrupt: sys.exit("Interrupted: the same command goes on from here.")
     except subprocess.CalledProcessError as e:
-        sys.exit(f"The environment is not complete ({' '.join(map(str, e.cmd[1:4]))} failed, see above): the same command tries again.")
+        sys.exit(
+            f"The environment is not complete ({' '.join(map(str, e.cmd[1:4]))} failed, see above): the same "
+            "command tries again.")

@@ -1,14 +1,16 @@
-"""Execute notebooks, each in a process of its own: `python .ci/notebooks.py --flags "slow data" --workers 2 [NOTEBOOK ...]`.
+"""Execute notebooks, each in a process of its own: `python .ci/notebooks.py --flags "slow data" --workers 2 [NB ...]`.
 
 A notebook that shares a process with others sees what they registered, and can pass or hang because of it. So the heavy
-libraries are imported once, and every notebook gets a fork that has nothing else. Cells marked with one of the `tst_flags`
+libraries are imported once, and every notebook gets a fork that has nothing else. Cells marked with one of `tst_flags`
 of settings.ini are skipped unless --flags names the mark. A notebook that takes longer than --limit seconds has failed.
 """
 import argparse, importlib, multiprocessing, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("torch", "torchvision", "transformers", "diffusers", "sklearn.datasets", "pandas", "seaborn", "matplotlib.pyplot", "nbdev.test")
+SHARED = (
+    "torch", "torchvision", "transformers", "diffusers", "sklearn.datasets", "pandas", "seaborn", "matplotlib.pyplot",
+    "nbdev.test")
 
 
 def execute(path, flags):
@@ -26,7 +28,8 @@ def main():
     parser.add_argument("--limit", type=float, default=900)
     asked = parser.parse_args()
     hidden = lambda p: any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)
-    waiting = [p.resolve() for p in asked.notebooks] or sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not hidden(p))
+    waiting = [p.resolve() for p in asked.notebooks] or sorted(
+        p for p in (ROOT / "nbs").rglob("*.ipynb") if not hidden(p))
     for name in SHARED: importlib.import_module(name)
     running, failed, fork = {}, [], multiprocessing.get_context("fork")
     try:

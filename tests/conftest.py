@@ -1,8 +1,9 @@
 import os
 from pathlib import Path
 
-for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PRUNING_BENCH_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}.items():
-    os.environ.setdefault(name, value)   # before anything imports torch
+SETTINGS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PRUNING_BENCH_OFFLINE": "1", "TQDM_DISABLE": "1",
+            "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+for name, value in SETTINGS.items(): os.environ.setdefault(name, value)   # before anything imports torch
 
 import pytest
 
