@@ -26,7 +26,8 @@ from .recovery import Trainer, infinite_batches
 from .rule import train_with_rule
 from .memory import available_bytes, peak_memory
 from .stages import Run, check_stages, whole
-from .block_by_block import block_by_block, equal_lists
+from .block_by_block import block_by_block
+from .blocks import equal_lists
 from .method import PARTS, Method, build
 from .pattern import as_pattern
 from .plan import Plan
