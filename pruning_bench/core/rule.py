@@ -207,7 +207,7 @@ def rule_maker(*uses:str): # parts of the method that the rules read
     "A decorator for a function of settings that returns `(method, keep) -> Rule`."
     return part_factory(RuleMaker, uses=uses)
 
-def as_rule(value, # a `RuleMaker`, a `RelevanceFunction`, or a function (method, keep) -> Rule
+def as_rule(value, # a `RuleMaker`, a `Rule`, or a function (method, keep) -> Rule
     )->RuleMaker:
     "Read a rule; raises `BadInput` for a part of another kind."
     if isinstance(value, RuleMaker): return value
