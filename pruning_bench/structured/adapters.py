@@ -31,22 +31,30 @@ def add_correction(module, args, out): # a forward hook
 def can_adapt(m:nn.Module)->bool: # whether a path of rank r can be put beside a layer
     "Linear layers, and convolutions in one group whose padding keeps the centre of the kernel on the picture."
     if isinstance(m, nn.Linear): return True
-    return isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding_mode == "zeros" and all(k % 2 and p == d * (k // 2) for k, p, d in zip(m.kernel_size, m.padding, m.dilation) if not isinstance(m.padding, str)) and not isinstance(m.padding, str)
+    return (isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding_mode == "zeros"
+            and all(k % 2 and p == d * (k // 2) for k, p, d in zip(m.kernel_size, m.padding, m.dilation)
+                    if not isinstance(m.padding, str)) and not isinstance(m.padding, str))
 
 def attach_adapters(model:nn.Module, # changed in place
           rank:int=16,     # of the corrections
     )->dict:               # {parameter: whether it was trained before}
     "Freeze the weights, and put a low-rank correction beside every layer that takes one."
     if rank < 1: raise BadInput(f"rank {rank} is not a positive number: an adapter needs at least one row")
-    was, places = {n: p.requires_grad for n, p in model.named_parameters()}, [m for m in model.modules() if can_adapt(m)]
-    if not places: raise BadInput(f"{type(model).__name__} has no layer for an adapter: it needs linear layers, or convolutions in one group")
+    was, places = (({n: p.requires_grad for n, p in model.named_parameters()},
+                    [m for m in model.modules() if can_adapt(m)]))
+    if not places:
+        raise BadInput(
+            f"{type(model).__name__} has no layer for an adapter: it needs linear layers, or convolutions in one group")
     for p in model.parameters(): p.requires_grad_(p.requires_grad and p.dim() < 2)
     for m in places:
         conv = isinstance(m, nn.Conv2d)
-        m.down = nn.Conv2d(m.in_channels, rank, 1, m.stride, bias=False) if conv else nn.Linear(m.in_features, rank, bias=False)
+        m.down = (nn.Conv2d(m.in_channels, rank, 1, m.stride, bias=False)
+                  if conv else nn.Linear(m.in_features, rank, bias=False))
         m.up = nn.Conv2d(rank, m.out_channels, 1, bias=False) if conv else nn.Linear(rank, m.out_features, bias=False)
-        nn.init.kaiming_uniform_(m.down.weight); nn.init.uniform_(m.up.weight, -1e-4, 1e-4)
-        m.down.to(m.weight); m.up.to(m.weight)
+        nn.init.kaiming_uniform_(m.down.weight)
+        nn.init.uniform_(m.up.weight, -1e-4, 1e-4)
+        m.down.to(m.weight)
+        m.up.to(m.weight)
         m.beside = m.register_forward_hook(add_correction)
     return was
 
@@ -80,7 +88,8 @@ def extend_groups(space)->None:
 @criterion()
 def merged_l1_norm(space, batches=None, loss=None)->dict: # {group: (units,)}
     "Sum of absolute weights of a filter, its correction included."
-    whole = lambda l: l.matrix(l.weight.detach() + low_rank_delta(l.module) if hasattr(l.module, "beside") else l.weight.detach())
+    whole = lambda l: l.matrix(l.weight.detach() + low_rank_delta(l.module) if hasattr(l.module, "beside")
+                               else l.weight.detach())
     leaf = {n: whole(l).abs() for n, l in space.layers.items()}
     return {n: space.reduce(n, leaf) for n in space.names()}
 
@@ -127,7 +136,8 @@ def dirichlet_split(labels:Tensor,      # (examples,)
         ids = (labels == kind).nonzero().flatten()
         ids = ids[torch.randperm(len(ids), generator=draw)]
         share = torch._sample_dirichlet(torch.full((clients,), float(concentration)), generator=draw)
-        for part, piece in zip(parts, ids.tensor_split((share.cumsum(0)[:-1] * len(ids)).round().long())): part.append(piece)
+        for part, piece in zip(parts, ids.tensor_split((share.cumsum(0)[:-1] * len(ids)).round().long())):
+            part.append(piece)
     parts = [torch.cat(p) for p in parts]
     for i in (i for i, p in enumerate(parts) if not len(p)):
         rich = max(range(clients), key=lambda j: len(parts[j]))
@@ -139,9 +149,11 @@ def candidate_masks(model:nn.Module, keep:float, n:int=5, density_noise:float=.3
     "Masks of the largest weights, all of one size, whose densities scatter around Erdős–Rényi-Kernel; the first does not scatter."
     space, draw, out = Weights(model), torch.Generator().manual_seed(seed), []
     scores = {k: space.w(k).abs() for k in space.names()}
-    size, want = {k: s.numel() for k, s in scores.items()}, {k: sum(space.layers[k].shape) / s.numel() for k, s in scores.items()}
+    size, want = (({k: s.numel() for k, s in scores.items()},
+                   {k: sum(space.layers[k].shape) / s.numel() for k, s in scores.items()}))
     for i in range(n):
-        tilted = {k: v * math.exp(density_noise * torch.randn(1, generator=draw).item() * (i > 0)) for k, v in want.items()}
+        tilted = {k: v * math.exp(density_noise * torch.randn(1, generator=draw).item() * (i > 0))
+                  for k, v in want.items()}
         shares = round_to_units(proportional_densities(tilted, size, keep), keep, scores, space)
         out.append({k: topk_mask(s.flatten(), round(shares[k] * s.numel())).view_as(s) for k, s in scores.items()})
     return out
@@ -159,8 +171,11 @@ def federated_average(states:list, sizes:list)->dict: # state dicts, numbers of 
 @torch.no_grad()
 def average_bn_stats(model:nn.Module, client_batches:list)->None: # homes: per client, a list of batches
     "Every client runs its examples through to learn the statistics of batch norm, and the server averages them."
-    states = [{k: v for k, v in recalibrate_bn(copy.deepcopy(model), home).state_dict().items() if "running" in k} for home in client_batches]
-    if states[0]: model.load_state_dict({**model.state_dict(), **federated_average(states, [sum(map(size_of, h)) for h in client_batches])})
+    states = [{k: v for k, v in recalibrate_bn(copy.deepcopy(model), home).state_dict().items() if "running" in k}
+              for home in client_batches]
+    if states[0]:
+        model.load_state_dict({**model.state_dict(),
+                               **federated_average(states, [sum(map(size_of, h)) for h in client_batches])})
 
 def select_candidate(model:nn.Module, masks:list, client_batches:list, loss, adapt_norms:bool=True)->tuple: # (masks, mean losses)
     "The candidate with the smallest loss over all clients."
@@ -169,7 +184,9 @@ def select_candidate(model:nn.Module, masks:list, client_batches:list, loss, ada
         twin = copy.deepcopy(model)
         apply_masks(twin, m)
         if adapt_norms: average_bn_stats(twin, client_batches)
-        with torch.no_grad(), in_mode(twin, False): losses.append(sum(loss(twin, b).item() * size_of(b) for h in client_batches for b in h) / sum(size_of(b) for h in client_batches for b in h))
+        with torch.no_grad(), in_mode(twin, False):
+            losses.append(sum(loss(twin, b).item() * size_of(b) for h in client_batches for b in h)
+                          / sum(size_of(b) for h in client_batches for b in h))
     return masks[min(range(len(masks)), key=losses.__getitem__)], losses
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #a298226a
@@ -205,7 +222,9 @@ def fedtiny(model:nn.Module,   # untrained; changed in place
              seed:int=0,        # of candidates and orders
     )->list:                    # per round: kept weights, moved weights
     "FedTiny: an elected mask, federated averaging, and one layer after another that exchanges weights."
-    masks, log, sizes, draw = select_candidate(model, candidate_masks(model, keep, num_candidates, seed=seed), client_batches, loss)[0], [], [sum(map(size_of, h)) for h in client_batches], torch.Generator().manual_seed(seed)
+    masks, log, sizes, draw = ((select_candidate(model, candidate_masks(model, keep, num_candidates, seed=seed),
+                                                 client_batches, loss)[0], [],
+                                [sum(map(size_of, h)) for h in client_batches], torch.Generator().manual_seed(seed)))
     apply_masks(model, masks)
     average_bn_stats(model, client_batches)
     names, turn, rule = list(masks)[::-1], 0, as_loss(loss)   # from the output backwards
@@ -216,15 +235,20 @@ def fedtiny(model:nn.Module,   # untrained; changed in place
             opt = torch.optim.SGD(model.parameters(), lr, momentum=.9)
             with in_mode(model, True):
                 for i in torch.randint(len(home), (local_steps,), generator=draw).tolist():
-                    opt.zero_grad(set_to_none=True); rule(model, home[i]).backward(); opt.step()
+                    opt.zero_grad(set_to_none=True)
+                    rule(model, home[i]).backward()
+                    opt.step()
             states.append(copy.deepcopy(model.state_dict()))
         model.load_state_dict(federated_average(states, sizes))
         k = 0
         if exchange_every and t % exchange_every == exchange_every - 1 and t < exchange_until * rounds:
             name, turn = names[turn % len(names)], turn + 1
             k = exchange_count(t, exchange_until * rounds, int(masks[name].sum()))
-            wish = sum(growth_gradients(model, name, home[t % len(home)], loss, k) * n for home, n in zip(client_batches, sizes)) if k else 0
-            if k: masks[name] = exchange_weights(Weights(model).w(name), masks[name], wish, k); apply_masks(model, masks)
+            wish = (sum(growth_gradients(model, name, home[t % len(home)], loss, k) * n
+                        for home, n in zip(client_batches, sizes)) if k else 0)
+            if k:
+                masks[name] = exchange_weights(Weights(model).w(name), masks[name], wish, k)
+                apply_masks(model, masks)
         log.append((sum(int(m.sum()) for m in masks.values()), k))
     model.zero_grad(set_to_none=True)
     return log

@@ -24,7 +24,8 @@ def block_input(args, kwargs)->Tensor: # (batch, tokens, features)
 def hook_blocks(blocks, visit)->list: # hook handles
     "Call `visit(i, before, after)` whenever block i has run."
     def hook(i):
-        return lambda module, args, kwargs, out: visit(i, block_input(args, kwargs), out[0] if isinstance(out, tuple) else out)
+        return lambda module, args, kwargs, out: visit(i, block_input(args, kwargs),
+                                                       out[0] if isinstance(out, tuple) else out)
     return [b.register_forward_hook(hook(i), with_kwargs=True) for i, b in enumerate(blocks)]
 
 # %% ../../nbs/structured/46_blocks.ipynb #30e06fab
@@ -33,7 +34,8 @@ def block_cosine(space, batches, loss=None)->dict: # {path of the blocks: (block
     "Mean cosine between the residual stream before and after each block."
     total, count, real = torch.zeros(len(space.all), dtype=torch.double), torch.zeros(len(space.all)), None
     def visit(i, x, y):
-        if x.shape != y.shape: raise BadInput(f"block {i} of {space.path!r} changes the shape of its input: it cannot be left out")
+        if x.shape != y.shape:
+            raise BadInput(f"block {i} of {space.path!r} changes the shape of its input: it cannot be left out")
         c = F.cosine_similarity(x.double(), y.double(), dim=-1)
         weight = real.to(c) if real is not None and real.shape == c.shape else torch.ones_like(c)
         total[i] += (c * weight).sum().item()
@@ -57,7 +59,8 @@ def block_influence(w:Tensor, # (blocks,), only its device is read
     "How much a block turns the residual stream (Men et al., 2024, arXiv:2403.03853)."
     return 1 - stats.block_cosine.to(w.device)
 
-@register("ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "arXiv:2403.03853", 2024, "structured")
+@register("ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "arXiv:2403.03853", 2024,
+          "structured")
 def block_influence_():
     "Delete the blocks that turn the residual stream least."
     return Method(space="blocks", score=block_influence)

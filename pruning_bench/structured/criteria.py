@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core.allocate import global_
-from ..core.inputs import BadInput, as_loss, choose, forward, in_mode, to_device, select_forward, size_of, slice_batch
+from ..core.inputs import (BadInput, as_loss, choose, forward, in_mode, to_device, select_forward, size_of,
+                                       slice_batch)
 from ..core.method import Method, register
 from ..core.schedule import linear
 from ..core.score import score
@@ -42,13 +43,14 @@ def taylor_filter(residual:bool=False): # stream = also cut the channels of resi
 # %% ../../nbs/structured/47_criteria.ipynb #039b8ba8
 @criterion(reads_loss=True)
 def gate_taylor(space, batches, loss=None, # as every statistic
-                each:int=1,                # examples per gradient
+                examples_per_grad:int=1, # examples per gradient
     )->dict: # {group: (units,)}
     "Mean square of the slope along a factor on every channel (Molchanov et al., 2019)."
     readers, total, count = {p for g in space.groups.values() for p, _ in g.consumes}, {}, 0
     params = {n: p for n, p in member_params(space).items() if n in readers}
-    for found in sample_gradients(space.model, params, batches, loss, each):
-        slope = reduce_members(space, {n: at_least_float32(p) * at_least_float32(found[n]) for n, p in params.items()}, members_of=lambda g: g.consumes)
+    for found in sample_gradients(space.model, params, batches, loss, examples_per_grad):
+        slope = reduce_members(space, {n: at_least_float32(p) * at_least_float32(found[n]) for n, p in params.items()},
+                               members_of=lambda g: g.consumes)
         total, count = {n: total.get(n, 0) + s.square() for n, s in slope.items()}, count + 1
     return {n: t / count for n, t in total.items()}
 
@@ -58,7 +60,7 @@ def taylor_gate(examples_per_grad:int=1,        # examples per gradient
     ):
     "Channels whose gates would change the loss least, to first order, are removed, in one ranking of all groups."
     return Method(space="channels", score=gate_taylor, allocate=global_, options={"residual": residual},
-                  readings={"gate_taylor": dict(each=examples_per_grad)})
+                  readings={"gate_taylor": dict(examples_per_grad=examples_per_grad)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #a4ec4cb1
 @criterion(reads_loss=True)
@@ -78,20 +80,25 @@ def taylor_group(reduce:str="mean",    # of the members: "sum", "mean", "max" or
     ):
     "Channels whose members would change the loss least, to first order, are removed, in one ranking of all groups."
     choose(reduce, REDUCTIONS, "reduction")
-    return Method(space="channels", score=group_taylor, allocate=global_, options={"residual": residual}, readings={"group_taylor": dict(reduce=reduce, normalise=normalise)})
+    return Method(space="channels", score=group_taylor, allocate=global_, options={"residual": residual},
+                  readings={"group_taylor": dict(reduce=reduce, normalise=normalise)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #9815c3a1
 def sample_labels(model:nn.Module, batches,
           label_samples:int, # labels per example; 0 = the labels of the data
     ): # yields batches
     "Replace class labels by draws from the model's own predictions."
-    if not label_samples: yield from batches; return
+    if not label_samples:
+        yield from batches
+        return
     for batch in batches:
         x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         with in_mode(model, False), torch.no_grad(): out = forward(model, batch)
         out = getattr(out, "logits", out)
-        if not isinstance(y, Tensor) or y.is_floating_point() or not isinstance(out, Tensor) or out.shape[:1] + out.shape[2:] != y.shape:
-            raise BadInput("labels can be drawn from a model that predicts classes, on batches of (inputs, class labels): set draws=0 to take the data as it is")
+        if not isinstance(y, Tensor) or y.is_floating_point() or not isinstance(out,
+                                                                                Tensor) or out.shape[:1] + out.shape[2:] != y.shape:
+            raise BadInput("labels can be drawn from a model that predicts classes, on batches of (inputs, class "
+                           "labels): set label_samples=0 to take the data as it is")
         chance = out.float().movedim(1, -1).softmax(-1).cpu()
         for _ in range(label_samples): yield x, torch.multinomial(chance.flatten(0, -2), 1).view(y.shape).to(y)
 
@@ -106,23 +113,29 @@ def filter_obd(space, batches, loss=None, # as every reading
     params = {n: p for n, p in member_params(space).items() if n in mine}
     for found in sample_gradients(space.model, params, sample_labels(space.model, batches, label_samples), loss):
         total, count = {n: total.get(n, 0) + at_least_float32(g).square() for n, g in found.items()}, count + 1
-    return reduce_members(space, {n: at_least_float32(p).square() * total[n] / count / 2 for n, p in params.items()}, members_of=writes)
+    return reduce_members(space, {n: at_least_float32(p).square() * total[n] / count / 2 for n, p in params.items()},
+                          members_of=writes)
 
-@register("EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", "arXiv:1905.05934", 2019, "structured")
+@register("EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", "arXiv:1905.05934", 2019,
+          "structured")
 def obd_struct(label_samples:int=1,       # labels per example from the model's own predictions; 0 = the labels of the data
                residual:bool=False, # also cut the channels of residual streams
     ):
     "Channels whose filters, biases and norms would raise the loss least, by the diagonal of the Fisher (C-OBD), are removed in one ranking."
-    return Method(space="channels", score=filter_obd, allocate=global_, options={"residual": residual}, readings={"filter_obd": dict(label_samples=label_samples)})
+    return Method(space="channels", score=filter_obd, allocate=global_, options={"residual": residual},
+                  readings={"filter_obd": dict(label_samples=label_samples)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #b7cd740a
 def output_gradients(space, batches, loss): # yields {layer: (positions, rows)}, one example at a time
     "What the loss says about the output of every layer, before norms and activation functions."
     loss, outs, hooks = as_loss(loss), {}, []
     def keep(name):
-        return lambda m, args, out: (outs.setdefault(name, []).append(out), out.clone())[1]   # an activation function may write into what it gets
+        # an activation function may write into what it gets
+        return lambda m, args, out: (outs.setdefault(name, []).append(out), out.clone())[1]
     for n, l in space.layers.items():
-        if not isinstance(l.module, (nn.Linear, nn.modules.conv._ConvNd)) and type(l.module).__name__ != "Conv1D": raise BadInput(f"Kronecker factors are known for linear layers and convolutions, and {n!r} belongs to a {type(l.module).__name__}: name it in skip=")
+        if not isinstance(l.module, (nn.Linear, nn.modules.conv._ConvNd)) and type(l.module).__name__ != "Conv1D":
+            raise BadInput(f"Kronecker factors are known for linear layers and convolutions, and {n!r} belongs to a "
+                           f"{type(l.module).__name__}: name it in skip=")
         hooks.append(l.module.register_forward_hook(keep(n)))
     try:
         with in_mode(space.model, False), torch.enable_grad():
@@ -131,7 +144,9 @@ def output_gradients(space, batches, loss): # yields {layer: (positions, rows)},
                     outs.clear()
                     value, keys = loss(space.model, slice_batch(batch, slice(i, i + 1))), list(outs)
                     found = iter(torch.autograd.grad(value, [o for n in keys for o in outs[n]]))
-                    flat = lambda n, g: at_least_float32(g.movedim(1, -1) if isinstance(space.layers[n].module, nn.modules.conv._ConvNd) else g).flatten(0, -2)
+                    flat = lambda n, g: at_least_float32(g.movedim(1, -1)
+                                                         if isinstance(space.layers[n].module, nn.modules.conv._ConvNd)
+                                                         else g).flatten(0, -2)
                     yield {n: torch.cat([flat(n, next(found)) for _ in outs[n]]) for n in keys}
     finally:
         for h in hooks: h.remove()
@@ -143,22 +158,28 @@ def kronecker_factors(space, batches, loss=None, # as every reading
          damping:float=1e-3,           # added to the diagonal of the second factor, relative to it
     )->dict: # {group: [factors and rows of each layer that writes it]}
     "Two factors of the Fisher of every layer: of what it reads, and of what the loss says about what it writes."
-    if not hasattr(space, "groups"): raise BadInput(f"Kronecker factors are read for coupled channels, and this space has {space.unit}s: choose space='channels'")
+    if not hasattr(space, "groups"):
+        raise BadInput(f"Kronecker factors are read for coupled channels, and this space has {space.unit}s: choose "
+                       "space='channels'")
     seen, said, n, m = {}, {}, {}, 0
     def visit(name, layer, x, args):
         f = unfold_inputs(layer, x, args)
-        f = F.pad(f, (0, 1), value=1.) if getattr(layer.module, "bias", None) is not None else f   # the bias reads a one
+        # the bias reads a one
+        f = F.pad(f, (0, 1), value=1.) if getattr(layer.module, "bias", None) is not None else f
         seen[name], n[name] = seen.get(name, 0) + f.mT @ f, n.get(name, 0) + f.shape[1]
     record_inputs(space, batches, visit)
-    for found in output_gradients(space, sample_labels(space.model, batches, label_samples), loss): said, m = {k: said.get(k, 0) + g.mT @ g for k, g in found.items()}, m + 1
+    for found in output_gradients(space, sample_labels(space.model, batches, label_samples), loss):
+        said, m = {k: said.get(k, 0) + g.mT @ g for k, g in found.items()}, m + 1
     made = {k: layer_factors(k, l, seen[k] / n[k], said[k] / m, damping) for k, l in space.layers.items()}
-    return {k: [(made[p], torch.as_tensor(i, device=made[p].w.device)) for (p, d), i in g.members.items() if (p, d) in g.produces and p in made] for k, g in space.groups.items()}
+    return {k: [(made[p], torch.as_tensor(i, device=made[p].w.device)) for (p, d), i in g.members.items()
+                if (p, d) in g.produces and p in made] for k, g in space.groups.items()}
 
 def layer_factors(name:str, layer, a:Tensor, g:Tensor, damping:float)->SimpleNamespace:
     "A layer with its bias as a matrix, the first factor, and the inverse of the second."
     bias, w = getattr(layer.module, "bias", None), at_least_float32(layer.read()).double()
     g = g.double() + torch.diag(damping * g.diagonal().clamp_min(1e-8 * g.diagonal().mean()) + 1e-30)
-    return SimpleNamespace(name=name, layer=layer, bias=bias, a=a.double(), inverse=torch.linalg.inv(g), w=w if bias is None else torch.cat([w, bias.detach().double()[:, None]], 1))
+    return SimpleNamespace(name=name, layer=layer, bias=bias, a=a.double(), inverse=torch.linalg.inv(g),
+                           w=w if bias is None else torch.cat([w, bias.detach().double()[:, None]], 1))
 
 # %% ../../nbs/structured/47_criteria.ipynb #bc226fb5
 @score(needs=("kronecker_factors",), unit="channel")
@@ -185,21 +206,29 @@ def filter_obs_update(groups:dict, # {name: (w, stats, scores, fraction, pattern
         p = torch.cat(rows)
         moved = k.w - k.inverse[:, p] @ torch.linalg.solve(k.inverse[p][:, p], k.w[p])
         cols = k.layer.read().shape[1]
-        new |= {name: k.layer.tensor(moved[:, :cols])} | ({f"{name.rpartition('.')[0]}.bias".lstrip("."): moved[:, cols]} if k.bias is not None else {})
+        new |= {name: k.layer.tensor(moved[:,
+                                           :cols])} | ({f"{name.rpartition('.')[0]}.bias".lstrip("."): moved[:, cols]}
+                                                       if k.bias is not None else {})
     return {n: (new if i == 0 else {}, m) for i, (n, m) in enumerate(masks.items())}
 
-@register("EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", "arXiv:1905.05934", 2019, "structured")
+@register("EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", "arXiv:1905.05934", 2019,
+          "structured")
 def obs_struct(label_samples:int=1,       # labels per example from the model's own predictions; 0 = the labels of the data
                damping:float=1e-3,   # added to the diagonal of the second factor, relative to it
                residual:bool=False, # also cut the channels of residual streams
     ):
     "Channels whose filters the others of their layers can stand in for, by the Kronecker-factored Fisher (C-OBS), are removed in one ranking, and the others move."
-    return Method(space="channels", score=filter_obs, allocate=global_, solve=filter_obs_update, options={"residual": residual}, readings={"kronecker_factors": dict(label_samples=label_samples, damping=damping)})
+    return Method(space="channels", score=filter_obs, allocate=global_, solve=filter_obs_update,
+                  options={"residual": residual},
+                  readings={"kronecker_factors": dict(label_samples=label_samples, damping=damping)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #9307aa72
 class FeatureMapRecorder(TorchDispatchMode):
     "The maps of watched convolutions, behind their norms and activation functions."
-    def __init__(self, layers): super().__init__(); self.at, self.name, self.maps = {l.weight.untyped_storage().data_ptr(): n for n, l in layers.items()}, WeakTensorKeyDictionary(), {}
+    def __init__(self, layers):
+        super().__init__()
+        self.at, self.name, self.maps = (({l.weight.untyped_storage().data_ptr(): n for n, l in layers.items()},
+                                          WeakTensorKeyDictionary(), {}))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -209,12 +238,15 @@ class FeatureMapRecorder(TorchDispatchMode):
             names = {self.name.get(t) for t in args if isinstance(t, Tensor) and t.shape == new.shape}
             name = names.pop() if len(names) == 1 else None
         else: name = None
-        if name: self.name[new] = name; self.maps[name] = new.detach()
+        if name:
+            self.name[new] = name
+            self.maps[name] = new.detach()
         return out
 
 def sum_rows_by_unit(space, rows:dict)->dict: # {parameter: (rows,)} -> {group: (units,)}
     "Add up what writes each unit."
-    parts = lambda g: [rows[p][torch.as_tensor(g.members[p, d], device=rows[p].device)].sum(1) for p, d in g.produces if p in rows]
+    parts = lambda g: [rows[p][torch.as_tensor(g.members[p, d], device=rows[p].device)].sum(1) for p, d in g.produces
+                       if p in rows]
     return {n: sum(parts(g)) for n, g in space.groups.items() if parts(g)}
 
 # %% ../../nbs/structured/47_criteria.ipynb #4f9f1ea5
@@ -223,13 +255,16 @@ def hrank(space, batches, loss=None)->dict: # {group: (units,)}
     "Mean rank of the map a channel draws (Lin et al., 2020)."
     run, total, count = select_forward(loss), {}, 0
     for batch in batches:
-        with in_mode(space.model, False), torch.no_grad(), FeatureMapRecorder(space.layers) as seen: run(space.model, batch)
+        with in_mode(space.model, False), torch.no_grad(), FeatureMapRecorder(space.layers) as seen:
+            run(space.model, batch)
         for n, m in seen.maps.items():
             if m.dim() == 4: total[n] = total.get(n, 0) + torch.linalg.matrix_rank(m.float()).double().sum(0)
         count += size_of(batch)
     found = sum_rows_by_unit(space, {n: t / count for n, t in total.items()})
     flat = [n for n in space.groups if n not in found]
-    if flat: raise BadInput(f"the channels of {flat[0]!r} draw no two-dimensional maps whose rank could be read: name it in skip=, or choose another criterion, such as 'taylor-gate'")
+    if flat:
+        raise BadInput(f"the channels of {flat[0]!r} draw no two-dimensional maps whose rank could be read: name it in "
+                       "skip=, or choose another criterion, such as 'taylor-gate'")
     return found
 
 @register("HRank: Filter Pruning using High-Rank Feature Map", "arXiv:2002.10179", 2020, "structured")
@@ -248,7 +283,8 @@ def betarank(space, batches, loss=None, # as every reading
         if len(x) < 2: raise BadInput("Beta-Rank compares the examples of a batch: pass batches of at least two")
         f = unfold_inputs(layer, x, args)
         w = layer.read().to(f)
-        f, w = f.view(len(f), len(x), -1, f.shape[2]), w.view(len(f), -1, w.shape[1]).mT   # (groups, examples, positions, columns)
+        # (groups, examples, positions, columns)
+        f, w = f.view(len(f), len(x), -1, f.shape[2]), w.view(len(f), -1, w.shape[1]).mT
         read, wrote = f.std(1), (f @ w[:, None]).std(1)
         ratio = read @ w.abs() / wrote if exponent == 1 else wrote * ((1 / read).nan_to_num(posinf=0.) @ w.abs())
         total[name] = total.get(name, 0) + ratio.nan_to_num(posinf=0.).mean(1).flatten().double() * len(x)
@@ -256,13 +292,16 @@ def betarank(space, batches, loss=None, # as every reading
     record_inputs(space, batches, visit, loss)
     return sum_rows_by_unit(space, {n: t / seen[n] for n, t in total.items()})
 
-@register("Beta-Rank: A Robust Convolutional Filter Pruning Method For Imbalanced Medical Image Analysis", "arXiv:2304.07461", 2023, "structured")
+@register("Beta-Rank: A Robust Convolutional Filter Pruning Method For Imbalanced Medical Image Analysis",
+          "arXiv:2304.07461", 2023, "structured")
 def betarank_(exponent:int=1,       # of the ratio: 1 as in the paper, -1 as in the released code
               residual:bool=False, # also cut the channels of residual streams
     ):
     "Filters are ranked by their weights times the spread of what they read over the spread of what they write."
-    if exponent not in (1, -1): raise BadInput(f"power={exponent} is neither 1, the paper's ratio, nor -1, that of the released code")
-    return Method(space="channels", score=betarank, options={"residual": residual}, readings={"betarank": dict(exponent=exponent)})
+    if exponent not in (1, -1):
+        raise BadInput(f"exponent={exponent} is neither 1, the paper's ratio, nor -1, that of the released code")
+    return Method(space="channels", score=betarank, options={"residual": residual},
+                  readings={"betarank": dict(exponent=exponent)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #d2004408
 class RelevanceFunction(torch.autograd.Function):
@@ -291,38 +330,51 @@ def residual_rule(r:Tensor, x:Tensor, y:Tensor)->tuple: # relevance of both
 
 # %% ../../nbs/structured/47_criteria.ipynb #a2c5a6d0
 WEIGHTED_OPS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-AVERAGING_OPS = {"mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
-ELEMENTWISE_OPS = {"relu", "relu_", "relu6", "leaky_relu", "hardtanh", "hardswish", "elu", "selu", "gelu", "silu", "tanh", "softplus", "clamp", "batch_norm", "instance_norm", "group_norm", "layer_norm",
-        "dropout", "dropout1d", "dropout2d", "feature_dropout", "contiguous", "clone", "to", "float", "double", "neg", "div", "true_divide", "mul", "sub"}
-ROUTING_OPS = {"__get__", "flatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "unflatten", "__getitem__", "cat", "concat", "split", "chunk", "pad",
-        "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "view_as", "reshape_as"}
+AVERAGING_OPS = {"mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+                 "adaptive_avg_pool3d"}
+ELEMENTWISE_OPS = {"relu", "relu_", "relu6", "leaky_relu", "hardtanh", "hardswish", "elu", "selu", "gelu", "silu",
+                   "tanh", "softplus", "clamp", "batch_norm", "instance_norm", "group_norm", "layer_norm",
+        "dropout", "dropout1d", "dropout2d", "feature_dropout", "contiguous", "clone", "to", "float", "double", "neg",
+                   "div", "true_divide", "mul", "sub"}
+ROUTING_OPS = {"__get__", "flatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze",
+               "unflatten", "__getitem__", "cat", "concat", "split", "chunk", "pad",
+        "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "view_as",
+               "reshape_as"}
 
 # %% ../../nbs/structured/47_criteria.ipynb #94cf088e
 class RelevanceMode(TorchFunctionMode):
     "Give every operation on what comes from the input its rule of relevance."
     def __init__(self, x, watch): # the input, {weight's place in memory: name}
         super().__init__()
-        self.live, self.made, self.watch, self.heard = WeakTensorKeyDictionary({x: True}), WeakTensorKeyDictionary(), watch, {}
+        self.live, self.made, self.watch, self.heard = ((WeakTensorKeyDictionary({x: True}), WeakTensorKeyDictionary(),
+                                                         watch, {}))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        mine = [a for a in (*args, *kwargs.values()) for a in (a if isinstance(a, (tuple, list)) else [a]) if isinstance(a, Tensor) and a in self.live]
+        mine = [a for a in (*args, *kwargs.values()) for a in (a if isinstance(a, (tuple, list)) else [a])
+                if isinstance(a, Tensor) and a in self.live]
         out = self.explained(name, func, mine, args, kwargs) if mine else func(*args, **kwargs)
         for o in (out if isinstance(out, (tuple, list)) else [out]) if mine else ():
             if isinstance(o, Tensor) and o.is_floating_point(): self.live[o] = True
         return out
 
     def explained(self, name, func, mine, args, kwargs):
-        base = name.strip("_").removeprefix("i").removeprefix("r") if name.startswith("__") and name != "__getitem__" else name
+        base = (name.strip("_").removeprefix("i").removeprefix("r") if name.startswith("__") and name != "__getitem__"
+                else name)
         alone = lambda x: func(x, *args[1:], **{k: v for k, v in kwargs.items() if k not in ("input", "inplace")})
         if name in WEIGHTED_OPS: return self.weighted(func, mine[0], args, kwargs)
         if base in ("add", "add_") and len(mine) == 2: return RelevanceFunction.apply(residual_rule, torch.add, *mine)
         if base in ("add", "add_") or name in ELEMENTWISE_OPS and len(mine) == 1 and mine[0] is args[0]:
-            if name == "batch_norm" and args[0] in self.made and len(args) > 3 and args[3] is not None: self.made[args[0]]["sign"] = args[3].detach().sign()
-            return RelevanceFunction.apply(lambda r, x: (r,), alone if name in ELEMENTWISE_OPS else lambda x: torch.add(*(x if a is mine[0] else a for a in args)), mine[0])
-        if name in AVERAGING_OPS: return RelevanceFunction.apply(lambda r, x: z_plus_rule(r, x, lambda up, down: alone(up)), alone, mine[0])
+            if name == "batch_norm" and args[0] in self.made and len(args) > 3 and args[3] is not None:
+                self.made[args[0]]["sign"] = args[3].detach().sign()
+            return RelevanceFunction.apply(lambda r, x: (r,), alone if name in ELEMENTWISE_OPS
+                                           else lambda x: torch.add(*(x if a is mine[0] else a for a in args)), mine[0])
+        if name in AVERAGING_OPS:
+            return RelevanceFunction.apply(lambda r, x: z_plus_rule(r, x, lambda up, down: alone(up)), alone, mine[0])
         out = func(*args, **kwargs)
-        if name in ROUTING_OPS or not any(isinstance(o, Tensor) and o.is_floating_point() for o in (out if isinstance(out, (tuple, list)) else [out])): return out
+        if name in ROUTING_OPS or not any(isinstance(o, Tensor) and o.is_floating_point()
+                                          for o in (out if isinstance(out, (tuple, list)) else [out])):
+            return out
         raise BadInput(f"no rule says how relevance passes {name!r}: choose another criterion, such as 'taylor-gate'")
 
     def weighted(self, func, x, args, kwargs):
@@ -330,9 +382,13 @@ class RelevanceMode(TorchFunctionMode):
         w, rest, note = given["weight"].detach(), args[3:], {"sign": None}
         more = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
         def rule(r, x):
-            if n := self.watch.get(w.untyped_storage().data_ptr()): self.heard[n] = self.heard.get(n, 0) + at_least_float32(r.abs()).sum([d for d in range(r.dim()) if d != (r.dim() - 1 if func is F.linear else 1)])
-            signed = w if note["sign"] is None else w * note["sign"].view(-1, *[1] * (w.dim() - 1))   # behind a negative scale, less is more
-            return z_plus_rule(r, x, lambda up, down: func(up, signed.clamp_min(0), None, *rest, **more) + func(down, signed.clamp_max(0), None, *rest, **more))
+            if n := self.watch.get(w.untyped_storage().data_ptr()):
+                self.heard[n] = (self.heard.get(n, 0) + at_least_float32(r.abs())
+                                 .sum([d for d in range(r.dim()) if d != (r.dim() - 1 if func is F.linear else 1)]))
+            # behind a negative scale, less is more
+            signed = w if note["sign"] is None else w * note["sign"].view(-1, *[1] * (w.dim() - 1))
+            return z_plus_rule(r, x, lambda up, down: func(up, signed.clamp_min(0), None, *rest, **more)
+                               + func(down, signed.clamp_max(0), None, *rest, **more))
         out = RelevanceFunction.apply(rule, lambda x: func(x, w, given.get("bias"), *rest, **more), x)
         self.made[out] = note
         return out
@@ -341,12 +397,15 @@ class RelevanceMode(TorchFunctionMode):
 def propagate_relevance(space, batch)->tuple: # relevance of the input, {layer: (rows,)} relevance of what each layer writes
     "From one for the right class, back through the network, by the z+ rule."
     x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1: raise BadInput("relevance starts at the right class of every example: pass batches of (inputs, class labels)")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1:
+        raise BadInput("relevance starts at the right class of every example: pass batches of (inputs, class labels)")
     device = next(space.model.parameters()).device
     x, y = to_device(x, device).detach().clone().requires_grad_(), to_device(y, device)
     with in_mode(space.model, False), torch.enable_grad():
-        with RelevanceMode(x, {l.weight.untyped_storage().data_ptr(): n for n, l in space.layers.items()}) as seen: out = space.model(x)
-        if not isinstance(out, Tensor) or out.dim() != 2: raise BadInput("relevance starts at one number per class: the model must return (examples, classes)")
+        with RelevanceMode(x, {l.weight.untyped_storage().data_ptr(): n for n, l in space.layers.items()}) as seen:
+            out = space.model(x)
+        if not isinstance(out, Tensor) or out.dim() != 2:
+            raise BadInput("relevance starts at one number per class: the model must return (examples, classes)")
         r, = torch.autograd.grad(out, x, F.one_hot(y, out.shape[1]).to(out))
     return r, seen.heard
 
@@ -358,9 +417,11 @@ def relevance(space, batches, loss=None)->dict: # {group: (units,)}
     for batch in batches: total = {n: total.get(n, 0) + r for n, r in propagate_relevance(space, batch)[1].items()}
     return sum_rows_by_unit(space, total)
 
-@register("Pruning by Explaining: A Novel Criterion for Deep Neural Network Pruning", "arXiv:1912.08881", 2019, "structured")
+@register("Pruning by Explaining: A Novel Criterion for Deep Neural Network Pruning", "arXiv:1912.08881", 2019,
+          "structured")
 def lrp(rounds:int=10,     # the explanation is read again in each
         residual:bool=False, # also cut the channels of residual streams
     ):
     "Channels that the explanation of the right decisions passes by are removed, a few at a time, in one ranking of all groups."
-    return Method(space="channels", score=relevance, allocate=global_, schedule=linear(rounds), options={"residual": residual})
+    return Method(space="channels", score=relevance, allocate=global_, schedule=linear(rounds),
+                  options={"residual": residual})

@@ -23,7 +23,8 @@ from .sparse_training import by_scale, bn_scales, penalty_rule, l1_proximal_step
 def box_iou(a:Tensor, b:Tensor)->Tensor: # (n, 4), (m, 4) corners -> (n, m)
     "Intersection over union of boxes."
     size = lambda x: (x[:, 2:] - x[:, :2]).prod(1)
-    both = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp_min(0).prod(2)
+    both = ((torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp_min(0)
+            .prod(2))
     return both / (size(a)[:, None] + size(b)[None] - both)
 
 def match_detections(found, truth, kind:int)->list: # (score, whether it is right), best first
@@ -47,7 +48,8 @@ def ap50(found:list, # per picture: boxes (n, 4), scores (n,), kinds (n,)
     for kind in sorted({int(k) for t in truth for k in t[:, 0]}):
         rows = match_detections(found, truth, kind)
         total, right = sum(int((t[:, 0] == kind).sum()) for t in truth), torch.tensor([float(r) for _, r in rows])
-        precision = (right.cumsum(0) / torch.arange(1, len(rows) + 1)).flip(0).cummax(0).values.flip(0) if rows else right
+        precision = ((right.cumsum(0) / torch.arange(1, len(rows) + 1)).flip(0).cummax(0).values.flip(0)
+                     if rows else right)
         areas.append((precision * right).sum().item() / total)
     return sum(areas) / len(areas)
 
@@ -60,10 +62,13 @@ def part_wise(part_weights=None, # {wildcard of names: relative share to remove}
         part = lambda n: next((w for w in part_weights if fnmatch(n, w)), None) if part_weights else n.partition(".")[0]
         rooms = {}
         for n in scores: rooms.setdefault(part(n), []).append(n)
-        if None in rooms: raise BadInput(f"no part is given for {rooms[None][0]!r}: weights= needs a wildcard that matches it, for instance '*'")
+        if None in rooms:
+            raise BadInput(
+                f"no part is given for {rooms[None][0]!r}: weights= needs a wildcard that matches it, for instance '*'")
         size = {p: sum(scores[n].numel() for n in names) for p, names in rooms.items()}
         lost = proportional_densities({p: part_weights[p] if part_weights else 1. for p in rooms}, size, 1 - keep)
-        return {n: f for p, names in rooms.items() for n, f in global_({n: scores[n] for n in names}, 1 - lost[p], space).items()}
+        return {n: f for p, names in rooms.items() for n, f in global_({n: scores[n] for n in names}, 1 - lost[p],
+                                                                       space).items()}
     return cut
 
 # %% ../../nbs/structured/52_detection.ipynb #674601e0
@@ -75,16 +80,19 @@ def relaxed_l1_rule(total_shrinkage:float, # how far a scale moves that the loss
     ):                       # fn(method, keep) -> Rule
     "A constant lasso on batch norm scales; later the strong ones feel less and less of it."
     def press(training, method):
-        parts, by = [part for group in bn_scales(training.space).values() for part in group], total_shrinkage / (prune_at * training.steps)
+        parts, by = (([part for group in bn_scales(training.space).values() for part in group],
+                      total_shrinkage / (prune_at * training.steps)))
         u = training.progress / prune_at
         ease = min(1., (1 - u) / (1 - relax_after)) if u > relax_after else 1.
         edge = torch.cat([p.detach()[i].abs().flatten().float() for p, i in parts]).quantile(strong_quantile)
         for p, i in parts:
             strong = p.detach()[i].abs() > edge
-            l1_proximal_step(p, i[~strong], by); l1_proximal_step(p, i[strong], by * max(0., ease))
+            l1_proximal_step(p, i[~strong], by)
+            l1_proximal_step(p, i[strong], by * max(0., ease))
     return penalty_rule(press, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
 
-@register("Group channel pruning and spatial attention distilling for object detection", "arXiv:2306.01526", 2022, "structured")
+@register("Group channel pruning and spatial attention distilling for object detection", "arXiv:2306.01526", 2022,
+          "structured")
 def gcp_yolov4(total_shrinkage:float=.5,  # how far a scale moves that the loss ignores; scales usually start at one
                relax_after:float=.5,   # fraction of the penalised training after which the strongest are let go
                strong_quantile:float=.65,    # quantile above which a scale is strong
@@ -96,7 +104,8 @@ def gcp_yolov4(total_shrinkage:float=.5,  # how far a scale moves that the loss 
     ):
     "A lasso on batch norm scales that lets the strongest go, then a ranking in each part of the network."
     rule, recover = relaxed_l1_rule(total_shrinkage, prune_at, relax_after, strong_quantile), finetune(steps, lr)
-    return Method(space="channels", rule=rule, allocate=part_wise(part_weights), recover=recover, options={"residual": residual})
+    return Method(space="channels", rule=rule, allocate=part_wise(part_weights), recover=recover,
+                  options={"residual": residual})
 
 # %% ../../nbs/structured/52_detection.ipynb #87663603
 @rule_maker("allocate", "pattern")
@@ -109,7 +118,8 @@ def decaying_l1_rule(total_shrinkage:float, # how far a scale moves that the los
         for p, i in (part for group in bn_scales(training.space).values() for part in group): l1_proximal_step(p, i, by)
     return penalty_rule(press, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
 
-@register("A Novel Compression Framework for YOLOv8: Achieving Real-Time Aerial Object Detection on Edge Devices via Structured Pruning and Channel-Wise Distillation", "arXiv:2509.12918", 2025, "structured")
+@register("A Novel Compression Framework for YOLOv8: Achieving Real-Time Aerial Object Detection on Edge Devices via "
+          "Structured Pruning and Channel-Wise Distillation", "arXiv:2509.12918", 2025, "structured")
 def yolov8_cwd(total_shrinkage:float=.5,   # how far a scale moves that the loss ignores; scales usually start at one
                prune_at:float=.5,      # fraction of the training under the penalty
                steps:int=300,     # optimiser steps
@@ -117,7 +127,8 @@ def yolov8_cwd(total_shrinkage:float=.5,   # how far a scale moves that the loss
                residual:bool=False, # also cut the channels of residual streams
     ):
     "A fading lasso on batch norm scales, then the same share of every layer goes; `recover=distil(...)` adds the teacher."
-    return Method(space="channels", rule=decaying_l1_rule(total_shrinkage, prune_at), recover=finetune(steps, lr), options={"residual": residual})
+    return Method(space="channels", rule=decaying_l1_rule(total_shrinkage, prune_at), recover=finetune(steps, lr),
+                  options={"residual": residual})
 
 # %% ../../nbs/structured/52_detection.ipynb #f2405ac1
 def channel_kl_loss(student:Tensor, # (batch, channels, height, width)
@@ -140,8 +151,10 @@ class FeatureHooks:
     "The last outputs of some modules."
     def __init__(self, model:nn.Module, layers):
         self.heard, named = {}, dict(model.named_modules())
-        if odd := [l for l in layers if l not in named]: raise BadInput(f"{type(model).__name__} has no module {odd[0]!r}: name layers as in named_modules()")
-        self.hooks = [named[l].register_forward_hook(lambda m, args, out, l=l: self.heard.__setitem__(l, out)) for l in layers]
+        if odd := [l for l in layers if l not in named]:
+            raise BadInput(f"{type(model).__name__} has no module {odd[0]!r}: name layers as in named_modules()")
+        self.hooks = [named[l].register_forward_hook(lambda m, args, out, l=l: self.heard.__setitem__(l, out))
+                      for l in layers]
 
     def close(self):
         for h in self.hooks: h.remove()
@@ -157,16 +170,20 @@ def distil(teacher:nn.Module,  # the network before the cut; left alone
     recovery = as_recovery(recovery or finetune())
     def go(model, data, loss, part=1., **piece):
         theirs, ours, plain = FeatureHooks(teacher.eval(), layers), FeatureHooks(model, layers), as_loss(loss)
-        def translated(net, l): return net.translators[l.replace(".", "-")](ours.heard[l]) if l.replace(".", "-") in net.translators else ours.heard[l]
+        def translated(net, l):
+            return (net.translators[l.replace(".", "-")](ours.heard[l]) if l.replace(".", "-") in net.translators
+                    else ours.heard[l])
         def both(net, batch):
             value = plain(net, batch)
             with torch.no_grad(): forward(teacher, batch)
             return value + weight * sum(feature_loss(translated(net, l), theirs.heard[l]) for l in layers)
         try:
-            model.translators = channel_projections(model, teacher, next(iter(data)), ours, theirs) if feature_loss is not attention_map_loss else nn.ModuleDict()
+            model.translators = (channel_projections(model, teacher, next(iter(data)), ours, theirs)
+                                 if feature_loss is not attention_map_loss else nn.ModuleDict())
             recovery(model, data, batch_loss(both), part, **piece)
         finally:
-            theirs.close(); ours.close()
+            theirs.close()
+            ours.close()
             if hasattr(model, "translators"): del model.translators
     return Recovery(go, steps=recovery.steps, resumable=recovery.resumable)
 
@@ -174,6 +191,9 @@ def distil(teacher:nn.Module,  # the network before the cut; left alone
 def channel_projections(model, teacher, batch, ours, theirs)->nn.ModuleDict: # {layer: 1 x 1 convolution}, where widths differ
     "From the student's channels to the teacher's."
     was = model.training
-    forward(model.eval(), batch); forward(teacher, batch); model.train(was)
+    forward(model.eval(), batch)
+    forward(teacher, batch)
+    model.train(was)
     wide = {l: (ours.heard[l].shape[1], theirs.heard[l].shape[1]) for l in ours.heard}
-    return nn.ModuleDict({l.replace(".", "-"): nn.Conv2d(a, b, 1).to(theirs.heard[l]) for l, (a, b) in wide.items() if a != b})
+    return nn.ModuleDict({l.replace(".", "-"): nn.Conv2d(a, b, 1).to(theirs.heard[l]) for l, (a, b) in wide.items()
+                          if a != b})

@@ -36,8 +36,11 @@ def l2_filter(residual:bool=False): # stream = also cut the channels of residual
     return Method(space="channels", score=l2_norm, options={"residual": residual})
 
 # %% ../../nbs/structured/41_filters.ipynb #701afc40
-REDUCTIONS = {"sum": lambda t: t.sum(0), "mean": lambda t: t.mean(0), "max": lambda t: t.amax(0), "first": lambda t: t[0]}   # (members, units) -> (units,)
-NORMALISERS = {"none": lambda s: 1., "sum": torch.sum, "mean": torch.mean, "max": torch.amax}   # (units,) -> what to divide by
+# (members, units) -> (units,)
+REDUCTIONS = {"sum": lambda t: t.sum(0), "mean": lambda t: t.mean(0), "max": lambda t: t.amax(0),
+              "first": lambda t: t[0]}
+# (units,) -> what to divide by
+NORMALISERS = {"none": lambda s: 1., "sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 def member_sums(group,      # of coupled channels
                 values:dict,  # {parameter: tensor like it}
@@ -60,7 +63,8 @@ def reduce_members(space,             # of coupled channels
 def member_params(space, exclude_suffix:str="")->dict: # {parameter: it}, members of some group whose name does not end in `but`
     "The parameters that belong to channels."
     mine = {p for g in space.groups.values() for p, _ in g.members}
-    return {n: p for n, p in space.model.named_parameters() if n in mine and not (exclude_suffix and n.endswith(exclude_suffix))}
+    return {n: p for n, p in space.model.named_parameters() if n in mine
+            and not (exclude_suffix and n.endswith(exclude_suffix))}
 
 # %% ../../nbs/structured/41_filters.ipynb #ede44d12
 def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and so, usually, labels)
@@ -96,7 +100,9 @@ def group_magnitude(space, batches=None, loss=None, # as every reading
                reduce:str="mean", # one of REDUCTIONS
     )->dict: # {group: (units,)}
     "Powers of all weights that go with a unit (Fang et al., 2023)."
-    return reduce_members(space, {n: at_least_float32(t).abs()**p for n, t in member_params(space, exclude_suffix="bias").items()}, reduce)
+    return reduce_members(space,
+                          {n: at_least_float32(t).abs()**p for n, t in member_params(space, exclude_suffix="bias")
+                           .items()}, reduce)
 
 @register("DepGraph: Towards Any Structural Pruning", "arXiv:2301.12900", 2023, "structured")
 def depgraph(p:float=2,            # power of the absolute value
@@ -105,7 +111,8 @@ def depgraph(p:float=2,            # power of the absolute value
              residual:bool=False,    # also cut the channels of residual streams
     ):
     "Channels with the smallest norm over all members are removed, in one ranking of all groups."
-    choose(reduce, REDUCTIONS, "reduction"); choose(normalise, NORMALISERS, "normaliser")
+    choose(reduce, REDUCTIONS, "reduction")
+    choose(normalise, NORMALISERS, "normaliser")
     return Method(space="channels", score=group_magnitude, allocate=global_, options={"residual": residual},
                   readings={"group_magnitude": dict(p=p, reduce=reduce, normalise=normalise)})
 
@@ -115,12 +122,14 @@ def fpgm(space, batches=None, loss=None)->dict: # {group: (units,)}
     "Sum of the distances to all other filters of the group (He et al., 2019)."
     weights, out = member_params(space), {}
     for n, g in space.groups.items():
-        rows = [(at_least_float32(weights[p]).double().movedim(d, 0).flatten(1), torch.as_tensor(g.members[p, d], device=weights[p].device)) for p, d in g.produces]
+        rows = [(at_least_float32(weights[p]).double().movedim(d, 0).flatten(1),
+                 torch.as_tensor(g.members[p, d], device=weights[p].device)) for p, d in g.produces]
         f = torch.cat([r[i].flatten(1) for r, i in rows], 1)
         out[n] = torch.cdist(f, f[space.alive(n)]).sum(1)
     return out
 
-@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250", 2019, "structured")
+@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250",
+          2019, "structured")
 def fpgm_(residual:bool=False): # stream = also cut the channels of residual streams
     "Filters that resemble all others most are removed."
     return Method(space="channels", score=fpgm, options={"residual": residual})
@@ -129,10 +138,13 @@ def fpgm_(residual:bool=False): # stream = also cut the channels of residual str
 @criterion()
 def bn_scale(space, batches=None, loss=None)->dict: # {group: (units,)}
     "Absolute scale of the batch norms that a channel passes (Liu et al., 2017)."
-    norms = {f"{n}.weight" if n else "weight" for n, m in space.model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+    norms = {f"{n}.weight" if n else "weight" for n, m in space.model.named_modules()
+             if isinstance(m, nn.modules.batchnorm._NormBase)}
     leaf = {n: at_least_float32(p).abs() for n, p in member_params(space).items() if n in norms}
     bare = [n for n, g in space.groups.items() if not any(p in leaf for p, _ in g.members)]
-    if bare: raise BadInput(f"no batch norm scales the channels of {bare[0]!r}: name it in skip=, or choose another criterion, such as 'depgraph'")
+    if bare:
+        raise BadInput(f"no batch norm scales the channels of {bare[0]!r}: name it in skip=, or choose another "
+                       "criterion, such as 'depgraph'")
     return reduce_members(space, leaf)
 
 @register("Learning Efficient Convolutional Networks through Network Slimming", "arXiv:1708.06519", 2017, "structured")
@@ -149,14 +161,18 @@ def rand_struct(residual:bool=False): # stream = also cut the channels of residu
 # %% ../../nbs/structured/41_filters.ipynb #a0c571b5
 def group_signature(space, name:str)->tuple: # of (module, parameter, dimension, role, kernel, indices of a unit)
     "What a group is made of, without its widths."
-    g, homes, tensors = space.groups[name], dict(space.model.named_modules()), {**dict(space.model.named_parameters()), **dict(space.model.named_buffers())}
+    g, homes, tensors = ((space.groups[name], dict(space.model.named_modules()),
+                          {**dict(space.model.named_parameters()), **dict(space.model.named_buffers())}))
     role = lambda k: "writes" if k in g.produces else "reads" if k in g.consumes else "carries"
-    return tuple(sorted((type(homes[p.rpartition(".")[0]]).__name__, p.rpartition(".")[2], d, role((p, d)), tuple(tensors[p].shape[2:]), i.shape[1]) for (p, d), i in g.members.items()))
+    return tuple(sorted((type(homes[p.rpartition(".")[0]]).__name__, p.rpartition(".")[2], d, role((p, d)),
+                         tuple(tensors[p].shape[2:]), i.shape[1]) for (p, d), i in g.members.items()))
 
 @allocator
 def isomorphic(scores:dict, keep:float, space)->dict: # {group: fraction}
     "One ranking for all groups that are built alike (Fang et al., 2024)."
-    if not hasattr(space, "groups"): raise BadInput(f"allocation 'isomorphic' compares coupled channels, and this space has {space.unit}s: use 'uniform' or 'global'")
+    if not hasattr(space, "groups"):
+        raise BadInput(f"allocation 'isomorphic' compares coupled channels, and this space has {space.unit}s: use "
+                       "'uniform' or 'global'")
     alike = {}
     for n in scores: alike.setdefault(group_signature(space, n), []).append(n)
     return {n: f for names in alike.values() for n, f in global_({n: scores[n] for n in names}, keep, space).items()}
@@ -168,4 +184,5 @@ def isomorphic_(p:float=2,         # power of the absolute value
     ):
     "Channels with the smallest norm over all members are removed, in one ranking for all groups that are built alike."
     choose(reduce, REDUCTIONS, "reduction")
-    return Method(space="channels", score=group_magnitude, allocate=isomorphic, options={"residual": residual}, readings={"group_magnitude": dict(p=p, reduce=reduce)})
+    return Method(space="channels", score=group_magnitude, allocate=isomorphic, options={"residual": residual},
+                  readings={"group_magnitude": dict(p=p, reduce=reduce)})

@@ -37,9 +37,11 @@ def following_norms(space)->dict: # {module: (module of the batch norm, the batc
     "Which batch norm receives exactly what a layer puts out."
     found, made, hooks = {}, {}, []
     for n, m in space.model.named_modules():
-        if matrix_permutations(m): hooks.append(m.register_forward_hook(lambda m, args, out, n=n: made.update({id(out): (n, out)})))
+        if matrix_permutations(m):
+            hooks.append(m.register_forward_hook(lambda m, args, out, n=n: made.update({id(out): (n, out)})))
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
-            hooks.append(m.register_forward_pre_hook(lambda m, args, n=n: found.update({made[id(args[0])][0]: (n, m)} if id(args[0]) in made else {})))
+            hooks.append(m.register_forward_pre_hook(lambda m, args, n=n: found.update({made[id(args[0])][0]: (n, m)}
+                                                                                       if id(args[0]) in made else {})))
     try:
         with in_mode(space.model, False), torch.no_grad(): space.run(space.model, space.example)
     finally:
@@ -59,7 +61,8 @@ class Consumer:
     layer: Layer        # the weight as a matrix
     columns: dict       # {group: (units, count) columns of the matrix}
     home: tuple|None    # (bias or running mean by name, its values, sign): where a constant can go
-    gram: Tensor = None # (g, columns, columns) for g convolution groups: covariance of the inputs, or second moment when there is no home
+    # (g, columns, columns) for g convolution groups: covariance of the inputs, or second moment when there is no home
+    gram: Tensor = None
     mean: Tensor = None # (g, columns): mean of the inputs
 
     def matrix(self)->Tensor: # (g, rows of a group, columns), double
@@ -76,14 +79,17 @@ class Consumer:
 # %% ../../nbs/structured/49_repair.ipynb #42dd6a26
 def consumer_layers(space)->dict: # {parameter: Reader}
     "The layers that read the channels of a space; a weight with two owners is nobody's to change."
-    layers, owned, norms, found = weight_layers(space.model), [id(p) for m in space.model.modules() for p in m._parameters.values()], following_norms(space), {}
+    layers, owned, norms, found = ((weight_layers(space.model),
+                                    [id(p) for m in space.model.modules() for p in m._parameters.values()],
+                                    following_norms(space), {}))
     for g in space.groups.values():
         for p, d in g.consumes:
             owner, layer = p.rpartition(".")[0], layers.get(p)
             if layer is None or d != layer.perm[-1] or owned.count(id(layer.weight)) > 1: continue
             if p not in found: found[p] = Consumer(p, layer, {}, bias_target(owner, layer.module, norms.get(owner)))
             index, size = torch.as_tensor(g.members[p, d], device=layer.weight.device), layer.read().shape[1]
-            found[p].columns[g.name] = (index[:, None] + torch.arange(0, size, layer.in_channels, device=index.device)[:, None]).flatten(1)
+            found[p].columns[g.name] = (index[:, None] + torch.arange(0, size, layer.in_channels,
+                                                                      device=index.device)[:, None]).flatten(1)
     return found
 
 def consumers_by_group(space, found:dict)->dict: # {group: [(Reader, columns of the group)]}
@@ -100,8 +106,11 @@ def consumer_stats(space, batches, loss=None)->dict: # {group: [(Reader, columns
         square, total = f.mT @ f, f.sum(1)
         r.gram, r.mean = (square, total) if r.gram is None else (r.gram + square, r.mean + total)
         count[name] = count.get(name, 0) + f.shape[1]
-    record_inputs(SimpleNamespace(model=space.model, layers={n: r.layer for n, r in found.items()}), batches, visit, loss)
-    if unseen := [n for n in found if n not in count]: raise BadInput(f"no input of {unseen[0]!r} was seen: calibrate on data that runs this layer, or name it in skip=")
+    record_inputs(SimpleNamespace(model=space.model, layers={n: r.layer for n, r in found.items()}), batches,
+                  visit, loss)
+    if unseen := [n for n in found if n not in count]:
+        raise BadInput(
+            f"no input of {unseen[0]!r} was seen: calibrate on data that runs this layer, or name it in skip=")
     for n, r in found.items():
         r.gram, r.mean = r.gram.double() / count[n], r.mean.double() / count[n]
         if r.home: r.gram = r.gram - r.mean[:, :, None] * r.mean[:, None]
@@ -116,7 +125,9 @@ def damped_cholesky(gram:Tensor, # (g, columns, columns)
     h = gram + loud[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     def root(keep=slice(None)):
         r, failed = torch.linalg.cholesky_ex(h[:, keep][..., keep])
-        if failed.any(): raise BadInput(f"the inputs of a layer are too few or too dependent for damp={damping:g}: calibrate on more data or raise damp")
+        if failed.any():
+            raise BadInput(f"the inputs of a layer are too few or too dependent for damping={damping:g}: calibrate on "
+                           "more data or raise damping")
         return r
     return h, root
 
@@ -127,7 +138,8 @@ def least_squares_refit(w:Tensor,      # (g, rows, columns)
     )->Tensor: # (g, rows, columns), zero where gone
     "Least squares: the columns that stay take over from those that go."
     (h, root), new = damped_cholesky(gram, damping), w * ~removed
-    if removed.any() and not removed.all(): new[..., ~removed] += torch.cholesky_solve(h[:, ~removed][..., removed] @ w[..., removed].mT, root(~removed)).mT
+    if removed.any() and not removed.all():
+        new[..., ~removed] += torch.cholesky_solve(h[:, ~removed][..., removed] @ w[..., removed].mT, root(~removed)).mT
     return new
 
 # %% ../../nbs/structured/49_repair.ipynb #d3bfafd5
@@ -172,7 +184,8 @@ def channel_obs(w:Tensor, # (units,)
             total += (mine * torch.linalg.solve(inv[columns[:, :, None], columns[:, None]], mine)).sum((1, 2))
     return total
 
-@register("Structurally Prune Anything: Any Architecture, Any Framework, Any Time", "arXiv:2403.18955", 2024, "structured")
+@register("Structurally Prune Anything: Any Architecture, Any Framework, Any Time", "arXiv:2403.18955", 2024,
+          "structured")
 def obspa(residual:bool=False, # also cut the channels of residual streams
           damping:float=.01,    # see `damped_cholesky`
     ):
@@ -186,7 +199,8 @@ def folded_filters(space, group, norms:dict)->tuple: # filters (units, weights) 
     parts = []
     for p, d in group.produces:
         if p not in space.layers: continue
-        w, module, (_, norm) = space.layers[p].read().double(), space.layers[p].module, norms.get(p.rpartition(".")[0], ("", None))
+        w, module, (_, norm) = ((space.layers[p].read().double(), space.layers[p].module,
+                                 norms.get(p.rpartition(".")[0], ("", None))))
         b = torch.zeros_like(w[:, 0]) if getattr(module, "bias", None) is None else module.bias.detach().double()
         if norm is not None:
             gain, offset = (norm.weight.detach(), norm.bias.detach()) if norm.affine else (1., 0.)
@@ -208,7 +222,8 @@ def filter_similarity(space, batches, loss=None, # as every reading; the data is
         alike[n] = f @ f.T + bias_weight * b @ b.T + ridge * torch.eye(len(f), dtype=f.dtype, device=f.device)
     for r in found.values():
         size, weight = r.layer.read().shape[1], r.layer.weight
-        r.home, r.gram, r.mean = None, torch.eye(size, dtype=torch.double, device=weight.device)[None], torch.zeros(1, size, dtype=torch.double, device=weight.device)
+        r.home, r.gram, r.mean = ((None, torch.eye(size, dtype=torch.double, device=weight.device)[None],
+                                   torch.zeros(1, size, dtype=torch.double, device=weight.device)))
         for n, columns in r.columns.items():
             for at in columns.T: r.gram[0, at[:, None], at] = alike[n]
     return consumers_by_group(space, found)
@@ -220,13 +235,15 @@ def merge_filters(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
     "Every removed channel is replaced by the combination of others whose filters come nearest to its own."
     return update_consumers(groups, "filter_similarity", least_squares_refit)
 
-@register("Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", "arXiv:2308.07209", 2023, "structured")
+@register("Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", "arXiv:2308.07209", 2023,
+          "structured")
 def udfc(residual:bool=False,   # also cut the channels of residual streams
          bias_weight:float=.01,      # weight of the constants beside the filters
          ridge:float=.008,    # price of large coefficients
     ):
     "The smallest filters are merged into those that resemble them; no data is looked at."
-    return Method(space="channels", score=magnitude, solve=merge_filters, options={"residual": residual}, readings={"filter_similarity": dict(bias_weight=bias_weight, ridge=ridge)})
+    return Method(space="channels", score=magnitude, solve=merge_filters, options={"residual": residual},
+                  readings={"filter_similarity": dict(bias_weight=bias_weight, ridge=ridge)})
 
 # %% ../../nbs/structured/49_repair.ipynb #aef472a6
 @score(needs=("consumer_stats",), unit="channel")
@@ -245,7 +262,8 @@ def thinet_order(w:Tensor, # (units,)
         cost[c] = torch.inf
     return turn
 
-@register("ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression", "arXiv:1707.06342", 2017, "structured")
+@register("ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression", "arXiv:1707.06342", 2017,
+          "structured")
 def thinet(residual:bool=False, # also cut the channels of residual streams
            damping:float=.01,    # see `damped_cholesky`
     ):

@@ -18,17 +18,15 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from ..core.allocate import allocator, allocator_factory
-from ..core.inputs import BadInput, first_batch, forward, in_mode, select_forward, seeded
+from ..core.inputs import BadInput, first_batch, forward, in_mode, output_tensor, select_forward, seeded
 from ..core.method import Method, register
 from ..core.schedule import linear
-from ..core.score import magnitude, random, score
+from ..core.score import magnitude, random, score, snip
 from ..core.blocks import drop_blocks, passthrough
 from ..core.space import group_pairs, matrix_permutations, name_matches, prunable_layers, space
 from ..core.stats import provider, temporary_train_mode
 from .blocks import hook_blocks
 from ..graph.surgery import error_line
-from ..weight.allocation import output_tensor
-from ..weight.at_init import snip
 
 # %% ../../nbs/structured/50_search.ipynb #19aa71a9
 def layer_groups(space)->dict: # {layer: (number of weights, groups at its ends)}
@@ -58,7 +56,8 @@ def round_widths(want:dict,  # {group: units wanted}
           total:int,  # units to keep in all
     )->dict:          # {group: whole number of units}
     "At least one and at most all units of every group, in all exactly `total`: everybody moves the same share of the way."
-    want, total = {n: min(max(float(w), 1.), size[n]) for n, w in want.items()}, min(max(total, len(size)), sum(size.values()))
+    want, total = (({n: min(max(float(w), 1.), size[n]) for n, w in want.items()},
+                    min(max(total, len(size)), sum(size.values()))))
     lack = total - sum(want.values())
     room = {n: size[n] - w if lack > 0 else w - 1 for n, w in want.items()}
     want = {n: w + lack * room[n] / max(sum(room.values()), 1e-12) for n, w in want.items()}
@@ -68,8 +67,11 @@ def round_widths(want:dict,  # {group: units wanted}
 
 def width_budget(scores:dict, keep:float, space, name:str)->tuple: # ({group: units alive}, units to keep)
     "What a search over widths may spend; raises `BadInput` where units are not channels."
-    if space.unit != "channel": raise BadInput(f"allocation {name!r} searches the widths of channel groups, and this space has {space.unit}s: use space='channels' or another allocation")
-    return {n: int((s > -torch.inf).sum()) for n, s in scores.items()}, math.floor(keep * sum(s.numel() for s in scores.values()) + .5)
+    if space.unit != "channel":
+        raise BadInput(f"allocation {name!r} searches the widths of channel groups, and this space has {space.unit}s: "
+                       "use space='channels' or another allocation")
+    return (({n: int((s > -torch.inf).sum()) for n, s in scores.items()},
+             math.floor(keep * sum(s.numel() for s in scores.values()) + .5)))
 
 def width_fractions(count:dict, scores:dict)->dict: # {group: fraction}
     "Whole numbers of units as an allocation."
@@ -88,7 +90,8 @@ def precrop(scores:dict, keep:float, space)->dict: # {group: fraction}
         low, high = (price, high) if sum(r[n] * size[n] for n in size) < total else (low, price)
     return width_fractions(round_widths({n: r[n] * size[n] for n in size}, size, total), scores)
 
-@register("Structured Pruning is All You Need for Pruning CNNs at Initialization", "arXiv:2203.02549", 2022, "structured", start_state="init")
+@register("Structured Pruning is All You Need for Pruning CNNs at Initialization", "arXiv:2203.02549", 2022,
+          "structured", start_state="init")
 def precrop_(residual:bool=False): # stream = also cut the channels of residual streams
     "Before training and without looking at a weight, make the network narrower where it has the most weights."
     return Method(space="channels", score=random, allocate=precrop, options={"residual": residual})
@@ -98,8 +101,10 @@ def block_lists(model:nn.Module)->dict: # {path: blocks}
     "The outermost lists of equal blocks."
     found = {}
     for path, m in model.named_modules():
-        if any(not p or path.startswith(f"{p}.") for p in found) or not isinstance(m, (nn.ModuleList, nn.Sequential)): continue
-        blocks = len(m) > 1 and len({type(b) for b in m}) == 1 and not isinstance(m[0], (nn.ModuleList, nn.Sequential))   # a list of stages is no list of blocks
+        if any(not p or path.startswith(f"{p}.") for p in found) or not isinstance(m, (nn.ModuleList, nn.Sequential)):
+            continue
+        # a list of stages is no list of blocks
+        blocks = len(m) > 1 and len({type(b) for b in m}) == 1 and not isinstance(m[0], (nn.ModuleList, nn.Sequential))
         if blocks and any(matrix_permutations(s) for s in m[0].modules()): found[path] = list(m)
     return found
 
@@ -111,7 +116,8 @@ def removable_blocks(model:nn.Module, lists:dict, run)->dict: # {path: indices o
     for path, blocks in lists.items(): handles += hook_blocks(blocks, partial(visit, path))
     try:
         with seeded(0), in_mode(model, False), torch.no_grad(): run()
-    except Exception as e: raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
+    except Exception as e:
+        raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
     finally:
         for h in handles: h.remove()
     return {p: sorted(f) for p, f in free.items() if f}
@@ -124,23 +130,29 @@ class Residuals:
 
     def __init__(self, model, data=None, skip=(), loss=None):
         self.model, self.layers = model, prunable_layers(model, skip)
-        if data is None: raise BadInput("residual blocks need data=, at least one batch: a forward pass shows which of them can be left out")
+        if data is None:
+            raise BadInput(
+                "residual blocks need data=, at least one batch: a forward pass shows which of them can be left out")
         run = select_forward(loss)
         self.lists, batch = block_lists(model), first_batch(data)
         free = removable_blocks(model, self.lists, lambda: run(model, batch)) if self.lists else {}
         named = lambda p, i: any(name_matches(f"{p}.{i}{end}".lstrip("."), skip) for end in ("", "."))
         self.units = [(p, i) for p, f in free.items() for i in f if not named(p, i)]
-        if not self.units: raise BadInput(f"{type(model).__name__} has no residual block that returns the shape it was given, outside skip={skip!r}: choose a method that removes channels")
+        if not self.units:
+            raise BadInput(f"{type(model).__name__} has no residual block that returns the shape it was given, outside "
+                           f"skip={skip!r}: choose a method that removes channels")
         self.all = [self.lists[p][i] for p, i in self.units]
         self.kept, self.hooks = torch.ones(len(self.units), dtype=torch.bool), {}
 
     def names(self): return ["+".join(dict.fromkeys(p for p, _ in self.units))]
-    def w(self, name): return torch.stack([sum(p.detach().float().square().sum() for p in b.parameters()).sqrt() for b in self.all])
+    def w(self, name):
+        return torch.stack([sum(p.detach().float().square().sum() for p in b.parameters()).sqrt() for b in self.all])
     def cost(self, name): return 1.
     def alive(self, name): return self.kept.to(next(self.model.parameters()).device)
 
     def reduce(self, name, leaf): # sum over all weights of each block
-        return torch.stack([sum(s.float().sum() for n, s in leaf.items() if n.startswith(f"{p}.{i}.".lstrip("."))) for p, i in self.units])
+        return torch.stack([sum(s.float().sum() for n, s in leaf.items() if n.startswith(f"{p}.{i}.".lstrip(".")))
+                            for p, i in self.units])
 
     def apply(self, solved):
         self.kept = self.kept & dict(group_pairs(solved))[self.names()[0]][1].cpu()
@@ -153,14 +165,16 @@ class Residuals:
 
     def slices(self): # the blocks that stay, of every list
         gone = {u for u, k in zip(self.units, self.kept.tolist()) if not k}
-        return {p: {0: [i for i in range(len(blocks)) if (p, i) not in gone]} for p, blocks in self.lists.items() if any(u[0] == p for u in self.units)}
+        return {p: {0: [i for i in range(len(blocks)) if (p, i) not in gone]} for p, blocks in self.lists.items()
+                if any(u[0] == p for u in self.units)}
 
     @staticmethod
     def restore(model, plan): keep_blocks(model, plan.slices)
 
 def keep_blocks(model:nn.Module, slices:dict)->None: # {path: {0: indices of the blocks that stay}}
     "Delete all other blocks of the lists."
-    for p, dims in slices.items(): drop_blocks(model, p, torch.isin(torch.arange(len(model.get_submodule(p))), torch.tensor(dims[0])))
+    for p, dims in slices.items():
+        drop_blocks(model, p, torch.isin(torch.arange(len(model.get_submodule(p))), torch.tensor(dims[0])))
 
 # %% ../../nbs/structured/50_search.ipynb #4225b859
 def cka(x:Tensor, # (samples, features)
@@ -177,12 +191,14 @@ def cka(x:Tensor, # (samples, features)
 def last_features(model:nn.Module, batches)->Tensor: # (samples, features)
     "What enters the last layer that runs: pictures are averaged over their pixels, tokens are samples."
     seen, rows = {}, []
-    handles = [m.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]) if args else None) for m in model.modules() if matrix_permutations(m)]
+    handles = [m.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]) if args else None)
+               for m in model.modules() if matrix_permutations(m)]
     try:
         with in_mode(model, False):
             for batch in batches:
                 forward(model, batch)
-                rows.append(seen["x"].mean(tuple(range(2, seen["x"].dim()))) if seen["x"].dim() > 3 else seen["x"].flatten(0, -2))
+                rows.append(seen["x"].mean(tuple(range(2, seen["x"].dim()))) if seen["x"].dim() > 3
+                            else seen["x"].flatten(0, -2))
     finally:
         for h in handles: h.remove()
     return torch.cat(rows).float()
@@ -191,7 +207,8 @@ def last_features(model:nn.Module, batches)->Tensor: # (samples, features)
 @provider()
 def block_cka(space, batches, loss=None)->dict: # {name of the group: (blocks,)}
     "Alignment of the last features with and without each block: one pass per block."
-    if not hasattr(space, "all"): raise BadInput(f"the alignment without a block needs space='residuals', and this space has {space.unit}s")
+    if not hasattr(space, "all"):
+        raise BadInput(f"the alignment without a block needs space='residuals', and this space has {space.unit}s")
     full = last_features(space.model, batches)
     def without(block):
         hook = block.register_forward_hook(passthrough, with_kwargs=True)
@@ -214,7 +231,8 @@ def cka_layer(rounds:int=3): # cuts, with a share of the training after each
     return Method(space="residuals", score=cka_change, schedule=linear(rounds))
 
 # %% ../../nbs/structured/50_search.ipynb #adf3a658
-@register("When Layers Play the Lottery, all Tickets Win at Initialization", "arXiv:2301.10835", 2023, "structured", start_state="init")
+@register("When Layers Play the Lottery, all Tickets Win at Initialization", "arXiv:2301.10835", 2023, "structured",
+          start_state="init")
 def layer_lottery():
     "Before training, drop the residual blocks whose weights the loss is least sensitive to."
     return Method(space="residuals", score=snip)
@@ -222,7 +240,9 @@ def layer_lottery():
 # %% ../../nbs/structured/50_search.ipynb #3601d844
 class UnitGate(nn.Module):
     "A parametrisation: what belongs to a unit is multiplied by the unit's number."
-    def __init__(self, parts, gates): super().__init__(); self.parts, self.gates = parts, gates
+    def __init__(self, parts, gates):
+        super().__init__()
+        self.parts, self.gates = parts, gates
 
     def forward(self, w):
         for d, group, unit in self.parts:
@@ -256,7 +276,8 @@ def parametrized(model:nn.Module, parametrizations:dict): # {parameter: parametr
     finally:
         for m, a, order in reversed(undo):
             if parametrize.is_parametrized(m, a): parametrize.remove_parametrizations(m, a, leave_parametrized=False)
-            for k in [k for k in order if k in m._parameters]: m._parameters[k] = m._parameters.pop(k)   # the state dict keeps its order
+            # the state dict keeps its order
+            for k in [k for k in order if k in m._parameters]: m._parameters[k] = m._parameters.pop(k)
 
 @contextmanager
 def gated_weights(space): # yields {group: (units,)}, all ones; write what is on
@@ -286,7 +307,8 @@ def output_change(space, place:dict, batches, gates:dict): # a function {group: 
     truth = batch_stat_outputs(space.model, batches)
     def hurt(count):
         for n in gates: gates[n].copy_(place[n] < count.get(n, len(place[n])))
-        return sum((a - t).square().mean().item() for a, t in zip(batch_stat_outputs(space.model, batches), truth)) / len(truth)
+        return (sum((a - t).square().mean().item() for a, t in zip(batch_stat_outputs(space.model, batches), truth))
+                / len(truth))
     return hurt
 
 # %% ../../nbs/structured/50_search.ipynb #027ac98d
@@ -302,16 +324,21 @@ def evolve_widths(size:dict,  # {group: units}
         from pymoo.operators.repair.rounding import RoundingRepair
         from pymoo.optimize import minimize
         from pymoo.problems.functional import FunctionalProblem
-    except ImportError as e: raise BadInput("the evolution of widths needs pymoo, which is not installed: pip install pruning_bench[search]") from e
+    except ImportError as e:
+        raise BadInput(
+            "the evolution of widths needs pymoo, which is not installed: pip install pruning_bench[search]") from e
     most, t = np.array(list(size.values())), torch.arange(1, population + 1)[:, None] / population
     t[population // 2:] = 0
     start = torch.where(t > 0, t * 2, torch.rand(population, len(most))).clamp(max=1).numpy()
     named = lambda x: {n: int(v) for n, v in zip(size, x)}
-    problem = FunctionalProblem(len(most), [lambda x: float(x.sum()), lambda x: hurt(named(x))], xl=np.ones(len(most)), xu=most)
+    problem = FunctionalProblem(len(most), [lambda x: float(x.sum()), lambda x: hurt(named(x))], xl=np.ones(len(most)),
+                                xu=most)
     tools = dict(crossover=SBX(prob=.9, eta=3, repair=RoundingRepair()), mutation=PM(eta=3, repair=RoundingRepair()))
-    nsga = NSGA2(pop_size=population, sampling=np.maximum(1, np.round(start * most)), eliminate_duplicates=True, **tools)
+    nsga = NSGA2(pop_size=population, sampling=np.maximum(1, np.round(start * most)), eliminate_duplicates=True,
+                 **tools)
     got = minimize(problem, nsga, ("n_gen", generations), seed=int(torch.randint(2**31, ())))
-    return sorted({(int(f[0]), float(f[1]), *x.astype(int)): (int(f[0]), float(f[1]), named(x)) for f, x in zip(np.atleast_2d(got.F), np.atleast_2d(got.X))}.values(), key=lambda m: (-m[0], m[1]))
+    return sorted({(int(f[0]), float(f[1]), *x.astype(int)): (int(f[0]), float(f[1]), named(x))
+                   for f, x in zip(np.atleast_2d(got.F), np.atleast_2d(got.X))}.values(), key=lambda m: (-m[0], m[1]))
 
 # %% ../../nbs/structured/50_search.ipynb #e6bfd76e
 def combine_fronts(fronts:list, # of `evolve_widths`
@@ -320,7 +347,8 @@ def combine_fronts(fronts:list, # of `evolve_widths`
     "One member of each front: step by step the least damage per unit."
     at = [max(f, key=lambda m: m[0]) for f in fronts]
     while sum(m[0] for m in at) > total:
-        steps = [((m[1] - now[1]) / (now[0] - m[0]), i, m) for i, (f, now) in enumerate(zip(fronts, at)) for m in f if m[0] < now[0]]
+        steps = [((m[1] - now[1]) / (now[0] - m[0]), i, m) for i, (f, now) in enumerate(zip(fronts, at)) for m in f
+                 if m[0] < now[0]]
         if not steps: break
         _, i, m = min(steps, key=lambda s: s[:2])
         at[i] = m
@@ -346,7 +374,8 @@ def emo(generations:int=10, population:int=16, # generations, and members of eac
                     mine = {n: size[n] for n in names}
                     found.append([(sum(mine.values()), 0., mine), *evolve_widths(mine, hurt, generations, population)])
             return found
-        return width_fractions(round_widths(combine_fronts(cached_search(space, scores, lambda: fronts([])), total), size, total), scores)
+        return width_fractions(round_widths(combine_fronts(cached_search(space, scores, lambda: fronts([])), total),
+                                            size, total), scores)
     return search
 
 # %% ../../nbs/structured/50_search.ipynb #abd2d124
@@ -357,4 +386,5 @@ def emo_pms(generations:int=10,  # generations
             residual:bool=False, # also cut the channels of residual streams
     ):
     "Widths by multi-objective evolution: few channels against little change of the output; the filters with the smallest L1 norm go."
-    return Method(space="channels", score=magnitude, allocate=emo(generations, population, subnetworks), options={"residual": residual})
+    return Method(space="channels", score=magnitude, allocate=emo(generations, population, subnetworks),
+                  options={"residual": residual})

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from ..core.allocate import global_
 from ..core.method import Method, register
+from ..core.pattern import magnitude_threshold
 from ..core.recovery import finetune
-from ..core.rule import rule_maker
-from ..core.schedule import polynomial_decay
+from ..core.rule import masks_from_scores, rule_maker
+from ..core.schedule import polynomial_decay, ramped_density
 from ..core.stats import PROVIDERS
 from . import filters   # registers the statistic `fpgm`
 from .sparse_training import group_norms, select_channels, penalty_rule
-from ..weight.learned_masks import masks_from_scores, ramped_density, magnitude_threshold
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #d0981cee
 @torch.no_grad()
@@ -43,10 +43,12 @@ def soft_pruning_rule(score,      # space -> {group: (units,)}
     "Blank the weakest filters again and again; the last choice is for good."
     def choose(training, method): return select_channels(training, score(training.space), method.allocate)
     def press(training, method):
-        if training.step % max(1, round(prune_at * training.steps / rounds)) == 0: zero_filters(training.space, choose(training, method))
+        if training.step % max(1, round(prune_at * training.steps / rounds)) == 0:
+            zero_filters(training.space, choose(training, method))
     return penalty_rule(press, choose, prune_at)
 
-@register("Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", "arXiv:1808.06866", 2018, "structured", start_state="init")
+@register("Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", "arXiv:1808.06866", 2018,
+          "structured", start_state="init")
 def sfp(rounds:int=10,     # how often filters are zeroed
         prune_at:float=.9,      # fraction of the training before the cut
         steps:int=600,     # optimiser steps
@@ -58,7 +60,8 @@ def sfp(rounds:int=10,     # how often filters are zeroed
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #065c27d1
-@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250", 2019, "structured", start_state="init")
+@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250",
+          2019, "structured", start_state="init")
 def soft_fpgm(rounds:int=10,     # how often filters are zeroed
               prune_at:float=.9,      # fraction of the training before the cut
               steps:int=600,     # optimiser steps
@@ -99,7 +102,8 @@ def learn_thresholds(max_shift:float,  # how far a threshold can move, in mean i
         def press(training, method):
             s.update(group_norms(training.space, "mean"))
             target = polynomial_decay(keep, min(1., training.progress / (.8 * prune_at)))
-            (constraint_weight * (soft_density(s, ts, temperature) - target)**2).backward()   # on top of what the loss left there
+            # on top of what the loss left there
+            (constraint_weight * (soft_density(s, ts, temperature) - target)**2).backward()
             own[0].step()
             own[0].zero_grad()
         def choose(training, method):
@@ -108,7 +112,8 @@ def learn_thresholds(max_shift:float,  # how far a threshold can move, in mean i
         return penalty_rule(press, choose, prune_at, begin, gate)(method, keep)
     return rule
 
-@register("LAPP: Layer Adaptive Progressive Pruning for Compressing CNNs from Scratch", "arXiv:2309.14157", 2023, "structured", start_state="init")
+@register("LAPP: Layer Adaptive Progressive Pruning for Compressing CNNs from Scratch", "arXiv:2309.14157", 2023,
+          "structured", start_state="init")
 def lapp(max_shift:float=3.,    # how far a threshold can move, in mean importances
          temperature:float=.1,     # width of the step, in mean importances
          constraint_weight:float=1.,   # of the constraint on the share of channels
@@ -126,7 +131,8 @@ def lapp(max_shift:float=3.,    # how far a threshold can move, in mean importan
 def squared_filter_norms(space, name:str)->Tensor: # (units,), differentiable
     "The squared norm of the weights that write each channel of a group."
     g = space.groups[name]
-    rows = [(space.layers[p].matrix(space.layers[p].weight).square().sum(1), g.members[p, d]) for p, d in g.produces if p in space.layers]
+    rows = [(space.layers[p].matrix(space.layers[p].weight).square().sum(1), g.members[p, d]) for p, d in g.produces
+            if p in space.layers]
     return sum(r[torch.as_tensor(i, device=r.device)].sum(1) for r, i in rows)
 
 @rule_maker("allocate", "pattern")
@@ -144,7 +150,8 @@ def soft_mask_ramp(tau:float,   # temperature, in medians of the squared norms o
             if training.progress < start: return
             sizes = {n: training.w(n) for n in training.names}
             if not final:
-                final.update({n: int(m.sum()) / len(m) for n, m in select_channels(training, sizes, method.allocate).items()})
+                final.update({n: int(m.sum()) / len(m) for n, m in select_channels(training, sizes, method.allocate)
+                              .items()})
                 scale.update({n: (tau * s.square().median()).clamp(min=1e-12) for n, s in sizes.items()})
             gone = 1 - ramped_density(0., training.progress, start, ramp_end, power=1)
             masks = masks_from_scores(training, sizes, {n: 1 - gone * (1 - f) for n, f in final.items()})
@@ -152,12 +159,14 @@ def soft_mask_ramp(tau:float,   # temperature, in medians of the squared norms o
         def choose(training, method):
             now.clear()   # from here on the mask is hard
             sizes = {n: training.w(n) for n in training.names}
-            return masks_from_scores(training, sizes, final) if final else select_channels(training, sizes, method.allocate)
+            return (masks_from_scores(training, sizes, final)
+                    if final else select_channels(training, sizes, method.allocate))
         return penalty_rule(press, choose, prune_at, gate=gate)(method, keep)
     return rule
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #9e25b8a0
-@register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "structured", start_state="init")
+@register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "structured",
+          start_state="init")
 def pdp_channels(tau:float=1.,      # temperature, in medians of the squared norms of a group
                  start:float=.1,    # fraction of the training before the ramp; then the share of each group is fixed
                  ramp_end:float=.5,     # fraction of the training when the final sparsity is reached

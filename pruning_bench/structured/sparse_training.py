@@ -14,10 +14,9 @@ from ..core.allocate import global_
 from ..core.inputs import BadInput
 from ..core.method import Method, register
 from ..core.recovery import finetune
-from ..core.rule import Rule, rule_maker
+from ..core.rule import Rule, layer_fractions, masks_from_scores, rule_maker
 from ..core.stats import PROVIDERS
-from . import filters   # registers the statistics `bn_scale` and `group_norm`
-from ..weight.learned_masks import masks_from_scores, layer_fractions
+from . import filters   # registers the statistics `bn_scale` and `group_magnitude`
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #b96b73bb
 def penalty_share(training, prune_at:float, # fraction of the training under pressure
@@ -53,7 +52,8 @@ def penalty_rule(penalise,     # `press(course, method)`, after every step befor
     def rule(method, keep):
         if method.allocate.needs:
             raise BadInput(f"allocation {method.allocate.name!r} reads {sorted(method.allocate.needs)[0]!r} "
-                           "from calibration data, and this method chooses inside its training: take an allocation without statistics, such as 'global'")
+                           "from calibration data, and this method chooses inside its training: take an allocation "
+                           "without statistics, such as 'global'")
         def settle(training):
             for n, m in select(training, method).items(): training.state[n]["mask"] = m
             training.space.apply({n: (training.w(n), training.state[n]["mask"]) for n in training.names})
@@ -70,7 +70,8 @@ def penalty_rule(penalise,     # `press(course, method)`, after every step befor
 # %% ../../nbs/structured/48_sparse_training.ipynb #c351046f
 def bn_scales(space)->dict: # {group: [(parameter, (units, count) indices)]}
     "The batch norm scales of every group; raises `BadInput` where there is none."
-    own, norms = dict(space.model.named_parameters()), [m for m in space.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    own, norms = ((dict(space.model.named_parameters()),
+                   [m for m in space.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]))
     mine = {id(m.weight) for m in norms if m.weight is not None}
     def scales(g):
         norms_of = [(own[p], i) for (p, _), i in g.members.items() if p in own and id(own[p]) in mine]
@@ -96,7 +97,8 @@ def bn_l1_rule(total_shrinkage:float, # how far a scale moves that the loss igno
             for p, i in parts: l1_proximal_step(p, i, total_shrinkage * penalty_share(training, prune_at))
     return penalty_rule(press, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
 
-@register("Learning Efficient Convolutional Networks through Network Slimming", "arXiv:1708.06519", 2017, "structured", start_state="init")
+@register("Learning Efficient Convolutional Networks through Network Slimming", "arXiv:1708.06519", 2017, "structured",
+          start_state="init")
 def slimming(total_shrinkage:float=.9,   # how far a scale moves that the loss ignores; scales usually start at one
              prune_at:float=.7,      # fraction of the training under the penalty
              steps:int=600,     # optimiser steps
@@ -115,16 +117,20 @@ def targeted_l1_rule(total_shrinkage:float, # how far an ignored scale moves whi
     ):                  # fn(method, keep) -> Rule
     "A lasso that looks first, and then presses only the scales that will go."
     def begin(training):
-        training.knobs = {n: [(p, i, p.detach()[i].clone()) for p, i in parts] for n, parts in bn_scales(training.space).items()}
+        training.knobs = {n: [(p, i, p.detach()[i].clone()) for p, i in parts] for n, parts in bn_scales(training.space)
+                          .items()}
     def press(training, method):
-        if training.progress <= select_at: return [l1_proximal_step(p, i, total_shrinkage * penalty_share(training, select_at)) for parts in training.knobs.values() for p, i, _ in parts]
+        if training.progress <= select_at:
+            return [l1_proximal_step(p, i, total_shrinkage * penalty_share(training, select_at))
+                    for parts in training.knobs.values() for p, i, _ in parts]
         if "stays" not in training.state[training.names[0]]:
             for n, m in by_scale(training, method).items(): training.state[n]["stays"] = m
             for p, i, start in (part for parts in training.knobs.values() for part in parts): p.data[i] = start
         for n, parts in training.knobs.items():
             goes, step = ~training.state[n]["stays"], 1 / max(1., (prune_at - select_at) * training.steps - 1)
             for p, i, start in parts: l1_proximal_step(p, i[goes], start[goes].abs() * step)
-    def choose(training, method): return {n: training.state[n].get("stays", m) for n, m in by_scale(training, method).items()}
+    def choose(training, method):
+        return {n: training.state[n].get("stays", m) for n, m in by_scale(training, method).items()}
     return penalty_rule(press, choose, prune_at, begin)
 
 @register("Pruning-aware Sparse Regularization for Network Pruning", "arXiv:2201.06776", 2022, "structured")
@@ -159,7 +165,7 @@ def scale_members(space, factors:dict)->None: # {group: (units,)}
 
 def group_norms(space, normalise:str="none")->dict: # {group: (units,)}
     "The norm of everything that goes with a channel, divided by one of `join_grouped.NORMALISERS`."
-    return {n: s.sqrt() for n, s in PROVIDERS["group_norm"](space, reduce="sum", normalise=normalise).items()}
+    return {n: s.sqrt() for n, s in PROVIDERS["group_magnitude"](space, reduce="sum", normalise=normalise).items()}
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #6f76be9a
 @rule_maker("allocate", "pattern")
@@ -170,8 +176,10 @@ def group_lasso_rule(strength:float, # logarithm of the factor by which the weak
     "Shrink whole channels, the weak ones faster."
     def press(training, method):
         by = strength / alpha * penalty_share(training, prune_at)
-        scale_members(training.space, {n: torch.exp(-by * penalty_strengths(s, alpha)) for n, s in group_norms(training.space).items()})
-    return penalty_rule(press, lambda training, method: select_channels(training, group_norms(training.space, "max"), method.allocate), prune_at)
+        scale_members(training.space,
+                      {n: torch.exp(-by * penalty_strengths(s, alpha)) for n, s in group_norms(training.space).items()})
+    return penalty_rule(press, lambda training, method: select_channels(training, group_norms(training.space, "max"),
+                                                                        method.allocate), prune_at)
 
 @register("DepGraph: Towards Any Structural Pruning", "arXiv:2301.12900", 2023, "structured")
 def group_lasso(strength:float=8.,  # logarithm of the factor by which the weakest channel shrinks
@@ -193,7 +201,8 @@ def growing_penalty_rule(strength:float, # logarithm of the factor by which a ch
     "Choose at once, and press the chosen channels harder and harder."
     def choose(training, method):
         if "stays" not in training.state[training.names[0]]:
-            for n, m in select_channels(training, group_norms(training.space, "max"), method.allocate).items(): training.state[n]["stays"] = m
+            for n, m in select_channels(training, group_norms(training.space, "max"), method.allocate).items():
+                training.state[n]["stays"] = m
         return {n: training.state[n]["stays"] for n in training.names}
     def press(training, method):
         squeeze = torch.tensor(-strength * penalty_share(training, prune_at, increasing=True)).exp().item()

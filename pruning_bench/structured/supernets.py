@@ -21,7 +21,8 @@ from ..core.part import part_factory
 from ..core.recovery import Preparation, finetune, recalibrate_bn
 from ..core.score import magnitude, score, unit_scores
 from ..core.stats import provider
-from .search import parametrized, batch_statistics, gated_weights, cached_search, unit_ranks, width_fractions, width_budget, round_widths
+from .search import (parametrized, batch_statistics, gated_weights, cached_search, unit_ranks,
+                                             width_fractions, width_budget, round_widths)
 
 # %% ../../nbs/structured/56_supernets.ipynb #c8ec7a59
 def class_logits(out)->Tensor: # (..., classes)
@@ -37,7 +38,9 @@ def distil_gradients(model:nn.Module, teacher:nn.Module,
     def hook(module, args, kwargs, out):
         y = class_logits(out)
         if not (module.training and y.requires_grad): return
-        with torch.no_grad(): pull = ((y / temperature).softmax(-1) - (class_logits(teacher(*args, **kwargs)) / temperature).softmax(-1)) * temperature / (y.numel() / y.shape[-1])
+        with torch.no_grad():
+            pull = (((y / temperature).softmax(-1) - (class_logits(teacher(*args, **kwargs)) / temperature).softmax(-1))
+                    * temperature / (y.numel() / y.shape[-1]))
         y.register_hook(lambda g: (1 - distil_weight) * g + distil_weight * pull)
     handle = model.register_forward_hook(hook, with_kwargs=True)
     try: yield
@@ -65,7 +68,8 @@ def first_channels(w:Tensor, # (units,), only its device is read
 def before_each_step(model:nn.Module, draw): # `digits_gen_outputs(step)` is called before every training pass
     "Do something before every forward pass that has a gradient."
     count = itertools.count()
-    handle = model.register_forward_pre_hook(lambda m, args: draw(next(count)) if m.training and torch.is_grad_enabled() else None)
+    handle = model.register_forward_pre_hook(lambda m, args: draw(next(count)) if m.training and torch.is_grad_enabled()
+                                             else None)
     try: yield
     finally: handle.remove()
 
@@ -80,7 +84,8 @@ def progressive_shrinking(distil_weight:float, # of the gradient that comes from
         with gated_weights(space) as gates:
             def draw(step):
                 low = 1 - (1 - keep / 2) * min(1., step / max(1, shrink_end * train.steps))
-                for n, g in gates.items(): g.copy_(space.order[n] < max(1, round((low + (1 - low) * torch.rand(()).item()) * len(g))))
+                for n, g in gates.items():
+                    g.copy_(space.order[n] < max(1, round((low + (1 - low) * torch.rand(()).item()) * len(g))))
             with distil_gradients(space.model, teacher, distil_weight), before_each_step(space.model, draw): train(1.)
     return prepare
 
@@ -105,7 +110,7 @@ def evolutionary_search(generations:int=6,  # generations
     "Of all widths with the right sum, the one whose network has the smallest loss, by mutation and selection."
     def search(scores, keep, space, stats):
         size, total = width_budget(scores, keep, space, "evolutionary_search")
-        batches, loss = next(iter(stats.values())).trial
+        batches, loss = next(iter(stats.values())).loss_on_batches
         place, known = unit_ranks(scores), cached_search(space, scores, dict)   # losses of the widths tried
         with torch.no_grad(), gated_weights(space) as gates, batch_statistics(space.model):
             def cost(count):
@@ -129,7 +134,8 @@ def recalibrate_norms(batches:int=8): # a `replace_marked` for a `Method`: batch
     return measure_norms
 
 # %% ../../nbs/structured/56_supernets.ipynb #70e3edf9
-@register("Once-for-All: Train One Network and Specialize it for Efficient Deployment", "arXiv:1908.09791", 2020, "structured")
+@register("Once-for-All: Train One Network and Specialize it for Efficient Deployment", "arXiv:1908.09791", 2020,
+          "structured")
 def ofa(steps:int=100,   # of training, where the benchmark gives none
         generations:int=6, population:int=16, # generations of the search, and members of each
         distil_weight:float=.5,   # of the gradient that comes from the full network
@@ -137,7 +143,8 @@ def ofa(steps:int=100,   # of training, where the benchmark gives none
         residual:bool=False, # also cut the channels of residual streams
     ):
     "Train all widths at once, taught by the full network, then choose one: no training afterwards, only batch norms measured again."
-    return Method(space="channels", score=first_channels, allocate=evolutionary_search(generations, population), prepare=progressive_shrinking(distil_weight, shrink_end), between=recalibrate_norms(),
+    return Method(space="channels", score=first_channels, allocate=evolutionary_search(generations, population),
+                  prepare=progressive_shrinking(distil_weight, shrink_end), between=recalibrate_norms(),
                   recover=finetune(steps), options={"residual": residual})
 
 # %% ../../nbs/structured/56_supernets.ipynb #f641c017
@@ -148,12 +155,15 @@ def channel_interpolation(c:int, to:int)->Tensor: # (c, to): weight of every cha
 def width_mixture(units:int, widths, probabilities)->Tensor: # (units, units)
     "What the readers of a group get for the first channels of several widths: x becomes x @ mixture."
     wide = max(int(c) for c in widths)
-    return sum(q * F.pad(channel_interpolation(int(c), wide), (0, units - wide, 0, units - int(c))).to(probabilities) for c, q in zip(widths, probabilities))
+    return sum(q * F.pad(channel_interpolation(int(c), wide), (0, units - wide, 0, units - int(c))).to(probabilities)
+               for c, q in zip(widths, probabilities))
 
 # %% ../../nbs/structured/56_supernets.ipynb #b570d14a
 class MixedWidths(nn.Module):
     "A parametrisation: columns that read a group read the mixture of its widths."
-    def __init__(self, parts, mix): super().__init__(); self.parts, self.mix = parts, mix
+    def __init__(self, parts, mix):
+        super().__init__()
+        self.parts, self.mix = parts, mix
 
     def forward(self, w):
         for d, group, index in self.parts:
@@ -166,7 +176,9 @@ def consumer_columns(space, order:dict)->dict: # {parameter: [(dimension, group,
     "The columns that read each group, units in their order."
     parts = {}
     for name, group in space.groups.items():
-        for p, d in group.consumes: parts.setdefault(p, []).append((d, name, torch.from_numpy(group.members[p, d])[order[name].argsort().cpu()]))
+        for p, d in group.consumes:
+            parts.setdefault(p,
+                             []).append((d, name, torch.from_numpy(group.members[p, d])[order[name].argsort().cpu()]))
     return parts
 
 # %% ../../nbs/structured/56_supernets.ipynb #f52e2494
@@ -174,9 +186,11 @@ class LearnedWidths:
     "The widths of all groups as logits, learned during somebody else's training."
     def __init__(self, space, keep:float, steps:int, choices:int, reach:float, weight:float):
         self.size = {n: len(g) for n, g in space.groups.items()}
-        self.options = {n: torch.tensor(sorted({max(1, round(f * s)) for f in torch.linspace(keep / 2, 1, choices).tolist()})) for n, s in self.size.items()}
+        self.options = {n: torch.tensor(sorted({max(1, round(f * s)) for f in torch.linspace(keep / 2, 1, choices)
+                                                .tolist()})) for n, s in self.size.items()}
         self.logits = {n: (torch.randn(len(o)) * .01).requires_grad_() for n, o in self.options.items()}
-        self.target, self.steps, self.weight, self.drawn, self.log = keep * sum(self.size.values()), steps, weight, {}, []
+        self.target, self.steps, self.weight, self.drawn, self.log = ((keep * sum(self.size.values()), steps, weight,
+                                                                       {}, []))
         self.optimizer = torch.optim.Adam(self.logits.values(), reach / max(1, steps))
         for n, a in self.logits.items(): a.register_hook(lambda g, n=n: g + self.pressure(n))
 
@@ -189,7 +203,9 @@ class LearnedWidths:
         return sign * self.weight * p * (o - p @ o) / total
 
     def draw(self, step:int)->None: # two candidates for every group; the logits move first
-        if self.drawn: self.optimizer.step(); self.optimizer.zero_grad()
+        if self.drawn:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.log.append(self.expected())
         heat = .1 + 4.9 * (1 + math.cos(math.pi * min(1., step / max(1, self.steps)))) / 2
         for n, a in self.logits.items():
@@ -207,9 +223,14 @@ class LearnedWidths:
 def search_widths(search_share:float, num_widths:int, max_logit_shift:float, budget_weight:float): # (method, space, keep, train) -> {"teacher": network}
     "Learn widths with a share of the training; the weights return to what they were."
     def prepare(method, space, keep, train):
-        teacher, before, space.order = copy.deepcopy(space.model).eval().requires_grad_(False), copy.deepcopy(space.model.state_dict()), l1_ranks(space)
-        search = LearnedWidths(space, keep, max(1, round(train.steps * search_share)), num_widths, max_logit_shift, budget_weight)
-        with parametrized(space.model, {p: MixedWidths(parts, search.mix) for p, parts in consumer_columns(space, space.order).items()}), before_each_step(space.model, search.draw): train(search_share)
+        teacher, before, space.order = ((copy.deepcopy(space.model).eval().requires_grad_(False),
+                                         copy.deepcopy(space.model.state_dict()), l1_ranks(space)))
+        search = LearnedWidths(space, keep, max(1, round(train.steps * search_share)), num_widths, max_logit_shift,
+                               budget_weight)
+        with (parametrized(space.model,
+                           {p: MixedWidths(parts, search.mix) for p, parts in consumer_columns(space, space.order)
+                            .items()}), before_each_step(space.model, search.draw)):
+            train(search_share)
         space.model.load_state_dict(before)
         space.found = {n: float(o[search.likely(n).argmax()]) for n, o in search.options.items()}
         return {"teacher": teacher}
@@ -239,5 +260,7 @@ def tas(steps:int=100,   # of training, where the benchmark gives none
         residual:bool=False, # also cut the channels of residual streams
     ):
     "Learn the widths by Gumbel-softmax under a budget, then train the network of these widths with the dense one as its teacher."
-    return Method(space="channels", score=first_channels, allocate=found_widths, prepare=search_widths(search_share, num_widths, max_logit_shift, budget_weight),
-                  between=distil_final(1 - search_share, distil_weight, temperature), recover=finetune(steps), options={"residual": residual})
+    return Method(space="channels", score=first_channels, allocate=found_widths,
+                  prepare=search_widths(search_share, num_widths, max_logit_shift, budget_weight),
+                  between=distil_final(1 - search_share, distil_weight, temperature), recover=finetune(steps),
+                  options={"residual": residual})

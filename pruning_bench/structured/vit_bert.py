@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.allocate import allocator_factory, global_, topk_mask
-from ..core.inputs import BadInput, BatchLoss, batch_loss, forward, in_mode
+from ..core.inputs import BadInput, BatchLoss, batch_loss, forward, in_mode, output_tensor
 from ..core.method import Method, register
 from ..core.pattern import Pattern, count_to_keep, pattern
-from ..core.score import magnitude, score
+from ..core.score import lamp, magnitude, score
 from ..core.blocks import block_list
 from ..core.stats import mean_gradient, provider
 from ..graph.surgery import cut
-from ..weight.allocation import output_tensor, lamp
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #e8cad447
 MODULE_WORDS = ("attn", "attention", "self_attn", "self_attention", "mlp", "intermediate", "output", "ffn")
@@ -34,7 +33,8 @@ def comparison_module(name:str,            # of a parameter
     at = next((i for i, w in enumerate(words) if w in MODULE_WORDS), 0)
     if scope == "layer" or not at: return name
     block, rest = ".".join(words[:at]), ".".join(words[at:])
-    role = "MLP" if "att" not in words[at] else "QKV" if re.search(r"q_proj|k_proj|v_proj|query|key|value|qkv|in_proj", rest) else "PRJ"
+    role = ("MLP" if "att" not in words[at] else "QKV" if re.search(r"q_proj|k_proj|v_proj|query|key|value|qkv|in_proj",
+                                                                    rest) else "PRJ")
     return f"{block if scope == 'block' else block.rpartition('.')[0]} {role}"
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #2505c90b
@@ -53,7 +53,8 @@ def module_share(scope:str="block", # "layer", "block" or "stage"
         return global_({n: shares[n] for n in scores}, keep, space)
     return cut
 
-@register("Data-independent Module-aware Pruning for Hierarchical Vision Transformers", "arXiv:2404.13648", 2024, "structured")
+@register("Data-independent Module-aware Pruning for Hierarchical Vision Transformers", "arXiv:2404.13648", 2024,
+          "structured")
 def dimap(scope:str="block", # what a weight is compared with: the weights of its role in its "block" or "stage", or its "layer"
     ):
     "Single weights with the smallest share of their module's energy go, wherever they are."
@@ -67,7 +68,9 @@ def output_square_grad(space, batches, loss=None)->dict: # {layer: (rows, column
     if isinstance(loss, BatchLoss):
         raise BadInput("this method reads outputs of the model on data=, but the loss runs the model itself: "
                        "choose another score, for instance 'magnitude'")
-    with in_mode(space.model, False): return mean_gradient(space, batches, batch_loss(lambda model, batch: output_tensor(model, batch).square().mean()))
+    with in_mode(space.model, False):
+        return mean_gradient(space, batches,
+                             batch_loss(lambda model, batch: output_tensor(model, batch).square().mean()))
 
 @score(needs=("output_square_grad",))
 def tile_taylor(w:Tensor, # (rows, columns)
@@ -108,7 +111,8 @@ def distortion_curve(w:Tensor, g:Tensor, # (rows, columns): weights, gradient
           order:Tensor,       # tiles in the order of removal
           rows:int, columns:int)->Tensor: # (tiles,) distortion after each removal
     "LPViT's distortion of a layer, as running sums over tiles."
-    change, size = to_tiles((w * g).double(), rows, columns)[order], to_tiles(w.double().square(), rows, columns)[order].sum(1)
+    change, size = ((to_tiles((w * g).double(), rows, columns)[order],
+                     to_tiles(w.double().square(), rows, columns)[order].sum(1)))
     return change.square().sum(1).cumsum(0) / w.numel() + (change.sum(1).cumsum(0).square() + 1e-7 * size.cumsum(0)) / 2
 
 def convex_slopes(d)->list: # of the lower hull, one per step, rising
@@ -128,7 +132,9 @@ def equal_slope(rows:int=4,    # height of a tile
     ): # (scores, keep, space, stats) -> {layer: fraction}
     "Tiles leave in the order of the slopes of all layers' distortion curves; one tile of every layer stays."
     def trade(scores, keep, space, stats):
-        if space.unit != "weight": raise BadInput(f"equal slopes are for tiles of weights, and this space has {space.unit}s: choose another allocation")
+        if space.unit != "weight":
+            raise BadInput(
+                f"equal slopes are for tiles of weights, and this space has {space.unit}s: choose another allocation")
         steps, count, size = [], {}, {}
         for i, (n, s) in enumerate(scores.items()):
             best, size[n] = tile_scores(s, rows, columns), math.prod(tile_shape(s.shape, rows, columns))
@@ -139,7 +145,9 @@ def equal_slope(rows:int=4,    # height of a tile
             steps += [(slope / size[n], i, n) for slope in convex_slopes(d)[:-1]]
         extra = sum(count[n] * size[n] for n in count) - math.floor(keep * sum(s.numel() for s in scores.values()) + .5)
         for _, _, n in sorted(steps):
-            if size[n] <= extra: count[n] -= 1; extra -= size[n]
+            if size[n] <= extra:
+                count[n] -= 1
+                extra -= size[n]
         return {n: count[n] * size[n] / scores[n].numel() for n in scores}
     return trade
 
@@ -184,10 +192,13 @@ def add_head_experts(model:nn.Module, # a BERT encoder, changed in place
     "Give layers a router and an expander; the projections of their heads stay."
     path, blocks = block_list(model)
     odd = [i for i in layers if not 0 <= i < len(blocks) or not hasattr(getattr(blocks[i], "attention", None), "self")]
-    if odd: raise BadInput(f"layer {odd[0]} of {path!r} is not a BERT layer with attention.self: name layers of a BERT encoder, 0 to {len(blocks) - 1}")
+    if odd:
+        raise BadInput(f"layer {odd[0]} of {path!r} is not a BERT layer with attention.self: name layers of a BERT "
+                       f"encoder, 0 to {len(blocks) - 1}")
     for i in layers:
         heads = blocks[i].attention.self
-        blocks[i] = HeadExperts(heads.query, heads.key, heads.value, heads.num_attention_heads, width).to(heads.query.weight).train(blocks[i].training)
+        blocks[i] = HeadExperts(heads.query, heads.key, heads.value, heads.num_attention_heads,
+                                width).to(heads.query.weight).train(blocks[i].training)
     return model
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #09bcb097

@@ -11,7 +11,9 @@ from pruning_bench.core.mask import masks_of
 from pruning_bench.core.recovery import finetune
 from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import PROVIDERS
-from pruning_bench.structured.adapters import attach_adapters, federated_average, candidate_masks, dirichlet_split, select_candidate, extend_groups, exchange_weights, fedtiny, can_adapt, merge_adapters, exchange_count, average_bn_stats, growth_gradients
+from pruning_bench.structured.adapters import (attach_adapters, federated_average, candidate_masks, dirichlet_split,
+                                               select_candidate, extend_groups, exchange_weights, fedtiny, can_adapt,
+                                               merge_adapters, exchange_count, average_bn_stats, growth_gradients)
 from pruning_bench.graph.groups import Channels
 from pruning_bench.graph.surgery import cut, kept_slices
 
@@ -19,7 +21,8 @@ from pruning_bench.graph.surgery import cut, kept_slices
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.norm, self.b = nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 5, padding=2)
+        self.a, self.norm, self.b = ((nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8),
+                                      nn.Conv2d(8, 6, 5, padding=2)))
         self.c, self.d = nn.Linear(96, 12), nn.Linear(12, 4)
 
     def forward(self, x):
@@ -53,7 +56,8 @@ def test_at_first_nothing_changes_and_only_the_small_trains():
     attach_adapters(model, 2)
     assert (model(x) - before).abs().max() < 1e-3
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {n for n, p in model.named_parameters() if p.dim() < 2 or ".up." in n or ".down." in n} and "a.up.weight" in trained
+    assert trained == {n for n, p in model.named_parameters() if p.dim() < 2 or ".up." in n or ".down." in n}
+    assert "a.up.weight" in trained
 
 
 def test_fusing_is_exact_and_gives_the_vanilla_class_back():
@@ -62,7 +66,9 @@ def test_fusing_is_exact_and_gives_the_vanilla_class_back():
     moved = model(x)
     merge_adapters(model, was)
     assert torch.allclose(model(x), moved, atol=1e-10) and not torch.allclose(net()(x), moved, atol=1e-2)
-    assert model.state_dict().keys() == net().state_dict().keys() and all(p.requires_grad for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
+    assert model.state_dict().keys() == net().state_dict().keys()
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_a_copy_has_its_own_adapters():
@@ -71,7 +77,10 @@ def test_a_copy_has_its_own_adapters():
     twin = copy.deepcopy(model)
     moved = model(x)
     merge_adapters(twin)
-    assert torch.allclose(twin(x), moved, atol=1e-10) and torch.equal(model(x), moved) and hasattr(model.a, "up") and not hasattr(twin.a, "up")
+    assert torch.allclose(twin(x), moved, atol=1e-10)
+    assert torch.equal(model(x), moved)
+    assert hasattr(model.a, "up")
+    assert not hasattr(twin.a, "up")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,7 +95,8 @@ def test_cut_then_fuse_is_fuse_then_cut(seed):
     cut(second, kept_slices(second, space.groups, kept))
     apart = second(data()[0][0])
     merge_adapters(second)
-    assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(first.state_dict().values(),
+                                                                second.state_dict().values()))
     assert torch.allclose(apart, first(data()[0][0]), atol=1e-10)
 
 
@@ -97,7 +107,8 @@ def test_the_score_is_that_of_the_fused_filter():
     merge_adapters(vanilla)
     want = {n: p.detach().abs().flatten(1).sum(1) for n, p in vanilla.named_parameters() if n in space.groups}
     assert all(torch.allclose(PROVIDERS["merged_l1_norm"](space)[n], s) for n, s in want.items()) and len(want) == 3
-    assert not torch.allclose(PROVIDERS["merged_l1_norm"](space)["a.weight"], net().a.weight.detach().abs().flatten(1).sum(1))
+    assert not torch.allclose(PROVIDERS["merged_l1_norm"](space)["a.weight"],
+                              net().a.weight.detach().abs().flatten(1).sum(1))
 
 
 def test_the_weights_move_only_along_the_low_rank():
@@ -115,7 +126,8 @@ def test_the_weights_move_only_along_the_low_rank():
 def test_pruned_is_vanilla_and_its_plan_fits_the_dense_network():
     model = net()
     plan = prune(model, "splora", .5, data=data(), loss=F.cross_entropy, rank=2, rounds=2, steps=6)
-    assert all(2 * int(m.sum()) == len(m) for m in plan.masks.values()) and not any("up" in n or "down" in n for n in plan.slices)
+    assert all(2 * int(m.sum()) == len(m) for m in plan.masks.values())
+    assert not any("up" in n or "down" in n for n in plan.slices)
     dense = net()
     plan.apply(dense)
     dense.load_state_dict(model.state_dict())
@@ -124,7 +136,9 @@ def test_pruned_is_vanilla_and_its_plan_fits_the_dense_network():
 
 
 def test_what_takes_no_adapter():
-    assert [can_adapt(m) for m in (nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 2), nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.Linear(2, 2))] == [False] * 4 + [True] * 2
+    assert ([can_adapt(m) for m in (nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 2),
+                                    nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+                                    nn.Linear(2, 2))] == [False] * 4 + [True] * 2)
     for model, rank in ((nn.Sequential(nn.Conv2d(4, 4, 3)), 2), (net(), 0)):
         with pytest.raises(BadInput):
             attach_adapters(model, rank)
@@ -181,12 +195,16 @@ def test_the_least_loss_is_elected():
 
 
 def test_quota_by_hand():
-    assert exchange_count(0, 100, 200, .3) == 60 and exchange_count(50, 100, 200, .3) == 30 and exchange_count(100, 100, 200) == 0 and exchange_count(130, 100, 200) == 0
+    assert exchange_count(0, 100, 200, .3) == 60
+    assert exchange_count(50, 100, 200, .3) == 30
+    assert exchange_count(100, 100, 200) == 0
+    assert exchange_count(130, 100, 200) == 0
 
 
 def test_exchange_by_hand_and_conserved():
     w, mask = torch.tensor([[.5, -.1, .9, 0., 0.]]), torch.tensor([[True, True, True, False, False]])
-    assert exchange_weights(w, mask, torch.tensor([[9., 9, 9, .2, -.7]]), 1).tolist() == [[True, False, True, False, True]]
+    assert exchange_weights(w, mask, torch.tensor([[9., 9, 9, .2, -.7]]),
+                            1).tolist() == [[True, False, True, False, True]]
     g = torch.Generator().manual_seed(0)
     w, mask, wish = torch.randn(9, 9, generator=g), torch.rand(9, 9, generator=g) > .6, torch.randn(9, 9, generator=g)
     for k in (0, 3, 20, 500):
@@ -202,23 +220,27 @@ def test_a_client_sends_the_largest_gradients_of_dead_weights():
     x, y = homes()[0][0]
     sent = growth_gradients(model, "4.weight", (x, y), F.cross_entropy, 7)
     w = model[4].weight.detach().clone().requires_grad_()
-    dense = torch.autograd.grad(F.cross_entropy(model[3](model[2](model[1](model[0](x)))) @ w.T + model[4].bias, y), w)[0]
+    dense = torch.autograd.grad(F.cross_entropy(model[3](model[2](model[1](model[0](x)))) @ w.T + model[4].bias, y),
+                                w)[0]
     want = dense.abs().masked_fill(mask, 0).flatten().topk(7).indices.sort().values
-    assert torch.equal(sent.flatten().nonzero().flatten(), want) and torch.allclose(sent.flatten()[want], dense.flatten()[want], atol=1e-6)
+    assert torch.equal(sent.flatten().nonzero().flatten(), want)
+    assert torch.allclose(sent.flatten()[want], dense.flatten()[want], atol=1e-6)
 
 
 def test_a_federation_keeps_its_number_of_weights_and_learns():
     model = small()
     log = fedtiny(model, homes(), F.cross_entropy, keep=.3, rounds=8, local_steps=3, exchange_every=2, lr=.1)
     total = round(.3 * (54 + 864))
-    assert {n for n, _ in log} == {total} and sum(int(m.sum()) for m in masks_of(model).values()) == total and sum(k for _, k in log) > 0
+    assert {n for n, _ in log} == {total}
+    assert sum(int(m.sum()) for m in masks_of(model).values()) == total
+    assert sum(k for _, k in log) > 0
     assert all((p[~masks_of(model)[n]] == 0).all() for n, p in model.named_parameters() if n in masks_of(model))
     one, two = small(), small()
     fedtiny(one, homes(), F.cross_entropy, keep=.3, rounds=3), fedtiny(two, homes(), F.cross_entropy, keep=.3, rounds=3)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
-@pytest.mark.parametrize("more, moved", [(dict(every=0), 0), (dict(choices=1), None)])
+@pytest.mark.parametrize("more, moved", [(dict(exchange_every=0), 0), (dict(num_candidates=1), None)])
 def test_parts_of_the_federation_can_be_left_out(more, moved):
     log = fedtiny(copy.deepcopy(small()), homes(), F.cross_entropy, keep=.3, rounds=4, local_steps=1, **more)
     assert moved is None or sum(k for _, k in log) == moved
