@@ -41,13 +41,15 @@ def stratified(bins:int=50,   # strata between the lowest and the highest score
                beta:float=0., # share of the highest scores to drop first
     ): # a Pattern
     "Drop the highest scores, then spread the budget equally over the range of the others (Zheng et al., 2023)."
-    if not 0 <= beta < 1 or bins < 1: raise BadInput(f"stratified needs 0 <= beta < 1 and bins >= 1, not beta={beta:g}, bins={bins}")
+    if not 0 <= beta < 1 or bins < 1:
+        raise BadInput(f"stratified needs 0 <= beta < 1 and bins >= 1, not beta={beta:g}, bins={bins}")
     def choose_row(row, fraction):
         hardest = row.masked_fill(row == -torch.inf, torch.inf).argsort(descending=True, stable=True)
         rest = hardest[int(beta * len(row)):]
         rest = rest[row[rest] > -torch.inf]
         where, keep = stratum_indices(row[rest], bins), torch.zeros_like(row, dtype=torch.bool)
-        for b, n in enumerate(stratum_budgets(where.bincount(minlength=bins).tolist(), min(count_to_keep(fraction, len(row)), len(rest)))):
+        for b, n in enumerate(stratum_budgets(where.bincount(minlength=bins).tolist(),
+                                              min(count_to_keep(fraction, len(row)), len(rest)))):
             inside = rest[where == b]
             keep[inside[torch.randperm(len(inside))[:n]]] = True
         return keep
@@ -72,4 +74,5 @@ def ccs(beta:float=.1, # share of the hardest examples to drop first
         lr:float=1e-3, # of these trainings
     ):
     "The hardest share goes, then every level of difficulty keeps the same number of examples."
-    return Method(space="examples", score=aum, pattern=stratified(bins, beta), readings={"training_dynamics": dict(runs=runs, epochs=epochs, lr=lr)})
+    return Method(space="examples", score=aum, pattern=stratified(bins, beta),
+                  readings={"training_dynamics": dict(runs=runs, epochs=epochs, lr=lr)})

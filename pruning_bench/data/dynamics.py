@@ -42,7 +42,9 @@ def reinitialized_copy(model:nn.Module, # any network
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset: reset()
         else: old += [f"{name}.{n}".lstrip(".") for n, p in module._parameters.items() if p is not None]
-    if old: warnings.warn(f"{len(old)} parameters have no reset_parameters() and start from the values they have: {', '.join(old[:3])}")
+    if old:
+        warnings.warn(f"{len(old)} parameters have no reset_parameters() and start from the values they have: "
+                      f"{', '.join(old[:3])}")
     return twin
 
 # %% ../../nbs/data/81_dynamics.ipynb #7e2d871f
@@ -57,11 +59,13 @@ class TrainingDynamics:
 
 def classifier_outputs(model:nn.Module, batch)->tuple: # (logits, labels)
     "What a classifier says about a batch, and what it should say."
-    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+    labels = (batch.get("labels") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, (list, tuple))
+              and len(batch) > 1 else None)
     logits = forward(model, batch)
     logits = getattr(logits, "logits", logits)
     if labels is None or logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
-        raise BadInput("training dynamics need a classifier and one class number per example: let the data yield (inputs, labels)")
+        raise BadInput(
+            "training dynamics need a classifier and one class number per example: let the data yield (inputs, labels)")
     return logits, labels.to(logits.device)
 
 # %% ../../nbs/data/81_dynamics.ipynb #35ae0d9a
@@ -70,13 +74,15 @@ def record_dynamics(space, loss,   # space of examples, `loss(model, batch)`
     )->list: # [error, margin], each (epochs, examples)
     "Train one fresh copy and look at every example after every epoch."
     model, seen = reinitialized_copy(space.model), []
-    shuffled = DataLoader(space.dataset, batch, shuffle=True, drop_last=len(space.dataset) > batch, collate_fn=space.collate)
+    shuffled = DataLoader(space.dataset, batch, shuffle=True, drop_last=len(space.dataset) > batch,
+                          collate_fn=space.collate)
     in_order = DataLoader(space.dataset, batch, collate_fn=space.collate)
     opt = OPTIMIZERS[optimizer](model.parameters(), lr, 0.)
     constant = torch.optim.lr_scheduler.ConstantLR(opt, 1.)
     for _ in range(epochs):
         fit(model, shuffled, loss, opt, constant, len(shuffled), 0., "watching examples")
-        with in_mode(model, False), torch.no_grad(): rows = [error_and_margin(*classifier_outputs(model, b)) for b in in_order]
+        with in_mode(model, False), torch.no_grad():
+            rows = [error_and_margin(*classifier_outputs(model, b)) for b in in_order]
         seen.append([torch.cat(part) for part in zip(*rows)])
     return [torch.stack(part) for part in zip(*seen)]
 
@@ -91,10 +97,13 @@ def training_dynamics(space, batches, loss=None, # the space holds the data set;
     )->dict: # {"examples": Dynamics}
     "Watch copies of the model learn the data set."
     if space.unit != "example": raise BadInput("reading 'dynamics' watches training examples: use space='examples'")
-    if min(runs, epochs, batch) < 1: raise BadInput(f"runs={runs}, epochs={epochs}, batch={batch}: each must be at least 1")
+    if min(runs, epochs, batch) < 1:
+        raise BadInput(f"runs={runs}, epochs={epochs}, batch={batch}: each must be at least 1")
     choose(optimizer, OPTIMIZERS, "optimizer")
-    with in_mode(space.model, False), torch.no_grad(): classifier_outputs(space.model, next(iter(DataLoader(space.dataset, 2, collate_fn=space.collate))))
-    seen = [record_dynamics(space, as_loss(loss), epochs, lr, batch, optimizer) for _ in tqdm(range(runs), desc="runs", leave=False, delay=3)]
+    with in_mode(space.model, False), torch.no_grad():
+        classifier_outputs(space.model, next(iter(DataLoader(space.dataset, 2, collate_fn=space.collate))))
+    seen = [record_dynamics(space, as_loss(loss), epochs, lr, batch, optimizer)
+            for _ in tqdm(range(runs), desc="runs", leave=False, delay=3)]
     return {"examples": TrainingDynamics(*(torch.stack(part) for part in zip(*seen)))}
 
 # %% ../../nbs/data/81_dynamics.ipynb #74bc4603
@@ -111,13 +120,15 @@ def el2n_easy(w:Tensor, stats)->Tensor: # like w
     return -el2n(w, stats)
 
 # %% ../../nbs/data/81_dynamics.ipynb #58b7d09a
-@register("Deep Learning on a Data Diet: Finding Important Examples Early in Training", "arXiv:2107.07075", 2021, "data", "init")
+@register("Deep Learning on a Data Diet: Finding Important Examples Early in Training", "arXiv:2107.07075", 2021,
+          "data", "init")
 def el2n_(runs:int=5,   # short trainings to average over
           epochs:int=10, # length of each
           lr:float=1e-3, # of these trainings
     ):
     "The examples with the largest error after a few epochs stay, averaged over short trainings."
-    return Method(space="examples", score=el2n, pattern=per_row(), readings={"training_dynamics": dict(runs=runs, epochs=epochs, lr=lr)})
+    return Method(space="examples", score=el2n, pattern=per_row(),
+                  readings={"training_dynamics": dict(runs=runs, epochs=epochs, lr=lr)})
 
 # %% ../../nbs/data/81_dynamics.ipynb #db6f0125
 def forgetting_events(correct:Tensor, # bool, (..., epochs, examples)
@@ -136,10 +147,12 @@ def forgetting(w:Tensor, # (rounds, examples)
     counts = forgetting_events(correct).clamp(max=correct.shape[1]).mean(0)
     return counts + torch.rand(w.shape) / (2 * len(correct))
 
-@register("An Empirical Study of Example Forgetting during Deep Neural Network Learning", "arXiv:1812.05159", 2019, "data", "init")
+@register("An Empirical Study of Example Forgetting during Deep Neural Network Learning", "arXiv:1812.05159", 2019,
+          "data", "init")
 def forgetting_(epochs:int=30, # length of the training that is watched
                 runs:int=1,    # trainings to average over
                 lr:float=1e-3, # of these trainings
     ):
     "The examples that a training forgets most often stay; ties are broken at random."
-    return Method(space="examples", score=forgetting, pattern=per_row(), readings={"training_dynamics": dict(runs=runs, epochs=epochs, lr=lr)})
+    return Method(space="examples", score=forgetting, pattern=per_row(),
+                  readings={"training_dynamics": dict(runs=runs, epochs=epochs, lr=lr)})

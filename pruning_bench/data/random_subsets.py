@@ -14,7 +14,8 @@ from ..core.pattern import Pattern, count_to_keep, pattern, per_row
 from ..core.score import random
 
 # %% ../../nbs/data/80_random_subsets.ipynb #98049387
-@register("DeepCore: A Comprehensive Library for Coreset Selection in Deep Learning", "arXiv:2204.08499", 2022, "data", "init")
+@register("DeepCore: A Comprehensive Library for Coreset Selection in Deep Learning", "arXiv:2204.08499", 2022, "data",
+          "init")
 def random_subset():
     "A random part of the examples, fixed before training: the control of every selection."
     return Method(space="examples", score=random, pattern=per_row())
@@ -43,15 +44,19 @@ def subset_batches(plan,              # a plan of examples
     )->DataLoader: # `steps` full batches, the same at every pass
     "Batches to train on the examples a plan keeps."
     dataset, n = as_dataset(data), plan.masks["examples"].shape[-1]
-    if len(dataset) != n: raise BadInput(f"this plan chooses among {n} examples, but the data has {len(dataset)}: pass the data it was made for")
-    return DataLoader(dataset, batch_sampler=subset_order(plan, batch_size, steps, seed), collate_fn=getattr(data, "collate_fn", None))
+    if len(dataset) != n:
+        raise BadInput(
+            f"this plan chooses among {n} examples, but the data has {len(dataset)}: pass the data it was made for")
+    return DataLoader(dataset, batch_sampler=subset_order(plan, batch_size, steps, seed),
+                      collate_fn=getattr(data, "collate_fn", None))
 
 # %% ../../nbs/data/80_random_subsets.ipynb #6cec03f7
 @pattern
 def round_robin(): # a Pattern
     "Every row keeps its best among the least used so far: none is used twice before all were used once."
     def select(scores, fraction):
-        k, used, rows = count_to_keep(fraction, scores.shape[-1]), torch.zeros(scores.shape[-1], dtype=torch.long, device=scores.device), []
+        k, used, rows = ((count_to_keep(fraction, scores.shape[-1]),
+                          torch.zeros(scores.shape[-1], dtype=torch.long, device=scores.device), []))
         for row in scores.view(-1, len(used)):
             rank = row.argsort(stable=True).argsort()
             turn = (used * len(row) - rank).masked_fill(row == -torch.inf, torch.iinfo(torch.long).max)
@@ -61,7 +66,8 @@ def round_robin(): # a Pattern
     return Pattern("round_robin", select)
 
 # %% ../../nbs/data/80_random_subsets.ipynb #f8e5560d
-@register("Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning", "arXiv:2305.18424", 2023, "data", "init")
+@register("Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning", "arXiv:2305.18424", 2023, "data",
+          "init")
 def rs2(rounds:int=100, # epochs before the plan starts again
     ):
     "A fresh random subset in every epoch, without repetition until all were used."

@@ -14,18 +14,21 @@ from ..core.inputs import BadInput, batch_loss, device_of, in_mode, to_device, s
 
 # %% ../../nbs/diffusion/60_unet.ipynb #ebb53491
 def noisy_batch(scheduler,      # of diffusers
-           batch,          # images as the model was trained on, `(images, ...)`, or a dict with "sample" and further inputs
+           batch,          # images as in training, `(images, ...)`, or a dict with "sample" and further inputs
            timesteps=None, # (n,), drawn at random when missing
     )->tuple:              # (inputs of the model, what it should answer)
     "Mix images with noise at random times; drawn on the CPU, so the same for every device."
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"sample": batch[0] if isinstance(batch, (tuple, list)) else batch}
-    if not isinstance(inputs.get("sample"), Tensor): raise BadInput("a denoising loss needs images: pass a tensor, (images, ...), or a dict with 'sample'")
+    inputs = (dict(batch) if isinstance(batch, Mapping)
+              else {"sample": batch[0] if isinstance(batch, (tuple, list)) else batch})
+    if not isinstance(inputs.get("sample"), Tensor):
+        raise BadInput("a denoising loss needs images: pass a tensor, (images, ...), or a dict with 'sample'")
     x = inputs["sample"]
     noise = torch.randn(x.shape).to(x)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(x),)) if timesteps is None else timesteps
     t = t.to(x.device)
     kind = scheduler.config.prediction_type
-    target = {"epsilon": lambda: noise, "v_prediction": lambda: scheduler.get_velocity(x, noise, t), "sample": lambda: x}[kind]()
+    target = {"epsilon": lambda: noise, "v_prediction": lambda: scheduler.get_velocity(x, noise, t),
+              "sample": lambda: x}[kind]()
     return {**inputs, "sample": scheduler.add_noise(x, noise, t), "timestep": t}, target
 
 # %% ../../nbs/diffusion/60_unet.ipynb #0ed8160b

@@ -11,7 +11,8 @@ __all__ = ['layer_floors', 'global_with_floor', 'global_mp', 'rescale_to_budget'
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.allocate import Allocator, allocator, allocator_factory, erk, global_, proportional_densities, topk_mask
+from ..core.allocate import (Allocator, allocator, allocator_factory, erk, global_, proportional_densities,
+                                         topk_mask)
 from ..core.inputs import BadInput, BatchLoss, forward, in_mode
 from ..core.method import Method, register
 from ..core.part import part_factory
@@ -25,7 +26,8 @@ def layer_floors(least:float,  # weights per layer, or below 1 a share of all we
     )->dict: # {name: whole number of weights}
     "The floor of every layer; raises `BadInput` when the floors alone exceed the budget."
     total = sum(s.numel() for s in scores.values())
-    floors = {n: min(round(least if least >= 1 else least * total), int((s > -torch.inf).sum())) for n, s in scores.items()}
+    floors = {n: min(round(least if least >= 1 else least * total), int((s > -torch.inf).sum()))
+              for n, s in scores.items()}
     if sum(floors.values()) > round(keep * total):
         raise BadInput(f"a floor of {max(floors.values())} in each of {len(scores)} groups takes "
                        f"{sum(floors.values())}, but only {round(keep * total)} stay: lower least= or the sparsity")
@@ -42,7 +44,8 @@ def global_with_floor(least:float=.0005, # weights per layer, or below 1 a share
     return cut
 
 # %% ../../nbs/weight/24_allocation.ipynb #ec19e372
-@register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning", "arXiv:2209.14624", 2022, "weight")
+@register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning",
+          "arXiv:2209.14624", 2022, "weight")
 def global_mp(min_per_layer:float=.0005, # weights every layer keeps, or below 1 a share of all weights
     ):
     "The smallest weights of the whole network go, but no layer falls below a floor."
@@ -56,7 +59,8 @@ def rescale_to_budget(sparsity:dict, # {name: fraction removed}
     )->dict: # {name: fraction removed}
     "Multiply by one factor and hold at the floor, until the total is right (the paper's own way)."
     most, total = {n: max(0., 1 - least / size[n]) for n in size}, sum(size.values())
-    if sum(most[n] * size[n] for n in size) < target * total - 1e-9: raise BadInput(f"a floor of {least:g} leaves less to remove than {target:g}: lower the floor or the sparsity")
+    if sum(most[n] * size[n] for n in size) < target * total - 1e-9:
+        raise BadInput(f"a floor of {least:g} leaves less to remove than {target:g}: lower the floor or the sparsity")
     for _ in range(10_000):
         now = sum(sparsity[n] * size[n] for n in size) / total
         sparsity = {n: min(most[n], s * target / now if now else 0.) for n, s in sparsity.items()}
@@ -77,7 +81,9 @@ def global_rescaled_floor(least:float=.0005, # weights per layer, or below 1 a s
 # %% ../../nbs/weight/24_allocation.ipynb #d3234cc4
 def weight_shapes(scores:dict, space, name:str)->dict: # {layer: shape}; raises `BadInput` where units are not weights
     "The shapes an allocation by shape is defined on."
-    if space.unit != "weight": raise BadInput(f"allocation {name!r} is defined for the weights of layers, not for {space.unit}s: use 'uniform' or 'global'")
+    if space.unit != "weight":
+        raise BadInput(f"allocation {name!r} is defined for the weights of layers, not for {space.unit}s: use "
+                       "'uniform' or 'global'")
     return {n: space.layers[n].shape for n in scores}
 
 @allocator
@@ -87,14 +93,17 @@ def uniform_plus(scores:dict, keep:float, space)->dict: # {name: fraction}
     fixed = {n: 1. for n in names[:1] if len(space.layers[n].shape) > 2} | {n: .2 for n in names[1:][-1:] if keep < .2}
     left = keep * sum(size.values()) - sum(fixed[n] * size[n] for n in fixed)
     rest = sum(size[n] for n in names if n not in fixed)
-    if left < 0 or not rest and left: raise BadInput(f"allocation 'uniform_plus' cannot keep {keep:g} in all with the first convolution whole and the last layer at .2: lower the sparsity or use 'uniform'")
+    if left < 0 or not rest and left:
+        raise BadInput(f"allocation 'uniform_plus' cannot keep {keep:g} in all with the first convolution whole and "
+                       "the last layer at .2: lower the sparsity or use 'uniform'")
     return {n: fixed[n] if n in fixed else left / rest for n in names}
 
 @allocator
 def er(scores:dict, keep:float, space)->dict: # {name: fraction}
     "Erdős–Rényi: density proportional to (inputs + outputs) / (inputs x outputs), whatever the size of a kernel."
     ends = {n: s[:2] for n, s in weight_shapes(scores, space, "er").items()}
-    return proportional_densities({n: (a + b) / (a * b) for n, (a, b) in ends.items()}, {n: s.numel() for n, s in scores.items()}, keep)
+    return proportional_densities({n: (a + b) / (a * b) for n, (a, b) in ends.items()},
+                                  {n: s.numel() for n, s in scores.items()}, keep)
 
 # %% ../../nbs/weight/24_allocation.ipynb #8f162759
 @register("The Unreasonable Effectiveness of Random Pruning", "arXiv:2202.02643", 2022, "weight", start_state="init")
@@ -143,7 +152,8 @@ def output_distortion(space, scores:dict, batches,
             place = scores[name].flatten().argsort(descending=True, stable=True).argsort().view_as(kept)
             def change(k):
                 w.copy_(layer.tensor(kept * (place < k)))
-                return sum((output_tensor(space.model, b) - t).square().mean().item() for b, t in zip(batches, truth)) / len(truth)
+                return (sum((output_tensor(space.model, b) - t).square().mean().item() for b, t in zip(batches, truth))
+                        / len(truth))
             try: curves[name] = [change(k) for k in counts[name]]
             finally: w.copy_(layer.tensor(kept))
     return curves
@@ -158,18 +168,22 @@ def knapsack(loss,       # per layer, the distortion of each choice
     for losses, costs in zip(loss, cost):
         table = np.full((len(losses), budget + 1), np.inf)
         for row, x, c in zip(table, losses, costs): row[c:] = best[:max(0, budget + 1 - c)] + x
-        picks.append(table.argmin(0)); best = table.min(0)
-    if not np.isfinite(best[budget]): raise BadInput(f"the cheapest choices cost more than the budget of {budget}: raise the budget")
+        picks.append(table.argmin(0))
+        best = table.min(0)
+    if not np.isfinite(best[budget]):
+        raise BadInput(f"the cheapest choices cost more than the budget of {budget}: raise the budget")
     chosen = []
     for pick, costs in zip(reversed(picks), reversed(list(cost))):
-        chosen.append(int(pick[budget])); budget -= costs[chosen[-1]]
+        chosen.append(int(pick[budget]))
+        budget -= costs[chosen[-1]]
     return chosen[::-1]
 
 # %% ../../nbs/weight/24_allocation.ipynb #2efd2100
 def candidate_counts(scores:dict, points:int=24)->dict: # {layer: increasing numbers of weights}
     "Which numbers of weights to try: one, then densities (j / points)^2, at most what is alive."
     alive = {n: int((s > -torch.inf).sum()) for n, s in scores.items()}
-    return {n: sorted({min(alive[n], max(1, round(s.numel() * (j / points)**2))) for j in range(points + 1)}) for n, s in scores.items()}
+    return {n: sorted({min(alive[n], max(1, round(s.numel() * (j / points)**2))) for j in range(points + 1)})
+            for n, s in scores.items()}
 
 def rd_fractions(curves:dict,      # {layer: distortions}
            counts:dict,      # {layer: the numbers of weights they belong to}
@@ -179,8 +193,10 @@ def rd_fractions(curves:dict,      # {layer: distortions}
     )->dict: # {layer: fraction}
     "The choice of one point per curve with the smallest sum, filled up to exactly `total`."
     coin = max(1., total / resolution)
-    picks = knapsack([curves[n] for n in counts], [[round(k / coin) for k in c] for c in counts.values()], round(total / coin))
-    return fill_to_total({n: c[j] for (n, c), j in zip(counts.items(), picks)}, {n: c[-1] for n, c in counts.items()}, size, total)
+    picks = knapsack([curves[n] for n in counts], [[round(k / coin) for k in c] for c in counts.values()],
+                     round(total / coin))
+    return fill_to_total({n: c[j] for (n, c), j in zip(counts.items(), picks)}, {n: c[-1] for n, c in counts.items()},
+                         size, total)
 
 def fill_to_total(count:dict, most:dict, size:dict, total:int)->dict: # {name: fraction}
     "Move counts towards zero or towards `most`, all by the same share of the way, until they sum to `total`."
@@ -201,7 +217,8 @@ def rd(points:int=24, # densities tried per layer
     return shop
 
 # %% ../../nbs/weight/24_allocation.ipynb #9d88ce5f
-@register("Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks", "arXiv:2308.10438", 2023, "weight")
+@register("Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks", "arXiv:2308.10438",
+          2023, "weight")
 def rd_(points:int=24, # densities tried per layer
     ):
     "The smallest weights of every layer go; layer densities minimise the measured distortion of the output."

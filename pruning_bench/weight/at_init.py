@@ -30,7 +30,8 @@ def snip(w:Tensor, # (rows, columns)
     "Connection sensitivity: what closing a gate does to the loss, to first order (Lee et al., 2019)."
     return (w * stats.init_grad).abs()
 
-@register("SNIP: Single-shot Network Pruning based on Connection Sensitivity", "arXiv:1810.02340", 2019, "weight", start_state="init")
+@register("SNIP: Single-shot Network Pruning based on Connection Sensitivity", "arXiv:1810.02340", 2019, "weight",
+          start_state="init")
 def snip_():
     "Before training, keep the connections the loss is most sensitive to."
     return Method(score=snip, allocate=global_)
@@ -38,7 +39,8 @@ def snip_():
 # %% ../../nbs/weight/21_at_init.ipynb #82664e13
 def split_batch(batch, n:int)->list: # n batches
     "Cut a batch along its examples, as evenly as they allow."
-    return [slice_batch(batch, slice(int(rows[0]), int(rows[-1]) + 1)) for rows in torch.arange(size_of(batch)).tensor_split(n)]
+    return [slice_batch(batch, slice(int(rows[0]), int(rows[-1]) + 1)) for rows in torch.arange(size_of(batch))
+            .tensor_split(n)]
 
 @contextmanager
 def output_temperature(model, temperature:float): # outputs that are not tensors are left alone
@@ -53,15 +55,19 @@ def hessian_grad(space, batches, loss=None,
                  temperature:float=200., # outputs are divided by it
                  parts:int=4,            # a batch is differentiated twice in this many pieces
     )->dict: # {layer: (rows, columns)}
-    "H g: the mean Hessian of the loss times its mean gradient, by differentiating <g, g held fixed> (Wang et al., 2020)."
+    "The Hessian-gradient product H g of the mean loss, by differentiating <g, g held fixed> (Wang et al., 2020)."
     layers, total = space.layers, {}
     params = [l.weight for l in layers.values()]
-    batches = [p for b in batches for p in split_batch(b, max(1, min(parts, size_of(b) // 2)))]   # batch norm needs two examples
-    with temporary_train_mode(space.model), output_temperature(space.model, temperature), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):   # fused attention has no second derivative
+    # batch norm needs two examples
+    batches = [p for b in batches for p in split_batch(b, max(1, min(parts, size_of(b) // 2)))]
+    # fused attention has no second derivative
+    with (temporary_train_mode(space.model), output_temperature(space.model, temperature), torch.enable_grad(),
+          sdpa_kernel(SDPBackend.MATH)):
         fixed = [l.tensor(g) for l, g in zip(layers.values(), mean_gradient(space, batches, loss).values())]
         def twice(batch): # a function of its own, so that no graph outlives its batch
             grads = torch.autograd.grad(as_loss(loss)(space.model, batch), params, create_graph=True, allow_unused=True)
-            both = sum((g * f).sum() for g, f in zip(grads, fixed) if g is not None)   # `fixed` is zero where weights are pruned
+            # `fixed` is zero where weights are pruned
+            both = sum((g * f).sum() for g, f in zip(grads, fixed) if g is not None)
             return mask_gradients(params, torch.autograd.grad(both, params, allow_unused=True))
         for batch in batches:
             for (n, l), h in zip(layers.items(), twice(batch)):
@@ -76,21 +82,25 @@ def grasp(w:Tensor, # (rows, columns)
     "What closing a gate takes from the squared norm of the gradient, to first order (Wang et al., 2020)."
     return w * stats.hessian_grad
 
-@register("Picking Winning Tickets Before Training by Preserving Gradient Flow", "arXiv:2002.07376", 2020, "weight", start_state="init")
+@register("Picking Winning Tickets Before Training by Preserving Gradient Flow", "arXiv:2002.07376", 2020, "weight",
+          start_state="init")
 def grasp_(temperature:float=200., # outputs are divided by it before the loss
            batch_splits:int=4,            # a batch is differentiated twice in this many pieces
     ):
     "Before training, keep the connections whose loss would weaken the gradient most."
-    return Method(score=grasp, allocate=global_, readings={"hessian_grad": dict(temperature=temperature, parts=batch_splits)})
+    return Method(score=grasp, allocate=global_,
+                  readings={"hessian_grad": dict(temperature=temperature, parts=batch_splits)})
 
 # %% ../../nbs/weight/21_at_init.ipynb #468be5b1
 def ones_like_batch(batch): # inputs of one example, every number a one
     "The input of SynFlow: only the shapes of a batch are used."
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     named = inputs if isinstance(inputs, Mapping) else {"": inputs}
-    one = {k: torch.ones_like(v[:1], dtype=torch.double) if v.is_floating_point() else v[:1] for k, v in named.items() if k != "labels"}
+    one = {k: torch.ones_like(v[:1], dtype=torch.double) if v.is_floating_point() else v[:1] for k, v in named.items()
+           if k != "labels"}
     if not any(v.is_floating_point() for v in one.values()):
-        raise BadInput("SynFlow feeds ones in place of the input, which token ids do not allow: choose another score, such as 'snip'")
+        raise BadInput("SynFlow feeds ones in place of the input, which token ids do not allow: choose another score, "
+                       "such as 'snip'")
     return one if isinstance(inputs, Mapping) else one[""]
 
 # %% ../../nbs/weight/21_at_init.ipynb #3178f1cb
@@ -106,7 +116,8 @@ def synflow_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}, f
         total = (out if isinstance(out, Tensor) else out[0]).sum()
         grads = mask_gradients(weights.values(), torch.autograd.grad(total, list(weights.values()), allow_unused=True))
     total = total.detach().clamp_min(torch.finfo(torch.double).tiny)
-    return {n: space.layers[n].matrix(torch.zeros_like(w) if g is None else g / total) for (n, w), g in zip(weights.items(), grads)}
+    return {n: space.layers[n].matrix(torch.zeros_like(w) if g is None else g / total)
+            for (n, w), g in zip(weights.items(), grads)}
 
 # %% ../../nbs/weight/21_at_init.ipynb #7c8544cb
 @score(needs=["synflow_grad"])
@@ -117,7 +128,8 @@ def synflow(w:Tensor, # (rows, columns)
     return (w.double() * stats.synflow_grad).abs()
 
 # %% ../../nbs/weight/21_at_init.ipynb #517151df
-@register("Pruning neural networks without any data by iteratively conserving synaptic flow", "arXiv:2006.05467", 2020, "weight", start_state="init")
+@register("Pruning neural networks without any data by iteratively conserving synaptic flow", "arXiv:2006.05467", 2020,
+          "weight", start_state="init")
 def synflow_(rounds:int=100, # how often the scores are computed again
     ):
     "Before training and without data, keep the weights that carry the most flow from inputs to outputs."

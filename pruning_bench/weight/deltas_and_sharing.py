@@ -25,7 +25,8 @@ def accumulate_gradients(g:Tensor, # gradient of the matrix, flat
              candidates:dict, # {"at": candidates, "sum": what pulled them}; filled here
              k:int)->None:
     "Choose candidates in the first step, and add up what pulls them in all of them."
-    if "at" not in candidates: candidates["at"], candidates["sum"] = g.abs().topk(k).indices, torch.zeros(k, device=g.device)
+    if "at" not in candidates:
+        candidates["at"], candidates["sum"] = g.abs().topk(k).indices, torch.zeros(k, device=g.device)
     candidates["sum"] += g[candidates["at"]].float()
 
 @torch.no_grad()
@@ -42,7 +43,9 @@ def reassign_deltas(training, name:str, # a layer
     born = best[~torch.isin(best, index)]
     gone = out[~torch.isin(index[out], best)][:len(born)]   # chosen again: left alone
     index[gone] = born
-    for v in (delta, *[v for v in training.optimizers[id(delta)].state[delta].values() if isinstance(v, Tensor) and v.shape == delta.shape]): v[gone] = 0
+    for v in (delta, *[v for v in training.optimizers[id(delta)].state[delta].values() if isinstance(v, Tensor)
+                       and v.shape == delta.shape]):
+        v[gone] = 0
 
 # %% ../../nbs/weight/35_deltas_and_sharing.ipynb #770b677e
 def sft(update_every:int=20,   # steps between two changes of place
@@ -57,18 +60,24 @@ def sft(update_every:int=20,   # steps between two changes of place
         return {"index": index, "delta": nn.Parameter(torch.zeros(k, dtype=w.dtype, device=w.device)), "heard": {}}
     def view(w, state, training):
         seen = add_deltas(w, state)
-        if seen.requires_grad and training.step % update_every >= update_every - window: seen.register_hook(lambda g: accumulate_gradients(g.detach().flatten(), state["heard"], len(state["index"])))
+        if seen.requires_grad and training.step % update_every >= update_every - window:
+            seen.register_hook(lambda g: accumulate_gradients(g.detach().flatten(), state["heard"],
+                                                              len(state["index"])))
         return seen
     def update(training):
         for name in training.names:
-            reassign_deltas(training, name, first_fraction if training.step == update_every else later_fraction * (1 - training.progress))
+            reassign_deltas(training, name, first_fraction if training.step == update_every
+                            else later_fraction * (1 - training.progress))
             training.state[name]["heard"].clear()
-    return Rule(state=state, view=view, update=update, every=update_every, finish=lambda training: {n: (add_deltas(training.w(n), training.state[n]), training.alive(n)) for n in training.names})
+    return Rule(state=state, view=view, update=update, every=update_every,
+                finish=lambda training: {n: (add_deltas(training.w(n), training.state[n]), training.alive(n))
+                                         for n in training.names})
 
 # %% ../../nbs/weight/35_deltas_and_sharing.ipynb #9f6446aa
 def extract_patch(training)->dict: # {parameter name: (places in the matrix, new values)}
     "What a training under `sft` has changed."
-    return {n: (s["index"].sort().values, training.w(n).flatten()[s["index"].sort().values].clone()) for n, s in training.state.items()}
+    return {n: (s["index"].sort().values, training.w(n).flatten()[s["index"].sort().values].clone())
+            for n, s in training.state.items()}
 
 @torch.no_grad()
 def swap_patch(model:nn.Module, # the model that a patch was made for
@@ -77,7 +86,8 @@ def swap_patch(model:nn.Module, # the model that a patch was made for
     "Exchange the values at the places of a patch; raises `BadInput` when it does not fit."
     layers, out = prunable_layers(model), {}
     for name, (at, values) in patch.items():
-        if name not in layers or (len(at) and not 0 <= int(at.min()) <= int(at.max()) < layers[name].weight.numel()): raise BadInput(f"this patch does not fit: the model has no such places in {name!r}")
+        if name not in layers or (len(at) and not 0 <= int(at.min()) <= int(at.max()) < layers[name].weight.numel()):
+            raise BadInput(f"this patch does not fit: the model has no such places in {name!r}")
     for name, (at, values) in patch.items():
         m = layers[name].read().clone()
         out[name] = (at, m.view(-1)[at].clone())
@@ -90,7 +100,8 @@ def pool_assignment(n:int, # weights
          m:int, # numbers in the pool
     )->tuple: # (n,) which number each weight reads, (n,) its sign
     "Pieces of m weights, each reading the pool in an order of its own; every number is read floor(n / m) or ceil(n / m) times."
-    if not 1 <= m <= n: raise BadInput(f"a pool of {m} numbers for {n} weights: it takes between one number and one per weight")
+    if not 1 <= m <= n:
+        raise BadInput(f"a pool of {m} numbers for {n} weights: it takes between one number and one per weight")
     order = torch.cat([torch.randperm(m) for _ in range(math.ceil(n / m))])[:n]
     return order, torch.randint(0, 2, (n,)) * 2 - 1
 
@@ -101,14 +112,17 @@ def init_pool(training, unit, divide)->None:
     spread = {n: w.double().std(correction=0).item() or 1. for n, w in ws.items()}
     unit = unit or math.sqrt(sum(spread[n] ** 2 * len(w) for n, w in ws.items()) / sum(map(len, ws.values())))
     flat = torch.cat([w.double() * unit / spread[n] for n, w in ws.items()])
-    order, sign = (t.to(flat.device) for t in pool_assignment(len(flat), max(1, count_to_keep(training.keep, len(flat)))))
+    order, sign = (t.to(flat.device) for t in pool_assignment(len(flat),
+                                                              max(1, count_to_keep(training.keep, len(flat)))))
     load = order.bincount()
     pool = torch.zeros(len(load), dtype=torch.double, device=flat.device).index_add(0, order, sign * flat) / load.sqrt()
     training.pool = nn.Parameter(pool.to(next(iter(ws.values())).dtype))
-    scale = torch.cat([torch.full((len(w),), spread[n] / unit, dtype=torch.double, device=flat.device) for n, w in ws.items()])
+    scale = torch.cat([torch.full((len(w),), spread[n] / unit, dtype=torch.double, device=flat.device)
+                       for n, w in ws.items()])
     by = divide(torch.zeros_like(pool).index_add(0, order, scale.square())).to(training.pool.dtype)
     training.pool.register_hook(lambda g: g / by)
-    training.readers = iter(zip(order.split([len(w) for w in ws.values()]), (sign * scale).to(training.pool.dtype).split([len(w) for w in ws.values()])))
+    training.readers = iter(zip(order.split([len(w) for w in ws.values()]),
+                                (sign * scale).to(training.pool.dtype).split([len(w) for w in ws.values()])))
 
 def pool_weights(w:Tensor, state:dict)->Tensor: # like w
     "The weights that a layer reads from the pool."
@@ -121,8 +135,10 @@ def stable_rps(unit:float=0., # spread of the numbers in the pool; 0 = that of t
     def state(w, training):
         order, scale = next(training.readers)
         return {"pool": training.pool, "order": order, "scale": scale}
-    return Rule(begin=lambda training: init_pool(training, unit, divide), state=state, view=lambda w, state, training: pool_weights(w, state),
-                finish=lambda training: {n: (pool_weights(training.w(n), training.state[n]).detach(), training.alive(n)) for n in training.names})
+    return Rule(begin=lambda training: init_pool(training, unit, divide), state=state,
+                view=lambda w, state, training: pool_weights(w, state),
+                finish=lambda training: {n: (pool_weights(training.w(n), training.state[n]).detach(), training.alive(n))
+                                         for n in training.names})
 
 # %% ../../nbs/weight/35_deltas_and_sharing.ipynb #f729b435
 def equal_memory_count(n:int,       # weights

@@ -31,14 +31,16 @@ def drop_grow(mask:Tensor,       # bool, (rows, columns)
     )->tuple: # (new mask with as many connections, bool: what grew)
     "Exchange the worst connections for the most promising ones."
     alive = int(mask.sum())
-    kept = mask & topk_mask(drop_score.float().masked_fill(~mask, -torch.inf).flatten(), max(0, alive - count)).view_as(mask)
+    kept = (mask & topk_mask(drop_score.float().masked_fill(~mask, -torch.inf).flatten(), max(0, alive - count))
+            .view_as(mask))
     hope = grow_score.float().masked_fill(kept, torch.inf)
     hope = hope if allowed is None else hope.masked_fill(~allowed, -torch.inf)
     new = (pattern or unstructured())(hope, alive / mask.numel())
     return new, new & ~mask
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #d54afbcb
-ANNEALS = {"cosine": lambda x: (1 + math.cos(math.pi * min(x, 1))) / 2, "constant": lambda x: float(x < 1)}   # share of the first update left at x of the way
+# share of the first update left at x of the way
+ANNEALS = {"cosine": lambda x: (1 + math.cos(math.pi * min(x, 1))) / 2, "constant": lambda x: float(x < 1)}
 
 def update_interval(method:Method, updates:int, # mask updates until `end`
          end:float=1.,               # fraction of the training
@@ -91,7 +93,8 @@ def dynamic_sparse_rule(grow,                           # (course, layer) -> sco
     return made
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #8a9f2f98
-@register("Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network science", "doi:10.1038/s41467-018-04316-3", 2018, "weight", start_state="init")
+@register("Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network "
+          "science", "doi:10.1038/s41467-018-04316-3", 2018, "weight", start_state="init")
 def set_(updates:int=30,          # mask updates
          share:float=.3,          # of a layer's connections exchanged at an update
          end:float=.75,           # fraction of the training after which the mask rests
@@ -114,7 +117,8 @@ def rigl(updates:int=30,          # mask updates
          weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "Sparse from the start: the smallest connections move to where the gradient is largest."
-    return Method(score=magnitude, allocate=erk, rule=dynamic_sparse_rule(gradient_growth, updates, drop_fraction, end, anneal),
+    return Method(score=magnitude, allocate=erk,
+                  rule=dynamic_sparse_rule(gradient_growth, updates, drop_fraction, end, anneal),
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #69e9a95b
@@ -145,7 +149,8 @@ def granet_rule(density:float, # at the start; 1 is dense
     return made
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #75482f38
-@register("Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", "arXiv:2106.10404", 2021, "weight", start_state="init")
+@register("Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", "arXiv:2106.10404", 2021, "weight",
+          start_state="init")
 def granet(density:float=1.,        # at the start: 1 is dense to sparse, 0.5 the paper's sparse to sparse
            updates:int=10,          # over the whole training
            share:float=.5,          # of a layer's connections exchanged at the start; a hundredth of it at the end
@@ -178,7 +183,8 @@ def soft_shrinkage_rule(alpha:float, # factor for what would be cut
     return made
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #3fc67013
-@register("Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution", "arXiv:2303.09650", 2023, "weight", start_state="init")
+@register("Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution", "arXiv:2303.09650", 2023, "weight",
+          start_state="init")
 def iss(alpha:float=.95,         # factor for the smallest weights after every step: 0 = hard thresholding, 1 = none
         end:float=.5,            # fraction of the training at which the smallest are cut
         steps:int=600,           # optimiser steps
@@ -186,4 +192,5 @@ def iss(alpha:float=.95,         # factor for the smallest weights after every s
         weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "Shrink the smallest weights of every layer a little after every step, cut them at half time."
-    return Method(score=magnitude, rule=soft_shrinkage_rule(alpha, end), recover=finetune(steps, lr, weight_decay=weight_decay))
+    return Method(score=magnitude, rule=soft_shrinkage_rule(alpha, end),
+                  recover=finetune(steps, lr, weight_decay=weight_decay))

@@ -53,16 +53,19 @@ def scheduled_rule(): # a function (method, keep) -> Rule
             raise BadInput(f"an adaptive schedule needs pauses between trainings: give {method.name!r} "
                            "one of fixed fractions, such as schedule='cubic'")
         way = method.schedule(keep)
-        def now(training): prune_to_density(method, training, way[min(training.step * len(way) // training.steps, len(way) - 1)])
+        def now(training):
+            prune_to_density(method, training, way[min(training.step * len(way) // training.steps, len(way) - 1)])
         return Rule(begin=now, update=now, every=max(1, method.recover.steps // len(way)))
     return rule
 
 # %% ../../nbs/weight/22_gradual.ipynb #cb68bcf1
-@register("To prune, or not to prune: exploring the efficacy of pruning for model compression", "arXiv:1710.01878", 2017, "weight")
+@register("To prune, or not to prune: exploring the efficacy of pruning for model compression", "arXiv:1710.01878",
+          2017, "weight")
 def gradual_magnitude(pruning_steps:int=20,   # pruning steps along the cubic
-                      final_intervals:int=10,   # shares of the training after the last cut, each as long as that between two cuts
+                      final_intervals:int=10,   # intervals of training after the last pruning step
                       steps:int=300, # optimiser steps in all
                       lr:float=3e-3, # peak learning rate
     ):
     "Prune the smallest weights of every layer along a cubic while training goes on."
-    return Method(score=magnitude, schedule=cubic_then_constant(pruning_steps, final_intervals), rule=scheduled_rule(), recover=finetune(steps, lr))
+    return Method(score=magnitude, schedule=cubic_then_constant(pruning_steps, final_intervals), rule=scheduled_rule(),
+                  recover=finetune(steps, lr))

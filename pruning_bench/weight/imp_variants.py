@@ -32,7 +32,8 @@ def average_models(models:list, # networks that share one mask
     for other in masks[1:]:
         for n in {**masks[0], **other}:
             if n not in other or n not in masks[0] or not torch.equal(other[n], masks[0][n]):
-                raise BadInput(f"the masks of {n!r} differ, so the average would be denser than its members: retrain copies of one pruned network")
+                raise BadInput(f"the masks of {n!r} differ, so the average would be denser than its members: retrain "
+                               "copies of one pruned network")
     soup = copy.deepcopy(models[0])
     soup.load_state_dict(average_states([m.state_dict() for m in models], [1 / len(models)] * len(models)))
     return recalibrate_bn(soup, data)
@@ -59,7 +60,8 @@ def soup(rounds:int=1,    # cuts; each is followed by a soup
          lr:float=3e-3,   # peak learning rate
     ):
     "Prune the smallest weights of all, retrain copies under the one mask, go on from their average."
-    return Method(score=magnitude, allocate=global_, schedule=geometric(rounds), between=retrain_and_average(members, batches), recover=finetune(steps, lr))
+    return Method(score=magnitude, allocate=global_, schedule=geometric(rounds),
+                  between=retrain_and_average(members, batches), recover=finetune(steps, lr))
 
 # %% ../../nbs/weight/30_imp_variants.ipynb #31c0fde1
 def pq_index(w:Tensor,    # (groups, entries)
@@ -86,7 +88,8 @@ def prunable_counts(w:Tensor,        # (groups, entries); zeros are gone
     return (d * (gamma * (1 - stay)).clamp(0, beta) + 1e-9).floor().long()
 
 # %% ../../nbs/weight/30_imp_variants.ipynb #2de9cee8
-SCOPES = {"global": lambda ws: [torch.cat([w.flatten() for w in ws])[None]], "layer": lambda ws: [w.flatten()[None] for w in ws], "row": lambda ws: ws}
+SCOPES = {"global": lambda ws: [torch.cat([w.flatten() for w in ws])[None]],
+          "layer": lambda ws: [w.flatten()[None] for w in ws], "row": lambda ws: ws}
 
 @part_factory(Schedule)
 def pq_schedule(rounds:int,       # cuts at most
@@ -116,7 +119,8 @@ def pq_rank(w:Tensor,         # (rows, columns); zeros are gone
     rank = groups.abs().argsort(dim=-1, stable=True).argsort(dim=-1) - (groups.shape[-1] - d)
     return ((rank - go) / torch.where(rank < go, go, d - go).clamp(min=1)).view_as(w)
 
-@register("Pruning Deep Neural Networks from a Sparsity Perspective", "arXiv:2302.05601", 2023, "weight", start_state="init")
+@register("Pruning Deep Neural Networks from a Sparsity Perspective", "arXiv:2302.05601", 2023, "weight",
+          start_state="init")
 def sap(scope:str="global",      # where weights compete: "global", "layer" or "row"
         rounds:int=8,            # cuts at most; each is followed by a full training
         p:float=.5, q:float=1.,  # norms of the index
@@ -132,7 +136,8 @@ def sap(scope:str="global",      # where weights compete: "global", "layer" or "
     choose(scope, SCOPES, "scope")
     prunable_counts(torch.ones(1, 1), **index)
     where = magnitude if scope == "global" else pq_rank.configured(scope=scope, **index)
-    return Method(score=where, allocate=global_, schedule=pq_schedule(rounds, scope, **index), prepare=train_before_pruning,
+    return Method(score=where, allocate=global_, schedule=pq_schedule(rounds, scope, **index),
+                  prepare=train_before_pruning,
                   between=rewind, recover=finetune(steps, lr, weight_decay=weight_decay))
 
 # %% ../../nbs/weight/30_imp_variants.ipynb #9d8e15ed
@@ -154,7 +159,9 @@ def dead_neuron_rates(model:nn.Module, # with ReLUs
     rows = []
     for batch in data:
         with in_mode(model, False), torch.no_grad(), ReLUZeroCounter() as heard: forward(model, batch)
-        if not heard.shares: raise BadInput(f"{type(model).__name__} has no ReLU, so none of its units is ever silent: this probe has nothing to say")
+        if not heard.shares:
+            raise BadInput(f"{type(model).__name__} has no ReLU, so none of its units is ever silent: this probe has "
+                           "nothing to say")
         rows.append(heard.shares)
     return [sum(column) / len(rows) for column in zip(*rows)]
 
@@ -181,7 +188,8 @@ def ap_solver(w:Tensor, stats, scores:Tensor, fraction:float, pattern, # as ever
     return w * mask, mask
 
 # %% ../../nbs/weight/30_imp_variants.ipynb #982e6cf6
-@register("AP: Selective Activation for De-sparsifying Pruned Neural Networks", "arXiv:2212.06145", 2023, "weight", start_state="init")
+@register("AP: Selective Activation for De-sparsifying Pruned Neural Networks", "arXiv:2212.06145", 2023, "weight",
+          start_state="init")
 def ap(activation_fraction:float=.02,         # of the weights alive, cut in each round for being negative and unmoved
        rounds:int=5,            # cuts; each is followed by a full training
        steps:int=600,           # optimiser steps of one training
@@ -189,5 +197,6 @@ def ap(activation_fraction:float=.02,         # of the weights alive, cut in eac
        weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "As imp, but a part of each cut goes to negative weights that hardly moved, so that fewer units are silent."
-    return Method(score=magnitude, allocate=global_, solve=ap_solver.configured(share=activation_fraction), schedule=geometric(rounds),
+    return Method(score=magnitude, allocate=global_, solve=ap_solver.configured(share=activation_fraction),
+                  schedule=geometric(rounds),
                   prepare=train_before_pruning, between=rewind, recover=finetune(steps, lr, weight_decay=weight_decay))

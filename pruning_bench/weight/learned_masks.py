@@ -96,7 +96,8 @@ def soft_mask_rule(tau:float,   # temperature, in medians of the squared weights
         return Rule(view=view, update=update, finish=chosen_masks)
     return rule
 
-@register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "weight", start_state="init")
+@register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "weight",
+          start_state="init")
 def pdp(tau:float=1.,    # temperature, in medians of the squared weights of a layer
         start:float=.1,  # fraction of the training before the ramp
         end:float=.5,    # fraction of the training when the final sparsity is reached
@@ -146,7 +147,8 @@ def soft_threshold_rule(start:float, # fraction of the training before the densi
     return rule
 
 # %% ../../nbs/weight/29_learned_masks.ipynb #c9a93e8c
-@register("Soft Threshold Weight Reparameterization for Learnable Sparsity", "arXiv:2002.03231", 2020, "weight", start_state="init")
+@register("Soft Threshold Weight Reparameterization for Learnable Sparsity", "arXiv:2002.03231", 2020, "weight",
+          start_state="init")
 def str_(start:float=.1,  # fraction of the training before the density falls
          end:float=.7,    # fraction when it has fallen
          steps:int=600,   # optimiser steps
@@ -188,7 +190,9 @@ def movement_rule(start:float, # fraction of the training before the density fal
     def rule(method, keep):
         def first(training): return {n: 1e-12 * training.w(n).float().abs() for n in training.names}
         def select(training, scores):
-            return masks_from_scores(training, scores, layer_fractions(training, scores, ramped_density(keep, training.progress, start, end), uniform))
+            return masks_from_scores(training, scores,
+                                     layer_fractions(training, scores,
+                                                     ramped_density(keep, training.progress, start, end), uniform))
         return learned_score_rule(first, lambda w, state, training: straight_through_mask(w, state), select)
     return rule
 
@@ -223,7 +227,8 @@ def bilevel_rule(implicit:float, # the weight 1/gamma of the implicit term
         def view(w, state, training):
             if training.step % 2 == 0: return w * state["mask"]
             return BilevelMask.apply(state["score"], w.detach(), state["mask"], implicit)
-        def select(training, scores): return masks_from_scores(training, scores, layer_fractions(training, scores, keep, global_))
+        def select(training, scores):
+            return masks_from_scores(training, scores, layer_fractions(training, scores, keep, global_))
         return learned_score_rule(lambda training: {n: training.w(n).abs() for n in training.names}, view, select)
     return rule
 

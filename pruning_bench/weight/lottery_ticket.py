@@ -17,14 +17,16 @@ from ..core.schedule import geometric
 from ..core.score import magnitude
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #edc47814
-@register("The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", "arXiv:1803.03635", 2019, "weight", start_state="init")
+@register("The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", "arXiv:1803.03635", 2019,
+          "weight", start_state="init")
 def imp(rounds:int=5,            # cuts; each is followed by a full training
         steps:int=600,           # optimiser steps of one training
         lr:float=3e-3,           # peak learning rate
         weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "Train, prune the smallest weights of all, rewind the survivors to their initial values; repeat."
-    return Method(score=magnitude, allocate=global_, schedule=geometric(rounds), prepare=train_before_pruning, between=rewind,
+    return Method(score=magnitude, allocate=global_, schedule=geometric(rounds), prepare=train_before_pruning,
+                  between=rewind,
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #b2ce45e7
@@ -67,14 +69,16 @@ def rewind_lr(model:nn.Module, start:dict, train, n:int, left:int)->None:
     "Keep the weights and start the clock anew: the whole training once more (Renda et al., 2020)."
     train(1.)
 
-@register("Comparing Rewinding and Fine-tuning in Neural Network Pruning", "arXiv:2003.02389", 2020, "weight", start_state="init")
+@register("Comparing Rewinding and Fine-tuning in Neural Network Pruning", "arXiv:2003.02389", 2020, "weight",
+          start_state="init")
 def imp_lr(rounds:int=5,            # cuts; each is followed by a full training
            steps:int=600,           # optimiser steps of one training
            lr:float=3e-3,           # peak learning rate
            weight_decay:float=1e-4, # as in `torch.optim`
     ):
     "As imp, but the survivors keep their trained values and only the learning rate goes back."
-    return Method(score=magnitude, allocate=global_, schedule=geometric(rounds), prepare=train_before_pruning, between=rewind_lr,
+    return Method(score=magnitude, allocate=global_, schedule=geometric(rounds), prepare=train_before_pruning,
+                  between=rewind_lr,
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #4fd4734a
@@ -87,7 +91,8 @@ def mask_iou(a, b)->float: # of two plans of one network
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #89e9e33e
 def parameter_distance(a:nn.Module, b:nn.Module)->float:
     "Euclidean distance between the parameters of two networks of one shape."
-    return sum((p.detach() - q.detach()).double().square().sum() for p, q in zip(a.parameters(), b.parameters())).sqrt().item()
+    return sum((p.detach() - q.detach()).double().square().sum()
+               for p, q in zip(a.parameters(), b.parameters())).sqrt().item()
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #93d76765
 def average_states(states:list, # state dicts of one network
@@ -95,7 +100,8 @@ def average_states(states:list, # state dicts of one network
     )->dict:         # a state dict
     "Weighted mean of state dicts; what is not a floating-point number comes from the first."
     first, *others = states
-    return {k: v + sum(share * (other[k] - v) for share, other in zip(weights[1:], others)) if v.is_floating_point() else v.clone() for k, v in first.items()}
+    return {k: v + sum(share * (other[k] - v) for share, other in zip(weights[1:], others)) if v.is_floating_point()
+            else v.clone() for k, v in first.items()}
 
 def linear_interpolation(a:nn.Module, b:nn.Module, # two networks of one shape
          measure,       # (model) -> number, for instance the error

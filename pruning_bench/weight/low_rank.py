@@ -46,25 +46,29 @@ class LowRankView(Layer):
 def conv_args_along(conv, *axes)->dict: # arguments of a convolution
     "What a convolution does along some axes, and nothing along the others."
     part = lambda v, rest: v if isinstance(v, str) else tuple(x if d in axes else rest for d, x in enumerate(v))
-    return dict(kernel_size=part(conv.kernel_size, 1), stride=part(conv.stride, 1), padding=part(conv.padding, 0), dilation=part(conv.dilation, 1), padding_mode=conv.padding_mode)
+    return dict(kernel_size=part(conv.kernel_size, 1), stride=part(conv.stride, 1), padding=part(conv.padding, 0),
+                dilation=part(conv.dilation, 1), padding_mode=conv.padding_mode)
 
 # %% ../../nbs/weight/32_low_rank.ipynb #678ff763
 def output_view(layer:Layer)->LowRankView:
     "Few filters of the same kernel, then mixtures of their answers."
     m, dims = layer.module, layer.weight.dim()
     conv = dims > 2
-    return LowRankView(m, layer.attr, (*range(1, dims), 0), conv_args_along(m, *range(dims - 2)) if conv else {}, conv_args_along(m) if conv else {}, dims - 1)
+    return LowRankView(m, layer.attr, (*range(1, dims), 0), conv_args_along(m, *range(dims - 2)) if conv else {},
+                       conv_args_along(m) if conv else {}, dims - 1)
 
 def spatial_view(layer:Layer)->LowRankView:
     "Down the columns of the picture, then along its rows; what is no picture is seen by outputs."
     m = layer.module
-    return LowRankView(m, layer.attr, (1, 2, 0, 3), conv_args_along(m, 0), conv_args_along(m, 1), 2) if isinstance(m, nn.Conv2d) else output_view(layer)
+    return (LowRankView(m, layer.attr, (1, 2, 0, 3), conv_args_along(m, 0), conv_args_along(m, 1), 2)
+            if isinstance(m, nn.Conv2d) else output_view(layer))
 
 def filter_view(layer:Layer)->LowRankView:
-    "A few mixtures of the channels for each filter, which looks at them on its own; what has no kernel is seen by outputs."
+    "A filter-wise view: each filter reads its own few mixtures of the input channels; layers without kernel use `output_view`."
     m, dims = layer.module, layer.weight.dim()
     if layer.weight[0, 0].numel() == 1: return output_view(layer)
-    return LowRankView(m, layer.attr, tuple(range(dims)), conv_args_along(m), {**conv_args_along(m, *range(dims - 2)), "groups": len(layer.weight)}, 1, 1)
+    return LowRankView(m, layer.attr, tuple(range(dims)), conv_args_along(m),
+                       {**conv_args_along(m, *range(dims - 2)), "groups": len(layer.weight)}, 1, 1)
 
 # %% ../../nbs/weight/32_low_rank.ipynb #14b9f583
 class LowRankPair(nn.Sequential):
@@ -118,11 +122,16 @@ def factorizable_layers(model:nn.Module,
     )->dict:        # {parameter name: Layer}
     "The layers that two thin ones can replace; raises `BadInput` when there is none, or one has pruned weights."
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    fits = lambda l: type(l.module) in plain and getattr(l.module, "groups", 1) == 1 and l.module is not model and max_rank(form(l)) > 1
+    fits = lambda l: type(l.module) in plain and getattr(l.module, "groups",
+                                                         1) == 1 and l.module is not model and max_rank(form(l)) > 1
     layers = {n: l for n, l in prunable_layers(model, skip).items() if fits(l)}
-    if not layers: raise BadInput(f"{type(model).__name__} contains no layer that two thin ones could replace: ranks need plain linear layers or convolutions inside a module")
+    if not layers:
+        raise BadInput(f"{type(model).__name__} contains no layer that two thin ones could replace: ranks need plain "
+                       "linear layers or convolutions inside a module")
     for n, l in layers.items():
-        if (mask := mask_of(l.module, l.attr)) is not None and not mask.all(): raise BadInput(f"{n!r} has pruned weights, and two thin layers would fill them: add it to skip=, or prune ranks first")
+        if (mask := mask_of(l.module, l.attr)) is not None and not mask.all():
+            raise BadInput(
+                f"{n!r} has pruned weights, and two thin layers would fill them: add it to skip=, or prune ranks first")
     return layers
 
 def refactorize(model:nn.Module, # dense, changed in place
@@ -133,8 +142,12 @@ def refactorize(model:nn.Module, # dense, changed in place
     layers = prunable_layers(model)
     for name, kept in masks.items():
         seen = form(layers[name])
-        if len(kept) != max_rank(seen): raise BadInput(f"this plan does not fit: {name!r} has room for {max_rank(seen)} directions, and the plan speaks of {len(kept)}")
-        if not kept.all(): replace_module(model, seen.module, factorize_layer(seen, *(d[..., :len(kept)][..., kept] for d in thin_svd(seen.read()))))
+        if len(kept) != max_rank(seen):
+            raise BadInput(f"this plan does not fit: {name!r} has room for {max_rank(seen)} directions, and the plan "
+                           f"speaks of {len(kept)}")
+        if not kept.all():
+            replace_module(model, seen.module,
+                           factorize_layer(seen, *(d[..., :len(kept)][..., kept] for d in thin_svd(seen.read()))))
 
 # %% ../../nbs/weight/32_low_rank.ipynb #9ef4c3f0
 @space
@@ -174,7 +187,9 @@ class Ranks:
 
     def remove(self):
         for name, kept in self.kept.items():
-            if not kept.all(): replace_module(self.model, self.layers[name].module, factorize_layer(self.seen[name], *(d[..., kept] for d in self.directions(name))))
+            if not kept.all():
+                replace_module(self.model, self.layers[name].module,
+                               factorize_layer(self.seen[name], *(d[..., kept] for d in self.directions(name))))
 
     def slices(self): return {}
 
@@ -182,10 +197,14 @@ class Ranks:
     def restore(cls, model, plan): refactorize(model, plan.masks, cls.form)
 
 @space
-class SpatialRanks(Ranks): "Ranks of convolutions that go down the picture and then along it."; form = staticmethod(spatial_view)
+class SpatialRanks(Ranks):
+    "Ranks of convolutions that go down the picture and then along it."
+    form = staticmethod(spatial_view)
 
 @space
-class FilterRanks(Ranks): "Ranks of every filter of a convolution."; form = staticmethod(filter_view)
+class FilterRanks(Ranks):
+    "Ranks of every filter of a convolution."
+    form = staticmethod(filter_view)
 
 # %% ../../nbs/weight/32_low_rank.ipynb #619faac8
 @score(unit="rank")
@@ -195,7 +214,8 @@ def energy(w:Tensor, # (k,) singular values
     "The share of a direction in the squared weights of its layer."
     return w.square() / w.square().sum().clamp_min(torch.finfo(w.dtype).tiny)
 
-@register("Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation", "arXiv:1404.0736", 2014, "weight")
+@register("Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation", "arXiv:1404.0736", 2014,
+          "weight")
 def truncated_svd(space:str="ranks", # how convolutions are seen: "ranks", "spatialranks" or "filterranks"
     ):
     "Every layer becomes two thin ones, with the directions of the largest singular values."
@@ -240,15 +260,17 @@ def train_projected(every:int,   # optimiser steps between two projections
             share = round_to_units(method.allocate(scores, keep, training.space), keep, scores, training.space)
             for n, (u, s, v) in parts.items():
                 affordable = round(share[n] * len(scores[n])) if share[n] < 1 else s.shape[-1]
-                low = low_rank_matrix(u, s, v, min(rank_for_energy(joint_singular_values(s), level), affordable), pull * current_lr(training, n))
+                low = low_rank_matrix(u, s, v, min(rank_for_energy(joint_singular_values(s), level), affordable),
+                                      pull * current_lr(training, n))
                 seen[n].weight.data.copy_(seen[n].tensor(low))
         return Rule(begin=begin, update=update, every=every, finish=None)
     return rule
 
 # %% ../../nbs/weight/32_low_rank.ipynb #76c58973
-@register("TRP: Trained Rank Pruning for Efficient Deep Neural Networks", "arXiv:2004.14566", 2020, "weight", start_state="init")
+@register("TRP: Trained Rank Pruning for Efficient Deep Neural Networks", "arXiv:2004.14566", 2020, "weight",
+          start_state="init")
 def trp(project_every:int=5,       # optimiser steps between two projections
-        energy_kept:float=1.,    # a layer may have a lower rank than the budget allows when that holds this share of its energy
+        energy_kept:float=1.,    # share of the energy (squared singular values) at which a lower rank suffices
         nuclear_norm_weight:float=3e-4,   # weight of the sum of singular values
         space:str="ranks", # how convolutions are seen: "ranks", "spatialranks" or "filterranks"
         steps:int=600,     # optimiser steps
@@ -256,7 +278,8 @@ def trp(project_every:int=5,       # optimiser steps between two projections
     ):
     "Train under repeated projections to low rank, then split every layer in two."
     choose(space, SPACES, "space")
-    return Method(space=space, score=energy, rule=train_projected(project_every, energy_kept, nuclear_norm_weight), recover=finetune(steps, lr))
+    return Method(space=space, score=energy, rule=train_projected(project_every, energy_kept, nuclear_norm_weight),
+                  recover=finetune(steps, lr))
 
 # %% ../../nbs/weight/32_low_rank.ipynb #da03e224
 def binary_gate(p:Tensor, # (batch,) probabilities
@@ -351,15 +374,18 @@ def train_with_gates(budget:float, # weight of the distance between the mean sha
             yield
     def state(w, training): return {**new_gates(training.space.all), "mean": torch.ones(len(w))}
     def finish(training):
-        return {n: (training.w(n), topk_mask(training.state[n]["mean"], open_blocks(training)).to(training.allowed[n].device))
+        return {n: (training.w(n),
+                    topk_mask(training.state[n]["mean"], open_blocks(training)).to(training.allowed[n].device))
                 for n in training.names}
     return lambda method, keep: Rule(state=state, inside=inside, finish=finish)
 
-@register("Learning a Consensus Sub-Network with Polarization Regularization and One Pass Training", "arXiv:2302.10798", 2023, "weight", start_state="init")
+@register("Learning a Consensus Sub-Network with Polarization Regularization and One Pass Training", "arXiv:2302.10798",
+          2023, "weight", start_state="init")
 def polarize(budget_weight:float=3., # weight of the distance between the mean share of open gates and the budget
              polarization_weight:float=1.,  # weight of the disagreement between inputs
              steps:int=600,   # optimiser steps
              lr:float=3e-3,   # peak learning rate
     ):
     "Gates on residual blocks, trained until all inputs agree which blocks to skip."
-    return Method(space="blocks", rule=train_with_gates(budget_weight, polarization_weight), recover=finetune(steps, lr))
+    return Method(space="blocks", rule=train_with_gates(budget_weight, polarization_weight),
+                  recover=finetune(steps, lr))

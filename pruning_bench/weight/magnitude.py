@@ -15,7 +15,8 @@ from ..core.plan import Plan
 from ..core.score import magnitude
 
 # %% ../../nbs/weight/20_magnitude.ipynb #75d2905b
-@register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning", "arXiv:2209.14624", 2022, "weight")
+@register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning",
+          "arXiv:2209.14624", 2022, "weight")
 def global_magnitude():
     "The smallest weights of the whole network go, wherever they are."
     return Method(score=magnitude, allocate=global_)
@@ -32,9 +33,12 @@ def copy_allocation(plan:Plan, # of the same model
     "Give every layer the fraction another plan gave it."
     shares = {n: m.sum().item() / m.numel() for n, m in plan.masks.items()}
     def copied(scores, keep, space):
-        if shares.keys() != scores.keys(): raise BadInput(f"the plan to copy has other layers: {sorted(shares.keys() ^ scores.keys())[0]!r}")
-        if abs(total_density(shares, scores, space) - keep) > 1e-3 and abs(keep - plan.requested) > 1e-9:   # units of unlike cost meet a budget only roughly
-            raise BadInput(f"the plan to copy keeps {total_density(shares, scores, space):.4f}, not {keep:.4f}: ask for its sparsity")
+        if shares.keys() != scores.keys():
+            raise BadInput(f"the plan to copy has other layers: {sorted(shares.keys() ^ scores.keys())[0]!r}")
+        # units of unlike cost meet a budget only roughly
+        if abs(total_density(shares, scores, space) - keep) > 1e-3 and abs(keep - plan.requested) > 1e-9:
+            raise BadInput(f"the plan to copy keeps {total_density(shares, scores, space):.4f}, not {keep:.4f}: ask "
+                           "for its sparsity")
         return shares
     return copied
 

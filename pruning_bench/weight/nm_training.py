@@ -152,14 +152,16 @@ def two_masks(): # a function (method, keep) -> Rule
     return lambda method, keep: bidirectional_masks()
 
 # %% ../../nbs/weight/31_nm_training.ipynb #3558b08f
-@register("Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation", "arXiv:1308.3432", 2013, "weight", start_state="init")
+@register("Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation",
+          "arXiv:1308.3432", 2013, "weight", start_state="init")
 def nm_ste(steps:int=600, # optimiser steps
            lr:float=3e-3, # peak learning rate
     ):
     "Train all weights, show the network N of every M."
     return nm_method(straight_through(), steps, lr)
 
-@register("Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", "arXiv:2102.04010", 2021, "weight", start_state="init")
+@register("Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", "arXiv:2102.04010", 2021,
+          "weight", start_state="init")
 def sr_ste(sparse_decay:float=2e-4, # decay of pruned weights, added to their gradient
            steps:int=600,   # optimiser steps
            lr:float=3e-3,   # peak learning rate
@@ -167,8 +169,9 @@ def sr_ste(sparse_decay:float=2e-4, # decay of pruned weights, added to their gr
     "Straight-through N:M training that pulls pruned weights to zero."
     return nm_method(straight_through(sparse_decay), steps, lr)
 
-@register("Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", "arXiv:2402.04744", 2024, "weight", start_state="init")
-def mdgf(decay="exponential", # of the pruned weights: "exponential", "linear", or a function of the fraction of the training
+@register("Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", "arXiv:2402.04744", 2024,
+          "weight", start_state="init")
+def mdgf(decay="exponential", # of the pruned weights: "exponential", "linear", or a function of the training fraction
          steps:int=600,       # optimiser steps
          lr:float=3e-3,       # peak learning rate
     ):
@@ -176,14 +179,16 @@ def mdgf(decay="exponential", # of the pruned weights: "exponential", "linear", 
     return nm_method(fading_mask(decay), steps, lr)
 
 # %% ../../nbs/weight/31_nm_training.ipynb #1b0ecc02
-@register("Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", "arXiv:2402.04744", 2024, "weight", start_state="init")
+@register("Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", "arXiv:2402.04744", 2024,
+          "weight", start_state="init")
 def sdgf(steps:int=600, # optimiser steps
          lr:float=3e-3, # peak learning rate
     ):
     "Straight-through training under a pattern that tightens from M:M to N:M."
     return nm_method(tightening_pattern(), steps, lr)
 
-@register("Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design", "arXiv:2309.13015", 2023, "weight", start_state="init")
+@register("Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design", "arXiv:2309.13015",
+          2023, "weight", start_state="init")
 def bdwp(steps:int=600, # optimiser steps
          lr:float=3e-3, # peak learning rate
     ):

@@ -58,11 +58,13 @@ def skip_except(model:nn.Module, # any network
     "Everything prunable except the wanted; raises `BadInput` when nothing is wanted."
     names = list(prunable_layers(model))
     rest = tuple(n for n in names if not any(fnmatch(n, w) for w in wanted))
-    if len(rest) == len(names): raise BadInput(f"no prunable weight matches {', '.join(wanted)}: there are {', '.join(names)}")
+    if len(rest) == len(names):
+        raise BadInput(f"no prunable weight matches {', '.join(wanted)}: there are {', '.join(names)}")
     return rest
 
 # %% ../../nbs/weight/33_studies_recurrent.ipynb #d7b9bb14
-GATES = {nn.RNN: ("state",), nn.GRU: ("reset", "update", "new"), nn.LSTM: ("input", "forget", "cell", "output")}   # in PyTorch's order
+# in PyTorch's order
+GATES = {nn.RNN: ("state",), nn.GRU: ("reset", "update", "new"), nn.LSTM: ("input", "forget", "cell", "output")}
 
 def gate_densities(model:nn.Module, # with recurrent layers
             plan,            # of a pruning of its weights
@@ -72,6 +74,7 @@ def gate_densities(model:nn.Module, # with recurrent layers
     rows = {}
     for name, mask in plan.masks.items():
         names = GATES.get(type(prunable_layers(model)[name].module), ())
-        if names and "weight_hr" not in name: rows[name] = {g: m.float().mean().item() for g, m in zip(names, mask.chunk(len(names)))}
+        if names and "weight_hr" not in name:
+            rows[name] = {g: m.float().mean().item() for g, m in zip(names, mask.chunk(len(names)))}
     if not rows: raise BadInput("this plan has no recurrent matrix: by_gate reads those of nn.RNN, nn.GRU and nn.LSTM")
     return pd.DataFrame.from_dict(rows, orient="index")

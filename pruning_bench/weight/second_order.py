@@ -35,7 +35,8 @@ def iter_gradients(space, batches, loss, # as every reading
 
 def split_by_layer(space, flat:Tensor)->dict: # {layer: (rows, columns)}
     "Cut a vector over all weights into the matrices of the layers; raises `BadInput` when it is not finite."
-    if not torch.isfinite(flat).all(): raise BadInput("the gradients are not all finite: check the loss and the calibration data")
+    if not torch.isfinite(flat).all():
+        raise BadInput("the gradients are not all finite: check the loss and the calibration data")
     shapes = {n: l.read().shape for n, l in space.layers.items()}
     return {n: p.view(s) for (n, s), p in zip(shapes.items(), flat.split([s.numel() for s in shapes.values()]))}
 
@@ -76,14 +77,17 @@ def sequential_obs_costs(inverse:Tensor, # (rows, c, c), inverse Hessian of ever
         for t in range(n):
             p = (w.square() / diag).masked_fill_(gone, torch.inf).argmin(1)
             scale = diag[r, p].sqrt()
-            lines[:, t] = line = torch.baddbmm(inverse[r, p][:, None], lines[r, :t, p][:, None], lines[:, :t], alpha=-1)[:, 0] / scale[:, None]
+            lines[:, t] = line = (torch.baddbmm(inverse[r, p][:, None], lines[r, :t, p][:, None], lines[:, :t],
+                                                alpha=-1)[:, 0] / scale[:, None])
             step = w[r, p] / scale
             paid = torch.maximum(paid * (1 + 3e-7), step.square() / 2)   # later is dearer, in single precision too
             price[r, at[r, p]], gone[r, p] = paid, True
             w, diag = w - step[:, None] * line, (diag - line.square()).clamp_min_(1e-300)
         left = (~gone).nonzero()[:, 1].view(len(w), -1)
-        at, w, diag, lines = at.gather(1, left), w.gather(1, left), diag.gather(1, left), lines.gather(2, left[:, None].expand(-1, n, -1))
-        inverse = torch.stack([a.index_select(0, l).index_select(1, l) for a, l in zip(inverse, left)]).baddbmm_(lines.mT, lines, alpha=-1)
+        at, w, diag, lines = ((at.gather(1, left), w.gather(1, left), diag.gather(1, left),
+                               lines.gather(2, left[:, None].expand(-1, n, -1))))
+        inverse = (torch.stack([a.index_select(0, l).index_select(1, l) for a, l in zip(inverse, left)])
+                   .baddbmm_(lines.mT, lines, alpha=-1))
     return price
 
 # %% ../../nbs/weight/27_second_order.ipynb #c7f333c7
@@ -96,7 +100,9 @@ def exact_obs_costs(space, batches, loss=None, # as every reading
     )->dict: # {layer: (rows, columns)}
     "Price of every weight at its turn, by the dense inverse of the empirical Fisher."
     w = torch.cat([l.read().flatten() for l in space.layers.values()])
-    if len(w) > MAX_EXACT_WEIGHTS: raise BadInput(f"exact OBS inverts a matrix as wide as the network, and {len(w)} weights are more than {MAX_EXACT_WEIGHTS}: skip layers, or choose 'mfac', which never forms the matrix")
+    if len(w) > MAX_EXACT_WEIGHTS:
+        raise BadInput(f"exact OBS inverts a matrix as wide as the network, and {len(w)} weights are more than "
+                       f"{MAX_EXACT_WEIGHTS}: skip layers, or choose 'mfac', which never forms the matrix")
     half = Fisher(gradient_matrix(space, batches, loss, each).double(), damp).half()[0]
     inverse = (torch.eye(len(w), dtype=half.dtype, device=half.device) - half.T @ half) / damp
     return split_by_layer(space, sequential_obs_costs(inverse[None], w[None])[0])
@@ -113,7 +119,8 @@ def obs_(each:int=1,      # examples per gradient
          damp:float=1e-5, # added to the diagonal of the Fisher
     ):
     "One weight at a time, all others moving, by the dense inverse Fisher: exact, for very small networks."
-    return Method(score=sequential_obs, allocate=global_, solve=fisher_refit, readings={n: dict(each=each, damp=damp) for n in ("exact_obs_costs", "fisher")})
+    return Method(score=sequential_obs, allocate=global_, solve=fisher_refit,
+                  readings={n: dict(each=each, damp=damp) for n in ("exact_obs_costs", "fisher")})
 
 # %% ../../nbs/weight/27_second_order.ipynb #a11ddc1e
 def row_chunks(w:Tensor, # (rows, columns)
@@ -130,7 +137,8 @@ def obc(w:Tensor, # (rows, columns)
     )->Tensor: # like w, double
     "What a weight adds to the squared error of its output, at its turn in its row (Frantar et al., 2022)."
     u = inverse_factor(stats.gram, .01)
-    return torch.cat([sequential_obs_costs(a.expand(len(w[rows]), -1, -1), w[rows]) for rows, a in row_chunks(w, u.mT @ u)])
+    return torch.cat([sequential_obs_costs(a.expand(len(w[rows]), -1, -1), w[rows])
+                      for rows, a in row_chunks(w, u.mT @ u)])
 
 @solver(needs=["gram"], unit="weight")
 def row_least_squares(w:Tensor, stats, scores:Tensor, fraction:float, pattern, # as every solver
@@ -143,7 +151,8 @@ def row_least_squares(w:Tensor, stats, scores:Tensor, fraction:float, pattern, #
         new.append(w[rows] - (torch.linalg.solve(inside, w[rows].double() * gone) @ a))
     return torch.cat(new).to(w.dtype) * mask, mask
 
-@register("Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning", "arXiv:2208.11580", 2022, "weight")
+@register("Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
+          "arXiv:2208.11580", 2022, "weight")
 def obc_():
     "Exact OBS on every row of every layer, for the squared error of the layer's output."
     return Method(score=obc, solve=row_least_squares)
@@ -157,7 +166,8 @@ def gradient_matrix(space, batches, loss, # as every reading
     m, d = sum(-(-size_of(b) // each) for b in batches), sum(w.numel() for w in weights)
     dtype, device = reduce(torch.promote_types, (w.dtype for w in weights), torch.float32), weights[0].device
     require_memory(2 * m * d * dtype.itemsize, f"keeping {m} gradients of {d:,} weights",
-           f"read fewer examples with calibration=, take more than {each} per gradient with each=, or leave layers out with skip=", device)
+           f"read fewer examples with calibration=, take more than {each} per gradient with each=, or leave layers out "
+           "with skip=", device)
     g = torch.empty(m, d, dtype=dtype, device=device)
     for i, row in enumerate(iter_gradients(space, batches, loss, each)): g[i] = row
     return g
@@ -169,12 +179,14 @@ class Fisher:
                  damp:float,     # added to the diagonal
                  block:int=None, # weights per block; None = all in one
         ):
-        if not damp > 0: raise BadInput(f"damp={damp:g} leaves a matrix without inverse: choose a positive number, such as 1e-5")
+        if not damp > 0:
+            raise BadInput(f"damp={damp:g} leaves a matrix without inverse: choose a positive number, such as 1e-5")
         self.size, self.damp, width = g.shape[1], damp, min(block or g.shape[1], g.shape[1])
         over = -self.size % width
         self.g = (F.pad(g, (0, over)) if over else g).view(len(g), -1, width).transpose(0, 1)
         self.root = self.rooted(self.g)
-        self.diag = self.flat((1 - self.half().square_().sum(1)).clamp_min(torch.finfo(g.dtype).eps)) / damp   # of the inverse
+        # of the inverse
+        self.diag = self.flat((1 - self.half().square_().sum(1)).clamp_min(torch.finfo(g.dtype).eps)) / damp
 
     def rooted(self, g): # (blocks, m, width) -> (blocks, m, m), double
         "Cholesky factor of m damp I + G G'."
@@ -182,7 +194,9 @@ class Fisher:
         k = torch.cat([sum(c @ c.mT for c in map(Tensor.double, b.split(2**16, dim=2))) for b in g.split(few)])
         k.diagonal(dim1=1, dim2=2).add_(g.shape[1] * self.damp)
         root, failed = torch.linalg.cholesky_ex(k)
-        if failed.any(): raise BadInput(f"the gradients are not finite, or too large for damp={self.damp:g}: check the loss, or raise damp")
+        if failed.any():
+            raise BadInput(
+                f"the gradients are not finite, or too large for damp={self.damp:g}: check the loss, or raise damp")
         return root
 
     def blocks(self, x): return F.pad(x, (0, self.g[:, 0].numel() - self.size)).view(len(self.g), -1, 1)
@@ -191,7 +205,8 @@ class Fisher:
     def mul(self, x:Tensor)->Tensor: # (d,) -> (d,)
         "Inverse times a vector."
         x = self.blocks(x)
-        return self.flat((x - self.g.mT @ torch.cholesky_solve((self.g @ x).double(), self.root).to(x.dtype)) / self.damp)
+        return self.flat((x - self.g.mT @ torch.cholesky_solve((self.g @ x).double(), self.root).to(x.dtype))
+                         / self.damp)
 
     def half(self)->Tensor: # (blocks, m, width), V with inverse = I / damp - V'V / damp
         "What the gradients take from the inverse."
@@ -252,5 +267,6 @@ def mfac(rounds:int=16,   # how often gradients are read again
          block:int=None,  # weights per block; None = all in one
     ):
     "Remove weights in small steps, and let all others make up for them, by the inverse Fisher of the loss."
-    return Method(score=fisher_obs, allocate=global_, solve=obs_update, schedule=geometric(rounds), between=finetune_last,
+    return Method(score=fisher_obs, allocate=global_, solve=obs_update, schedule=geometric(rounds),
+                  between=finetune_last,
                   readings={"fisher": dict(each=examples_per_grad, damp=damp, block=block)})

@@ -21,7 +21,9 @@ def inverse_factor(gram:Tensor, # (groups, c, c), second moment of the inputs
     loud = gram.double().diagonal(dim1=1, dim2=2)
     extra = (damp * loud.mean(1, keepdim=True)).clamp(min=1e-30).expand_as(loud)
     root, failed = torch.linalg.cholesky_ex(gram.double() + torch.diag_embed(extra))
-    if failed.any(): raise BadInput(f"the inputs of a layer are too few or too dependent for damp={damp:g}: calibrate on more data or raise damp")
+    if failed.any():
+        raise BadInput(f"the inputs of a layer are too few or too dependent for damp={damp:g}: calibrate on more data "
+                       "or raise damp")
     return torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
 
 # %% ../../nbs/weight/26_sparsegpt.ipynb #a135e4f7
@@ -63,11 +65,13 @@ def sparsegpt(w:Tensor, stats, scores:Tensor, fraction:float, pattern, # as ever
     )->tuple: # (repaired w, mask)
     "Choose the mask during the sweep, by OBS scores of the repaired weights."
     alive, step = scores > -torch.inf, pattern.divides[1]
-    due = fraction * w.shape[1] * alive.sum(0).cumsum(0) / alive.sum().clamp(min=1)   # columns' worth of weights to have kept
+    # columns' worth of weights to have kept
+    due = fraction * w.shape[1] * alive.sum(0).cumsum(0) / alive.sum().clamp(min=1)
     def choose(s, a, b, sofar):
         share = (due[b - 1].item() - sofar[:, :a].sum().item() / len(w)) / (b - a)
         return pattern(s.masked_fill(~alive[:, a:b], -torch.inf), share + 1e-12)
-    return column_sweep(w, inverse_factor(stats.gram, damp), choose, step if pattern.fixed else max(step, block // step * step))
+    return column_sweep(w, inverse_factor(stats.gram, damp), choose,
+                        step if pattern.fixed else max(step, block // step * step))
 
 # %% ../../nbs/weight/26_sparsegpt.ipynb #4c02d921
 @score(needs=("gram",))

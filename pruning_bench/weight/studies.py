@@ -14,8 +14,11 @@ from ..core.inputs import BadInput
 def relative_loss(sparsity, quality, higher:bool=True)->tuple: # sparsities and relative losses, float64
     "A curve as relative loss against its first point; raises `BadInput` for curves that say nothing."
     s, q = (torch.as_tensor(v, dtype=torch.double).flatten() for v in (sparsity, quality))
-    if len(s) != len(q) or len(s) < 2 or not (s.diff() > 0).all(): raise BadInput(f"a curve needs two or more increasing sparsities with one quality each: got {len(s)} and {len(q)}")
-    if not torch.isfinite(q).all() or q[0] == 0: raise BadInput("a curve needs finite qualities and a first one, of the dense network, that is not zero")
+    if len(s) != len(q) or len(s) < 2 or not (s.diff() > 0).all():
+        raise BadInput(
+            f"a curve needs two or more increasing sparsities with one quality each: got {len(s)} and {len(q)}")
+    if not torch.isfinite(q).all() or q[0] == 0:
+        raise BadInput("a curve needs finite qualities and a first one, of the dense network, that is not zero")
     return s, (q[0] - q if higher else q - q[0]) / q[0].abs()
 
 def essential_sparsity(sparsity,            # increasing, from the dense network on
