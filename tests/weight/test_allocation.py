@@ -40,7 +40,7 @@ def total(plan): return sum(int(m.sum()) for m in plan.masks.values())
 
 # every allocation
 
-RULES = {"uniform_plus": uniform_plus, "er": er, "floor": global_with_floor(), "floor of 3": global_with_floor(3),
+RULES = {"uniform_plus": uniform_plus, "er": er, "global_with_floor": global_with_floor(), "floor of 3": global_with_floor(3),
          "rescaled": global_rescaled_floor(3)}
 
 @pytest.mark.parametrize("name", RULES)
@@ -61,7 +61,7 @@ def test_methods_keep_exact_counts(name, sparsity):
     assert total(plan) == count_to_keep(1 - sparsity, sum(m.numel() for m in plan.masks.values()))
 
 def test_registered_by_name():
-    for name in ("uniform_plus", "er", "floor", "rd"):
+    for name in ("uniform_plus", "er", "global_with_floor", "rd"):
         assert name in ALLOCATORS
         assert prune(conv(), "magnitude", .7, inputs(), allocate=name).provenance["allocate"].split("(")[0] == name
     with pytest.raises(BadInput, match="uniform_plus"): prune(conv(), "magnitude", .7, allocate="uniform_pls")
@@ -215,7 +215,7 @@ def test_distortion_is_measured_one_layer_at_a_time():
 def test_rd_is_the_best_of_its_grid():
     data = inputs()
     scores, space = scored(conv())
-    stats = {n: SimpleNamespace(calibration=data) for n in space.names()}
+    stats = {n: SimpleNamespace(calibration_batches=data) for n in space.names()}
     keep, points = .3, 4
     units = sum(s.numel() for s in scores.values())
     counts = {n: [max(1, round(s.numel() * (j / points)**2)) for j in range(points + 1)] for n, s in scores.items()}

@@ -112,7 +112,7 @@ def test_snip_needs_labels_and_data():
 @pytest.mark.parametrize("net", [mlp(64, 40, 30, 10, bias=False), conv()], ids=["mlp", "conv"])
 def test_synflow_is_conserved(net):
     before = copy.deepcopy(net.state_dict())
-    space, found = scores(net, "flow", batches(n=1))
+    space, found = scores(net, "synflow_grad", batches(n=1))
     sums = [synflow(space.w(n), found[n]).sum().item() for n in space.names()]
     assert sums == pytest.approx([1.] * len(sums), abs=1e-9)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -120,7 +120,7 @@ def test_synflow_is_conserved(net):
 def test_synflow_is_conserved_at_every_unit_of_a_pruned_network():
     net = mlp(64, 40, 30, 10, bias=False)
     prune(net, "random", .7)
-    space, found = scores(net, "flow", batches(n=1))
+    space, found = scores(net, "synflow_grad", batches(n=1))
     flow = [synflow(space.w(n), found[n]) for n in space.names()]
     for into, out in zip(flow, flow[1:]): assert torch.allclose(into.sum(1), out.sum(0))
     assert all((f[~space.alive(n)] == 0).all() for n, f in zip(space.names(), flow))
@@ -295,7 +295,7 @@ def test_winning_ticket_beats_other_values_beat_shuffled_mask():
 @pytest.mark.slow
 def test_gradual_beats_one_shot_at_equal_steps_and_98_percent():
     found = {}
-    for name, settings in {"gradual": {}, "one-shot": dict(cuts=1, rest=0)}.items():
+    for name, settings in {"gradual": {}, "one-shot": dict(pruning_steps=1, final_intervals=0)}.items():
         found[name] = []
         for seed in range(3):
             model = world().dense(seed)

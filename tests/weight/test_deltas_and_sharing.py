@@ -12,7 +12,7 @@ from torch import nn
 from pruning_bench import BadInput, prune
 from pruning_bench.bench.tasks.embedded import digits
 from pruning_bench.bench.task import find_task
-from pruning_bench.core.rule import Rule, apply_rule
+from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.recovery import OPTIMIZERS, finetune
 from pruning_bench.core.space import Weights, prunable_layers
@@ -91,47 +91,47 @@ def test_patches_come_off_without_a_trace(net):
     assert same(other, base)
 
 def test_relocation_by_hand():
-    def training(heard, open_=torch.ones(2, 4, dtype=torch.bool)):
-        state = {"index": torch.tensor([0, 3, 5]), "delta": torch.tensor([.5, -.1, .2]), "heard": heard}
+    def training(candidates, allowed=torch.ones(2, 4, dtype=torch.bool)):
+        state = {"index": torch.tensor([0, 3, 5]), "delta": torch.tensor([.5, -.1, .2]), "candidates": candidates}
         memory = {"exp_avg": torch.ones(3), "step": torch.tensor(7.)}
-        c = SimpleNamespace(state={"w": state}, open={"w": open_},
+        c = SimpleNamespace(state={"w": state}, allowed={"w": allowed},
                             optimizers={id(state["delta"]): SimpleNamespace(state={state["delta"]: memory})})
         return c, state, memory
-    heard = lambda: {"at": torch.tensor([7, 3, 1]), "sum": torch.tensor([-9., 5., 4.])}
-    c, s, memory = training(heard())   # two may go: 3 and 5; 3 is chosen again and stays, 7 takes the place of 5
+    candidates = lambda: {"at": torch.tensor([7, 3, 1]), "sum": torch.tensor([-9., 5., 4.])}
+    c, s, memory = training(candidates())   # two may go: 3 and 5; 3 is chosen again and stays, 7 takes the place of 5
     reassign_deltas(c, "w", .6)
     assert s["index"].tolist() == [0, 3, 7]
     assert s["delta"].tolist() == pytest.approx([.5, -.1, 0])
     assert memory["exp_avg"].tolist() == [1, 1, 0]
     assert memory["step"] == 7
-    c, s, _ = training(heard())        # one may go
+    c, s, _ = training(candidates())        # one may go
     reassign_deltas(c, "w", .34)
     assert s["index"].tolist() == [0, 7, 5] and s["delta"].tolist() == pytest.approx([.5, 0, .2])
-    c, s, _ = training(heard(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool))   # 7 is closed
+    c, s, _ = training(candidates(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool))   # 7 is closed
     reassign_deltas(c, "w", .34)
     assert s["index"].tolist() == [0, 3, 5]   # 3 is the best that is left, and it is there
-    for share, ears in ((0., heard()), (.6, {})):
+    for share, ears in ((0., candidates()), (.6, {})):
         c, s, _ = training(ears)
         reassign_deltas(c, "w", share)
         assert s["index"].tolist() == [0, 3, 5]
 
 def test_candidates_are_chosen_once_and_added_up():
-    heard = {}
-    accumulate_gradients(torch.tensor([1., -5, 3, 0]), heard, 2)
-    accumulate_gradients(torch.tensor([100., 1, 1, 100]), heard, 2)
-    assert heard["at"].tolist() == [1, 2] and heard["sum"].tolist() == [-4, 4]
+    candidates = {}
+    accumulate_gradients(torch.tensor([1., -5, 3, 0]), candidates, 2)
+    accumulate_gradients(torch.tensor([100., 1, 1, 100]), candidates, 2)
+    assert candidates["at"].tolist() == [1, 2] and candidates["sum"].tolist() == [-4, 4]
 
-def test_the_gradient_heard_is_the_gradient_of_the_matrix():
+def test_the_gradient_candidates_is_the_gradient_of_the_matrix():
     model, plain, got = mlp(), mlp(), []
     rule = sft(update_every=2, window=1)
-    def look(training): got.append({n: dict(s["heard"]) for n, s in training.state.items()})
+    def look(training): got.append({n: dict(s["candidates"]) for n, s in training.state.items()})
     train(model, replace(rule, update=look, every=2), .1, 2, finetune(2, 0.))
     batch = data()[1]
     F.cross_entropy(plain(batch[0]), batch[1]).backward()
-    for n, heard in got[0].items():
+    for n, candidates in got[0].items():
         g = plain.get_parameter(n).grad.flatten()
-        assert set(heard["at"].tolist()) == set(g.abs().topk(len(heard["at"])).indices.tolist())
-        assert torch.allclose(heard["sum"], g[heard["at"]], atol=1e-6)
+        assert set(candidates["at"].tolist()) == set(g.abs().topk(len(candidates["at"])).indices.tolist())
+        assert torch.allclose(candidates["sum"], g[candidates["at"]], atol=1e-6)
 
 @pytest.mark.parametrize("rule", [sft(update_every=5, window=2), stable_rps()], ids=["sft", "stable-rps"])
 @each_net

@@ -42,7 +42,7 @@ def total(masks): return sum(int(m.sum()) for m in masks.values())
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 def run(rule, model=None, keep=.2, steps=20, optimizer="adamw", look=None):
-    "A training under a rule; `look(course)` is called after every update."
+    "A training under a rule; `look(training)` is called after every update."
     model = mlp() if model is None else model
     seen = rule if look is None else replace(rule, update=lambda training: (rule.update(training), look(training)))
     with apply_rule(seen, Weights(model), keep, steps):
@@ -107,7 +107,7 @@ def test_shares_end_where_the_paper_says():
     assert update_interval(method(3), 30, .75) == 1
     assert update_interval(method(600), 40) == 15
 
-@pytest.mark.parametrize("bad", [dict(updates=0), dict(end=0.), dict(end=1.5), dict(share=2.), dict(anneal="cosin")])
+@pytest.mark.parametrize("bad", [dict(updates=0), dict(end=0.), dict(end=1.5), dict(drop_fraction=2.), dict(anneal="cosin")])
 @pytest.mark.parametrize("name", ["set", "rigl"])
 def test_settings_without_a_meaning_are_refused(name, bad):
     model = mlp()
@@ -118,7 +118,7 @@ def test_settings_without_a_meaning_are_refused(name, bad):
 
 @pytest.mark.parametrize("name, bad, said", [
     ("granet", dict(density=.3), "density=0.3 .* 0.5, and 1"), ("granet", dict(density=2.), "density=2.0"),
-    ("granet", dict(share=-1.), "share=-1.0"), ("granet", dict(updates=0), "updates=0"),
+    ("granet", dict(drop_fraction=-1.), "drop_fraction=-1.0"), ("granet", dict(updates=0), "updates=0"),
     ("iss", dict(alpha=2.), "alpha=2.0"), ("iss", dict(end=1.), "end=1.0"),
     ("rigl", dict(score="wanda"), "'act_norm' is read from data"),
     ("gradual-magnitude", dict(score="snip"), "is read from data"),
@@ -154,8 +154,8 @@ def test_the_whole_method_is_the_rule():
 def test_rigl_takes_the_loudest_of_the_dead_and_starts_them_at_nothing(optimizer):
     born = []
     def update(training):
-        before, w, g = ((masks(training), {n: training.w(n).clone() for n in training.names},
-                         {n: training.gradient(n).clone() for n in training.names}))
+        before, w, g = (masks(training), {n: training.w(n).clone() for n in training.names},
+                        {n: training.gradient(n).clone() for n in training.names})
         drop_grow_layers(Method(), training, gradient_growth, .3)
         for n in training.names:
             k = int(.3 * int(before[n].sum()))
@@ -177,7 +177,7 @@ def test_rigl_takes_the_loudest_of_the_dead_and_starts_them_at_nothing(optimizer
 
 def test_without_exchange_both_are_a_lottery():
     nets = [mlp() for _ in range(3)]
-    for net, (name, more) in zip(nets, {"set": dict(share=0.), "rigl": dict(share=0.), "random": dict(allocate="erk")}
+    for net, (name, more) in zip(nets, {"set": dict(drop_fraction=0.), "rigl": dict(drop_fraction=0.), "random": dict(allocate="erk")}
                                  .items()):
         prune(net, name, .8, batches(), F.cross_entropy, recover=finetune(12, 1e-2), **more)
     assert same(nets[0], nets[1]) and same(nets[1], nets[2])
@@ -237,7 +237,7 @@ def test_granet_exchanges_half_at_first_and_a_hundredth_of_that_at_last():
 def test_granet_without_regrowth_is_gradual_pruning():
     way = lambda keep: [1., *(keep + (1 - keep) * (1 - i / 6)**3 for i in range(1, 6)), *[keep] * 4]
     one, two = mlp(), mlp()
-    prune(one, "granet", .9, batches(), F.cross_entropy, share=0., updates=10, end=.6, recover=finetune(40, 1e-2))
+    prune(one, "granet", .9, batches(), F.cross_entropy, drop_fraction=0., updates=10, end=.6, recover=finetune(40, 1e-2))
     prune(two, "gradual-magnitude", .9, batches(), F.cross_entropy, allocate="global", schedule=way,
           recover=finetune(40, 1e-2))
     assert same(one, two)

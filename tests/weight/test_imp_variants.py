@@ -1,4 +1,4 @@
-"Late rewinding, linear mode connectivity, soups, the PQ index, inactive units: exact invariants, orders over three seeds."
+"Late rewinding, linear mode connectivity, soups, PQ index, inactive units: exact invariants, orders over three seeds."
 import copy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -126,7 +126,7 @@ def test_learning_rate_rewinding_keeps_weights_and_repeats_the_training():
         train(two, batches(), F.cross_entropy)
     assert equal(one.state_dict(), two.state_dict())
 
-@pytest.mark.parametrize("settings, word", [(dict(rewind=-.1), "outside"), (dict(rewind=1.5), "outside"),
+@pytest.mark.parametrize("settings, word", [(dict(rewind_to=-.1), "outside"), (dict(rewind_to=1.5), "outside"),
                                             (dict(recover=Recovery(lambda model, data, loss, part=1.: None, steps=3)),
                                              "can resume"),
                                             (dict(recover="none"), "give it a training")])
@@ -339,8 +339,8 @@ def test_silence_is_heard_in_modules_and_functions():
 @pytest.mark.parametrize("seed", range(5))
 def test_cutting_negative_weights_wakes_units_behind_positive_inputs(seed):
     g = torch.Generator().manual_seed(seed)
-    net, x, stats = ((nn.Sequential(nn.Linear(20, 30), nn.ReLU()), torch.rand(64, 20, generator=g),
-                      SimpleNamespace(start_w=torch.randn(30, 20, generator=g))))
+    net, x, stats = (nn.Sequential(nn.Linear(20, 30), nn.ReLU()), torch.rand(64, 20, generator=g),
+                     SimpleNamespace(init_w=torch.randn(30, 20, generator=g)))
     w = net[0].weight.data.clone()
     before = dead_neuron_rates(net, [x])[0]
     # the whole cut is the part for waking
@@ -353,7 +353,7 @@ def test_cutting_negative_weights_wakes_units_behind_positive_inputs(seed):
 @pytest.mark.parametrize("pattern, fraction", [(unstructured(), .3), (per_row(), .3), (n_m(2, 4), .5)],
                          ids=["unstructured", "per_row", "2:4"])
 def test_waking_meets_any_pattern(pattern, fraction):
-    w, stats = torch.randn(12, 20), SimpleNamespace(start_w=torch.randn(12, 20))
+    w, stats = torch.randn(12, 20), SimpleNamespace(init_w=torch.randn(12, 20))
     _, mask = ap_solver(w, stats, w.abs(), fraction, pattern, share=.1)
     assert mask.sum() == pattern(w.abs(), fraction).sum()
     if pattern.name != "unstructured": assert len(set(mask.view(-1, 4 if pattern.fixed else 20).sum(1).tolist())) == 1
@@ -361,7 +361,7 @@ def test_waking_meets_any_pattern(pattern, fraction):
 
 def test_waking_takes_no_positive_weight_and_no_more_than_there_are():
     w = torch.cat([torch.rand(10, 9) + .1, -torch.rand(10, 1) - .1], 1)   # ten negative weights, asked for forty
-    _, mask = ap_solver(w, SimpleNamespace(start_w=torch.zeros(10, 10)), w.abs(), .5, unstructured(), share=.4)
+    _, mask = ap_solver(w, SimpleNamespace(init_w=torch.zeros(10, 10)), w.abs(), .5, unstructured(), share=.4)
     positive = w > 0
     order = w.abs().masked_fill(~positive, torch.inf).flatten().argsort()
     assert mask.sum() == 50 and not mask[~positive].any() and not mask.flatten()[order[:40]].any()

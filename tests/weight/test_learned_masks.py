@@ -34,7 +34,7 @@ TOTAL = 12 * 16 + 16 * 8 + 8 * 4
 def total(masks): return sum(int(m.sum()) for m in masks.values())
 
 def followed(rule, look, keep=.25, steps=24, lr=1e-2, wd=.1, method=Method(), model=None):
-    "Train under a rule, and call `look(course)` after its update at every step."
+    "Train under a rule, and call `look(training)` after its update at every step."
     made, model = rule(method, keep), model or mlp()
     watched = dataclasses.replace(made, update=lambda training: (made.update(training), look(training)))
     with apply_rule(watched, Weights(model), keep, steps, method.pattern) as training:
@@ -65,7 +65,7 @@ def test_patterns_hold(slug, pattern):
 @pytest.mark.parametrize("slug", SLUGS)
 def test_the_mask_is_learned(slug):
     plan = prune(mlp(), slug, .7, batches(), F.cross_entropy, steps=40, lr=.02,
-                 **dict(lead=.02) if slug == "jackpot" else {})
+                 **dict(score_margin=.02) if slug == "jackpot" else {})
     assert plan != prune(mlp(), "magnitude" if slug == "movement" else "global-magnitude", .7)
 
 @pytest.mark.parametrize("slug", ["movement", "bip", "jackpot"])
@@ -322,8 +322,8 @@ def test_the_strongest_swaps_happen(pattern, seed):
         if share == 0: assert torch.equal(new, old)
         if share == 1: assert torch.equal(new, pick(scores))
         if pattern == "2:4": continue
-        came, waits, stays, went = ((scores[new & ~old], scores[pick(scores) & ~new], scores[old & ~pick(scores) & new],
-                                     scores[old & ~new]))
+        came, waits, stays, went = (scores[new & ~old], scores[pick(scores) & ~new], scores[old & ~pick(scores) & new],
+                                    scores[old & ~new])
         assert all(not len(a) or not len(b) or a.min() >= b.max() for a, b in ((came, waits), (stays, went)))
 
 def test_the_first_mask_must_need_no_data():

@@ -170,7 +170,7 @@ def test_silent_inputs_and_too_few_tokens():
 def test_repair_needs_weights():
     net = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4)) for _ in range(3)])
     with pytest.raises(BadInput, match="updates weights"):
-        prune(net, solve="repair", space="blocks", data=torch.randn(4, 4))
+        prune(net, solve="compensate_columns", space="blocks", data=torch.randn(4, 4))
 
 
 def gpt2():
@@ -245,5 +245,5 @@ def test_orderings_on_pydoc_llama():
     for sparsity in (.5, .6, .7, "2:4"):
         for seed in range(3):
             chance, mag, wan, rep, gpt = (perplexity(m, sparsity, seed, **p) for m, p in (
-                ("random", {}), ("magnitude", {}), ("wanda", {}), ("wanda", {"solve": "repair"}), ("sparsegpt", {})))
+                ("random", {}), ("magnitude", {}), ("wanda", {}), ("wanda", {"solve": "compensate_columns"}), ("sparsegpt", {})))
             assert chance > 1.5 * max(mag, wan) and min(mag, wan, rep) > gpt > dense and wan > rep

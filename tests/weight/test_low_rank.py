@@ -1,6 +1,5 @@
-"Directions as units, trained ranks, gates that agree: invariants exactly, orderings over three seeds."
+"Low-rank factorisation and trained rank pruning: exact invariants, orderings over three seeds."
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +8,11 @@ from torch import nn
 
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.bench.task import find_task
-from pruning_bench.core.method import Method
 from pruning_bench.core.recovery import Recovery, finetune
-from pruning_bench.core.score import magnitude
 from pruning_bench.core.space import SPACES, prunable_layers
-from pruning_bench.weight.low_rank import (FilterRanks, LowRankPair, Ranks, SpatialRanks, spatial_view, filter_view,
-                                           output_view, train_with_gates, low_rank_matrix, binary_gate, factorize_layer,
-                                           polarization_loss, joint_singular_values, rank_for_energy, max_rank,
-                                           thin_svd)
+from pruning_bench.weight.low_rank import (FilterRanks, LowRankPair, Ranks, SpatialRanks, factorize_layer, filter_view,
+                                           joint_singular_values, low_rank_matrix, max_rank, output_view,
+                                           rank_for_energy, spatial_view, thin_svd)
 
 
 def net(seed=0):
@@ -26,16 +22,6 @@ def net(seed=0):
 def batches(seed=0, shape=(16,), classes=4):
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(16, *shape, generator=g), torch.randint(0, classes, (16,), generator=g)) for _ in range(3)]
-
-class Step(nn.Module):
-    def __init__(self, width=8):
-        super().__init__()
-        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
-    def forward(self, x): return x + self.b(F.relu(self.a(x)))
-
-def deep(blocks=4, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(16, 8), nn.Sequential(*[Step() for _ in range(blocks)]), nn.Linear(8, 4))
 
 
 # directions
@@ -64,10 +50,10 @@ CONVS = [nn.Linear(7, 9), nn.Linear(7, 9, bias=False), nn.Conv2d(4, 6, 3, stride
          nn.Conv1d(5, 8, 3, bias=False), nn.Conv3d(3, 4, 2)]
 
 WAYS = [output_view, spatial_view, filter_view]
-UNROLLED = {"by_outputs": lambda w: w.permute(1, 2, 3, 0).reshape(-1, len(w)),   # channels, height, width x filters
+UNROLLED = {"output_view": lambda w: w.permute(1, 2, 3, 0).reshape(-1, len(w)),   # channels, height, width x filters
             # channels, height x filters, width
-            "by_axes": lambda w: w.permute(1, 2, 0, 3).reshape(w.shape[1] * w.shape[2], -1),
-            "by_filters": lambda w: w.reshape(*w.shape[:2], -1)}   # a matrix for each filter: channels x height, width
+            "spatial_view": lambda w: w.permute(1, 2, 0, 3).reshape(w.shape[1] * w.shape[2], -1),
+            "filter_view": lambda w: w.reshape(*w.shape[:2], -1)}   # a matrix for each filter: channels x height, width
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda w: w.__name__)
 @pytest.mark.parametrize("module",
@@ -111,9 +97,9 @@ def test_shapes_and_prices_of_three_directions(way, thin, wide):
 class Pictures(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.short, self.head = ((nn.Conv2d(4, 8, 3, padding=1),
-                                                  nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 1, stride=2),
-                                                  nn.Linear(8, 4)))
+        self.a, self.b, self.short, self.head = (nn.Conv2d(4, 8, 3, padding=1),
+                                                 nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 1, stride=2),
+                                                 nn.Linear(8, 4))
     def forward(self, x):
         x = F.relu(self.a(x))
         return self.head((self.b(x) + self.short(x)).relu().mean((2, 3)))
@@ -282,93 +268,14 @@ def test_global_allocation_while_training():
             == pytest.approx(.5 * (9 * 40 + 12 * 48 + 3 * 28), abs=50))
 
 
-# gates
-
-def test_a_decision_and_its_gradient():
-    p = torch.tensor([.9, .2, .7, .6], requires_grad=True)
-    polarization_loss(binary_gate(p).mean().view(1)).backward()
-    assert binary_gate(p).tolist() == [1, 0, 1, 1] and torch.allclose(p.grad, torch.full((4,), (1 - 2 * .75) / 4))
-
-@pytest.mark.parametrize("share", [0., .25, .5, 1.])
-def test_polarisation_is_zero_only_in_agreement(share):
-    assert polarization_loss(torch.tensor([share])).item() == share * (1 - share) <= .25
-
-def voting(budget=3., agree=1., steps=6, sparsity=.5, model=None, train=None):
-    shares, model = [], model or deep()
-    def watched(method, keep): # the rule, and the shares of every step
-        made = train_with_gates(budget, agree)(method, keep)
-        return replace(made, update=lambda training: shares.append(training.state["1"]["share"]))
-    record = Method(space="blocks", rule=watched, recover=train or finetune(steps, 1e-2))
-    prune(model, record, sparsity, batches(), F.cross_entropy)
-    return model, shares
-
-def test_gates_are_gone_after_the_training():
-    model, shares = voting()
-    shares = torch.stack(shares)
-    assert shares.shape == (6, 4) and ((shares >= 0) & (shares <= 1)).all()
-    assert len(model[1]) == 2
-    assert not any("rule" in n for n in model.state_dict())
-    assert not any(m._forward_hooks for m in model.modules())
-
-def test_gates_are_gone_after_a_training_that_breaks_off():
-    def broken(model, data, loss, part=1.): raise KeyboardInterrupt
-    model = deep()
-    with pytest.raises(KeyboardInterrupt): voting(model=model, train=Recovery(broken, steps=3))
-    assert list(model.state_dict()) == list(deep().state_dict()) and not any(m._forward_hooks for m in model.modules())
-
-def test_the_two_terms_reach_the_gates_and_nothing_else():
-    "With every gate open the polarisation loss is zero and raises the gates, the budget lowers them; weights see the loss."
-    grads = {}
-    def look(model, data, loss, part=1.):
-        weight, bias = [p for n, p in model.named_parameters() if "rule" in n]
-        weight.data.zero_()
-        x, y = data_batch
-        opt = torch.optim.SGD(model.parameters(), 0.)
-        F.cross_entropy(model(x), y).backward()
-        grads.update({n: p.grad.clone() for n, p in model.named_parameters() if "rule" not in n})
-        grads["bias"] = bias.grad.clone()
-        opt.step()   # the step that was announced
-    data_batch = batches()[0]
-    found = {}
-    for budget, agree in ((0., 0.), (2., 0.), (0., 2.)):
-        voting(budget, agree, model=deep(), train=Recovery(look, steps=1))
-        found[budget, agree] = dict(grads)
-    plain = found[0., 0.]
-    slope = torch.sigmoid(torch.tensor(1.)) * torch.sigmoid(torch.tensor(-1.))
-    assert plain["bias"].shape == (4, 1)
-    assert torch.allclose(found[2., 0.]["bias"] - plain["bias"], 2 * 2 * (1 - .5) / 4 * slope, atol=1e-5)
-    assert torch.allclose(found[0., 2.]["bias"] - plain["bias"], 2 * (1 - 2 * 1.) / 4 * slope, atol=1e-5)
-    for n in (n for n in plain if n != "bias"):
-        assert torch.equal(plain[n], found[2., 0.][n]) and torch.equal(plain[n], found[0., 2.][n])
-
-def test_a_closed_gate_is_a_block_left_out():
-    model, outs = deep(), []
-    def look(model, data, loss, part=1.):
-        weight, bias = [p for n, p in model.named_parameters() if "rule" in n]
-        weight.data.zero_()
-        bias.data.copy_(torch.tensor([[9.], [-9.], [9.], [-9.]]))
-        opt = torch.optim.SGD(model.parameters(), 0.)
-        for _ in range(200): out = model(x)
-        out.sum().backward()
-        opt.step()   # the step that was announced
-        outs.append(model(x).detach())
-    x = torch.randn(5, 16)
-    model, _ = voting(model=model, train=Recovery(look, steps=1))
-    assert torch.allclose(model(x), outs[0], atol=1e-6) and len(model[1]) == 2
-
-
 # refusals
 
 def test_refusals():
     sparse = net()
     prune(sparse, "magnitude", .5)
-    narrow = nn.Sequential(nn.Linear(16, 8),
-                           nn.Sequential(*[nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 4))]))
     for call, word in ((lambda: prune(nn.Linear(8, 8), "truncated-svd", .5), "inside a module"),
                        (lambda: prune(sparse, "truncated-svd", .5), "skip="),
-                       (lambda: prune(net(), "trp", .5, batches(), F.cross_entropy, recover="none"), "trains"),
-                       (lambda: prune(net(), "polarize", .5, batches(), F.cross_entropy), "blocks"),
-                       (lambda: prune(narrow, "polarize", .5, batches(), F.cross_entropy), "shape")):
+                       (lambda: prune(net(), "trp", .5, batches(), F.cross_entropy, recover="none"), "trains")):
         with pytest.raises(BadInput, match=word) as refused: call()
         assert "\n" not in str(refused.value)
 

@@ -39,8 +39,8 @@ def one_pass(model, rule, x, pattern):
         weights = list(training.weight.values())
         y = model(x)
         y.square().sum().backward()
-        found = ((y.detach(), x.grad, [w.grad.clone() for w in weights],
-                  [nm_mask(training.w(n), training) for n in training.names]))
+        found = (y.detach(), x.grad, [w.grad.clone() for w in weights],
+                 [nm_mask(training.w(n), training) for n in training.names])
         torch.optim.SGD(model.parameters(), 0.).step()
     return found
 

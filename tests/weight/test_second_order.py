@@ -297,7 +297,7 @@ def test_models_that_take_dicts():
 
 
 @pytest.mark.parametrize("parts", [dict(pattern="2:4", allocate="uniform"), dict(pattern="per_row", allocate="uniform"),
-                                   dict(allocate="erk"), dict(solve="refit"), dict(score="magnitude"), dict(block=16)],
+                                   dict(allocate="erk"), dict(solve="fisher_refit"), dict(score="magnitude"), dict(block=16)],
                          ids=str)
 def test_every_part_can_be_replaced(parts):
     torch.manual_seed(0)
@@ -332,7 +332,7 @@ def test_gradients_that_do_not_fit_are_refused_before_the_first(monkeypatch):
     monkeypatch.setattr("pruning_bench.core.memory.available_bytes", lambda device: 2 * m * d * 8 - 1)
     for name in ("mfac", "obs"):
         with pytest.raises(BadInput,
-                           match=rf"{m} gradients.*{d} weights.*{2 * m * d * 8:,} bytes.*calibration=.*each=.*skip="):
+                           match=rf"{m} gradients.*{d} weights.*{2 * m * d * 8:,} bytes.*calibration=.*examples_per_grad=.*skip="):
             prune(model, name, .5, data, never)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not masks_of(model)
     assert prune(net(), "mfac", .5, data, F.cross_entropy, examples_per_grad=2, rounds=1).requested == .5
@@ -389,7 +389,7 @@ def digits():
 def test_moves_and_rounds_together_save_what_one_cut_destroys(digits):
     magnitude, full = digits("magnitude", .95, allocate="global"), digits("mfac", .95, rounds=8)
     assert full.min() > magnitude.max() + 20
-    assert full.mean() > digits("mfac", .95, rounds=1).mean() + 20          # reading again
+    assert full.mean() > digits("mfac", .95, rounds=1).mean() + 20          # gradients recomputed in every round
     assert full.mean() > digits("mfac", .95, rounds=8, solve="zero").mean() + 20   # moving
     assert (digits("mfac", .95, rounds=1, solve="zero").mean() - magnitude.mean()).abs() < 15   # the ranking alone
 

@@ -88,8 +88,8 @@ def test_constants_scales_and_shifts():
 def add(seed, width=128, steps=400):
     g, p = torch.Generator().manual_seed(seed), 29
     a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
-    x, true, order = ((torch.cat([F.one_hot(a, p), F.one_hot(b, p)], 1).float(), (a + b) % p,
-                       torch.randperm(p * p, generator=g)))
+    x, true, order = (torch.cat([F.one_hot(a, p), F.one_hot(b, p)], 1).float(), (a + b) % p,
+                      torch.randperm(p * p, generator=g))
     bad, seen, unseen = order[:88], order[:588], order[588:]
     taught = true.clone()
     taught[bad] = (true[bad] + torch.randint(1, p, (88,), generator=g)) % p
