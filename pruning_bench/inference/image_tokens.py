@@ -57,10 +57,19 @@ class ViTKind:
     patches: Callable   # model -> patches of an image of the usual size
     positions: Callable # model -> tokens of such an image, those that are not patches included
 
-def patches_of(m)->int: return m.embeddings.patch_embeddings.num_patches
-def positions_of(m)->int: return m.embeddings.position_embeddings.shape[1]
+def patches_of(m, # a vision transformer of `transformers`
+    )->int:
+    "The number of image patches."
+    return m.embeddings.patch_embeddings.num_patches
+def positions_of(m, # a vision transformer of `transformers`
+    )->int:
+    "The number of tokens, special tokens included."
+    return m.embeddings.position_embeddings.shape[1]
 
-def projections(b)->tuple: return b.attention.q_proj, b.attention.k_proj
+def projections(b, # a block of `transformers`
+    )->tuple:
+    "The query and the key projection of a block."
+    return b.attention.q_proj, b.attention.k_proj
 
 OF_TRANSFORMERS = ViTKind(lambda m: m.layers, projections, projected, patches_of, positions_of)
 OF_TORCHVISION = ViTKind(lambda m: m.encoder.layers, lambda b: (b.ln_1,), projected_again,
@@ -132,7 +141,7 @@ def dropper(space, name:str, decide:Callable, needs, # as `install` has them
     "Token pruning: keep the tokens of a block's output that `decide` selects."
     def drop(block, args, kwargs, x):
         if kwargs.get("attention_mask", args[1] if len(args) > 1 else None) is not None:
-            raise BadInput("an attention mask speaks of tokens that may be gone: call the model without one")
+            raise BadInput("an attention mask refers to tokens that may be pruned: call the model without one")
         with torch.no_grad():
             hidden, stats = x[:, space.first:].detach(), Stats()
             if "hidden" in needs: stats.hidden = hidden

@@ -37,11 +37,11 @@ def layer_floors(least:float,  # weights per layer, or below 1 a share of all we
 def global_with_floor(least:float=.0005, # weights per layer, or below 1 a share of all weights
     ): # an allocator
     "Global allocation with a minimum per layer: the highest scores of each layer are kept first."
-    def cut(scores, keep, space):
+    def allocate(scores, keep, space):
         floors = layer_floors(least, scores, keep)
         def safe(n, s): return topk_mask(s.flatten().float(), floors[n]).view_as(s)
         return global_({n: s.float().masked_fill(safe(n, s), torch.inf) for n, s in scores.items()}, keep, space)
-    return cut
+    return allocate
 
 # %% ../../nbs/weight/24_allocation.ipynb #ec19e372
 @register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning",
@@ -71,12 +71,12 @@ def rescale_to_budget(sparsity:dict, # {name: fraction removed}
 def global_rescaled_floor(least:float=.0005, # weights per layer, or below 1 a share of all weights
     ): # an allocator
     "The paper's minimum per layer: densities of a global ranking, rescaled by a common factor to the budget."
-    def cut(scores, keep, space):
+    def allocate(scores, keep, space):
         size = {n: s.numel() for n, s in scores.items()}
         ranked = {n: 1 - f for n, f in global_(scores, keep, space).items()}
         fewest = least if least >= 1 else round(least * sum(size.values()))
         return {n: 1 - s for n, s in rescale_to_budget(ranked, size, fewest, 1 - keep).items()}
-    return cut
+    return allocate
 
 # %% ../../nbs/weight/24_allocation.ipynb #d3234cc4
 def weight_shapes(scores:dict, # {layer: scores}

@@ -55,7 +55,7 @@ def output_temperature(model,             # any module
 
 # %% ../../nbs/weight/21_at_init.ipynb #e98d302a
 @provider(reads_loss=True)
-def hessian_grad(space, batches, loss=None,
+def hessian_grad(space, batches, loss=None, # as every provider
                  temperature:float=200., # outputs are divided by it
                  parts:int=4,            # a batch is differentiated twice in this many pieces
     )->dict: # {layer: (rows, columns)}

@@ -150,7 +150,10 @@ def pool_weights(w:Tensor,   # (rows, columns), for the shape
     "The weights of a layer, read from the shared pool."
     return (state["pool"][state["order"]] * state["scale"]).view_as(w)
 
-def identity(x:Tensor)->Tensor: return x
+def identity(x:Tensor, # any tensor
+    )->Tensor:
+    "The tensor itself."
+    return x
 
 def stable_rps(unit:float=0., # standard deviation of the pool; 0 = that of all weights
                divide:Callable=identity, # sums of squared scales per pool entry -> divisors of the pool gradient

@@ -119,7 +119,7 @@ def max_rank(seen:LowRankView, # the view of a layer
     *_, rows, columns = seen.read().shape
     return rows * columns // (rows + columns)
 
-def factorizable_layers(model:nn.Module,
+def factorizable_layers(model:nn.Module, # any network
                         skip, # patterns of parameter names to leave unchanged
                         form, # a function Layer -> LowRankView
     )->dict:        # {parameter name: Layer}

@@ -72,8 +72,8 @@ def sequential_obs_costs(inverse:Tensor, # (rows, c, c), inverse Hessian of ever
     )->Tensor: # (rows, c), double: loss increase of each removal, cumulative maximum in removal order
     "Sequential OBS: remove the weight of least cost, update the others and the inverse; repeat until none is left."
     inverse, w, r = inverse.double(), w.double(), torch.arange(len(w), device=w.device)
-    price, paid, diag = torch.zeros_like(w), torch.zeros_like(w[:, 0]), inverse.diagonal(dim1=1, dim2=2)
-    at = torch.arange(w.shape[1], device=w.device).expand_as(w)   # which weights are left
+    cost, highest, diag = torch.zeros_like(w), torch.zeros_like(w[:, 0]), inverse.diagonal(dim1=1, dim2=2)
+    at = torch.arange(w.shape[1], device=w.device).expand_as(w)   # indices of the remaining weights
     while n := min(width, at.shape[1]):
         lines, gone = w.new_zeros(len(w), n, at.shape[1]), torch.zeros_like(w, dtype=torch.bool)
         for t in range(n):
@@ -82,15 +82,15 @@ def sequential_obs_costs(inverse:Tensor, # (rows, c, c), inverse Hessian of ever
             lines[:, t] = line = (torch.baddbmm(inverse[r, p][:, None], lines[r, :t, p][:, None], lines[:, :t],
                                                 alpha=-1)[:, 0] / scale[:, None])
             step = w[r, p] / scale
-            paid = torch.maximum(paid * (1 + 3e-7), step.square() / 2)   # strictly increasing in single precision
-            price[r, at[r, p]], gone[r, p] = paid, True
+            highest = torch.maximum(highest * (1 + 3e-7), step.square() / 2)   # strictly increasing in single precision
+            cost[r, at[r, p]], gone[r, p] = highest, True
             w, diag = w - step[:, None] * line, (diag - line.square()).clamp_min_(1e-300)
         left = (~gone).nonzero()[:, 1].view(len(w), -1)
         at, w, diag, lines = (at.gather(1, left), w.gather(1, left), diag.gather(1, left),
                               lines.gather(2, left[:, None].expand(-1, n, -1)))
         inverse = (torch.stack([a.index_select(0, l).index_select(1, l) for a, l in zip(inverse, left)])
                    .baddbmm_(lines.mT, lines, alpha=-1))
-    return price
+    return cost
 
 # %% ../../nbs/weight/27_second_order.ipynb #c7f333c7
 MAX_EXACT_WEIGHTS = 2500   # number of weights; the inverse for 2,500 weights takes 50 MB
@@ -193,8 +193,8 @@ class Fisher:
 
     def rooted(self, g): # (blocks, m, width) -> (blocks, m, m), double
         "Cholesky factor of m damp I + G G'."
-        few = max(1, 2**16 // g.shape[2])   # blocks at a time
-        k = torch.cat([sum(c @ c.mT for c in map(Tensor.double, b.split(2**16, dim=2))) for b in g.split(few)])
+        chunk = max(1, 2**16 // g.shape[2])   # blocks at a time
+        k = torch.cat([sum(c @ c.mT for c in map(Tensor.double, b.split(2**16, dim=2))) for b in g.split(chunk)])
         k.diagonal(dim1=1, dim2=2).add_(g.shape[1] * self.damp)
         root, failed = torch.linalg.cholesky_ex(k)
         if failed.any():

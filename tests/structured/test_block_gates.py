@@ -64,7 +64,7 @@ def test_gates_are_gone_after_a_training_that_breaks_off():
     assert list(model.state_dict()) == list(deep().state_dict()) and not any(m._forward_hooks for m in model.modules())
 
 def test_the_two_terms_reach_the_gates_and_nothing_else():
-    "With all gates open the polarisation loss is zero and raises the gates, the budget lowers them; weights see the loss."
+    "With open gates the polarisation loss is zero and raises gates, the budget lowers them; weights see the loss."
     grads = {}
     def look(model, data, loss, part=1.):
         weight, bias = [p for n, p in model.named_parameters() if "rule" in n]

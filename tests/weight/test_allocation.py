@@ -40,7 +40,8 @@ def total(plan): return sum(int(m.sum()) for m in plan.masks.values())
 
 # every allocation
 
-RULES = {"uniform_plus": uniform_plus, "er": er, "global_with_floor": global_with_floor(), "floor of 3": global_with_floor(3),
+RULES = {"uniform_plus": uniform_plus, "er": er, "global_with_floor": global_with_floor(),
+         "floor of 3": global_with_floor(3),
          "rescaled": global_rescaled_floor(3)}
 
 @pytest.mark.parametrize("name", RULES)

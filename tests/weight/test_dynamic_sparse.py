@@ -107,7 +107,8 @@ def test_shares_end_where_the_paper_says():
     assert update_interval(method(3), 30, .75) == 1
     assert update_interval(method(600), 40) == 15
 
-@pytest.mark.parametrize("bad", [dict(updates=0), dict(end=0.), dict(end=1.5), dict(drop_fraction=2.), dict(anneal="cosin")])
+@pytest.mark.parametrize("bad",
+                         [dict(updates=0), dict(end=0.), dict(end=1.5), dict(drop_fraction=2.), dict(anneal="cosin")])
 @pytest.mark.parametrize("name", ["set", "rigl"])
 def test_settings_without_a_meaning_are_refused(name, bad):
     model = mlp()
@@ -177,7 +178,8 @@ def test_rigl_takes_the_loudest_of_the_dead_and_starts_them_at_nothing(optimizer
 
 def test_without_exchange_both_are_a_lottery():
     nets = [mlp() for _ in range(3)]
-    for net, (name, more) in zip(nets, {"set": dict(drop_fraction=0.), "rigl": dict(drop_fraction=0.), "random": dict(allocate="erk")}
+    for net, (name, more) in zip(nets, {"set": dict(drop_fraction=0.), "rigl": dict(drop_fraction=0.),
+                                        "random": dict(allocate="erk")}
                                  .items()):
         prune(net, name, .8, batches(), F.cross_entropy, recover=finetune(12, 1e-2), **more)
     assert same(nets[0], nets[1]) and same(nets[1], nets[2])
@@ -237,7 +239,8 @@ def test_granet_exchanges_half_at_first_and_a_hundredth_of_that_at_last():
 def test_granet_without_regrowth_is_gradual_pruning():
     way = lambda keep: [1., *(keep + (1 - keep) * (1 - i / 6)**3 for i in range(1, 6)), *[keep] * 4]
     one, two = mlp(), mlp()
-    prune(one, "granet", .9, batches(), F.cross_entropy, drop_fraction=0., updates=10, end=.6, recover=finetune(40, 1e-2))
+    prune(one, "granet", .9, batches(), F.cross_entropy, drop_fraction=0., updates=10, end=.6,
+          recover=finetune(40, 1e-2))
     prune(two, "gradual-magnitude", .9, batches(), F.cross_entropy, allocate="global", schedule=way,
           recover=finetune(40, 1e-2))
     assert same(one, two)

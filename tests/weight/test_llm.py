@@ -245,5 +245,6 @@ def test_orderings_on_pydoc_llama():
     for sparsity in (.5, .6, .7, "2:4"):
         for seed in range(3):
             chance, mag, wan, rep, gpt = (perplexity(m, sparsity, seed, **p) for m, p in (
-                ("random", {}), ("magnitude", {}), ("wanda", {}), ("wanda", {"solve": "compensate_columns"}), ("sparsegpt", {})))
+                ("random", {}), ("magnitude", {}), ("wanda", {}), ("wanda", {"solve": "compensate_columns"}),
+                ("sparsegpt", {})))
             assert chance > 1.5 * max(mag, wan) and min(mag, wan, rep) > gpt > dense and wan > rep

@@ -297,7 +297,8 @@ def test_models_that_take_dicts():
 
 
 @pytest.mark.parametrize("parts", [dict(pattern="2:4", allocate="uniform"), dict(pattern="per_row", allocate="uniform"),
-                                   dict(allocate="erk"), dict(solve="fisher_refit"), dict(score="magnitude"), dict(block=16)],
+                                   dict(allocate="erk"), dict(solve="fisher_refit"), dict(score="magnitude"),
+                                   dict(block=16)],
                          ids=str)
 def test_every_part_can_be_replaced(parts):
     torch.manual_seed(0)
@@ -332,7 +333,8 @@ def test_gradients_that_do_not_fit_are_refused_before_the_first(monkeypatch):
     monkeypatch.setattr("pruning_bench.core.memory.available_bytes", lambda device: 2 * m * d * 8 - 1)
     for name in ("mfac", "obs"):
         with pytest.raises(BadInput,
-                           match=rf"{m} gradients.*{d} weights.*{2 * m * d * 8:,} bytes.*calibration=.*examples_per_grad=.*skip="):
+                           match=rf"{m} gradients.*{d} weights.*{2 * m * d * 8:,} bytes.*calibration="
+                                  r".*examples_per_grad=.*skip="):
             prune(model, name, .5, data, never)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not masks_of(model)
     assert prune(net(), "mfac", .5, data, F.cross_entropy, examples_per_grad=2, rounds=1).requested == .5
