@@ -46,7 +46,7 @@ class Plan:
     def __eq__(self, other): return isinstance(other, Plan) and self.digest == other.digest
     def __hash__(self): return hash(self.digest)
     def __getstate__(self): return {**self.__dict__, "model": None}   # copies and pickles travel without the model
-    def __repr__(self): return f"Plan({self.recipe.get('method', 'custom')}, {self.space}: {request_summary(self)}{self.density:.4f} kept, {len(self.masks)} groups, {self.digest[:12]})"
+    def __repr__(self): return f"Plan({self.provenance.get('method', 'custom')}, {self.space}: {request_summary(self)}{self.density:.4f} kept, {len(self.masks)} groups, {self.digest[:12]})"
     def table(self): return plan_table(self)
     def plot(self, ax=None): return plot_plan(self, ax)
     def _repr_html_(self): return plan_html(self)

@@ -20,25 +20,26 @@ from ..core.score import magnitude, random, score
 from ..core.stats import provider
 
 # %% ../../nbs/weight/24_allocation.ipynb #b89d16c6
-def layer_floors(least:float,  # weights per layer, or below 1 a share of all weights
+def layer_floors(min_per_layer:float,  # weights per layer, or below 1 a share of all weights
             scores:dict,  # {name: scores}
             keep:float,   # fraction to keep
     )->dict: # {name: whole number of weights}
     "The minimum number of weights of every layer; raises `BadInput` when these alone exceed the budget."
     total = sum(s.numel() for s in scores.values())
-    floors = {n: min(round(least if least >= 1 else least * total), int((s > -torch.inf).sum()))
+    floors = {n: min(round(min_per_layer if min_per_layer >= 1 else min_per_layer * total), int((s > -torch.inf).sum()))
               for n, s in scores.items()}
     if sum(floors.values()) > round(keep * total):
         raise BadInput(f"a floor of {max(floors.values())} in each of {len(scores)} groups takes "
-                       f"{sum(floors.values())}, but only {round(keep * total)} stay: lower least= or the sparsity")
+                       f"{sum(floors.values())}, but only {round(keep * total)} stay: lower min_per_layer= or the "
+                       "sparsity")
     return floors
 
 @allocator_factory()
-def global_with_floor(least:float=.0005, # weights per layer, or below 1 a share of all weights
+def global_with_floor(min_per_layer:float=.0005, # weights per layer, or below 1 a share of all weights
     ): # an allocator
     "Global allocation with a minimum per layer: the highest scores of each layer are kept first."
     def allocate(scores, keep, space):
-        floors = layer_floors(least, scores, keep)
+        floors = layer_floors(min_per_layer, scores, keep)
         def safe(n, s): return topk_mask(s.flatten().float(), floors[n]).view_as(s)
         return global_({n: s.float().masked_fill(safe(n, s), torch.inf) for n, s in scores.items()}, keep, space)
     return allocate
@@ -54,13 +55,14 @@ def global_mp(min_per_layer:float=.0005, # weights every layer keeps, or below 1
 # %% ../../nbs/weight/24_allocation.ipynb #f4b7910e
 def rescale_to_budget(sparsity:dict, # {name: fraction removed}
              size:dict,     # {name: number of weights}
-             least:float,   # weights every layer keeps
+             min_per_layer:float,   # weights every layer keeps
              target:float,  # fraction to remove in all
     )->dict: # {name: fraction removed}
     "Scale all sparsities by one factor, clipped at the layer minimum, until the total is met (the paper's procedure)."
-    most, total = {n: max(0., 1 - least / size[n]) for n in size}, sum(size.values())
+    most, total = {n: max(0., 1 - min_per_layer / size[n]) for n in size}, sum(size.values())
     if sum(most[n] * size[n] for n in size) < target * total - 1e-9:
-        raise BadInput(f"a floor of {least:g} leaves less to remove than {target:g}: lower the floor or the sparsity")
+        raise BadInput(
+            f"a floor of {min_per_layer:g} leaves less to remove than {target:g}: lower the floor or the sparsity")
     for _ in range(10_000):
         now = sum(sparsity[n] * size[n] for n in size) / total
         sparsity = {n: min(most[n], s * target / now if now else 0.) for n, s in sparsity.items()}
@@ -68,13 +70,13 @@ def rescale_to_budget(sparsity:dict, # {name: fraction removed}
     return sparsity
 
 @part_factory(Allocator)
-def global_rescaled_floor(least:float=.0005, # weights per layer, or below 1 a share of all weights
+def global_rescaled_floor(min_per_layer:float=.0005, # weights per layer, or below 1 a share of all weights
     ): # an allocator
     "The paper's minimum per layer: densities of a global ranking, rescaled by a common factor to the budget."
     def allocate(scores, keep, space):
         size = {n: s.numel() for n, s in scores.items()}
         ranked = {n: 1 - f for n, f in global_(scores, keep, space).items()}
-        fewest = least if least >= 1 else round(least * sum(size.values()))
+        fewest = min_per_layer if min_per_layer >= 1 else round(min_per_layer * sum(size.values()))
         return {n: 1 - s for n, s in rescale_to_budget(ranked, size, fewest, 1 - keep).items()}
     return allocate
 

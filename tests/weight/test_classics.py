@@ -126,8 +126,8 @@ def test_synflow_is_conserved_at_every_unit_of_a_pruned_network():
     assert all((f[~space.alive(n)] == 0).all() for n, f in zip(space.names(), flow))
 
 def test_synflow_reads_no_data():
-    plans = [prune(conv(), "synflow", .9, data, rounds=20) for data in (batches(0), [torch.rand(3, 1, 8, 8)],
-                                                                        [{"input": torch.zeros(1, 1, 8, 8)}])]
+    data_sets = batches(0), [torch.rand(3, 1, 8, 8)], [{"input": torch.zeros(1, 1, 8, 8)}]
+    plans = [prune(conv(), "synflow", .9, data, rounds=20) for data in data_sets]
     assert plans[0] == plans[1] == plans[2]
     with pytest.raises(BadInput, match="token ids"):
         prune(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)), "synflow", .5, [torch.ones(2, 3).long()])

@@ -248,10 +248,9 @@ def test_movement_keeps_the_same_share_of_every_matrix_at_every_step():
 
 def test_the_gradient_of_the_upper_level_by_hand():
     score = torch.ones(1, requires_grad=True)
-    loss = lambda out: (out - .5).square().sum() / 2
-    at = lambda implicit, mask: torch.autograd.grad(loss(BilevelMask.apply(score, torch.tensor([2.]),
-                                                                           torch.tensor([mask]), implicit)),
-                                                    score)[0].item()
+    def at(implicit, mask):
+        out = BilevelMask.apply(score, torch.tensor([2.]), torch.tensor([mask]), implicit)
+        return torch.autograd.grad((out - .5).square().sum() / 2, score)[0].item()
     assert at(.1, True) == pytest.approx(2.775) and at(0., True) == 3. and at(.1, False) == at(0., False) == -1.
 
 def test_levels_take_turns():

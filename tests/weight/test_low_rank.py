@@ -174,8 +174,8 @@ def test_an_unknown_way_is_refused():
 
 def test_units_fill_the_room_and_the_numbers_kept_are_the_fraction_kept():
     model = net()
-    assert {n: Ranks(model).w(n).numel() for n in Ranks(model).names()} == {"0.weight": 9, "2.weight": 12,
-                                                                            "4.weight": 3}
+    units = {n: Ranks(model).w(n).numel() for n in Ranks(model).names()}
+    assert units == {"0.weight": 9, "2.weight": 12, "4.weight": 3}
     plan = prune(model, "truncated-svd", .5)
     assert {n: int(m.sum()) for n, m in plan.masks.items()} == {"0.weight": 5, "2.weight": 6, "4.weight": 2}
     assert [tuple(p.shape) for p in model[2].parameters()] == [(6, 24), (24, 6), (24,)]

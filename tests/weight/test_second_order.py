@@ -128,8 +128,8 @@ def test_removing_one_weight_is_the_constrained_minimum_across_layers():
         for solve in (obs_update, fisher_refit):
             new = run_solver(solve, whole, [(2, 3), (4, 1)], w, keep)
             assert torch.allclose(new, best(f, w, keep)) and new[q] == 0
-            assert ((new - w) @ f @ (new - w) / 2).item() == pytest.approx((w[q]**2 / (2 * whole.diag[q])).item(),
-                                                                           rel=1e-8)
+            cost = (w[q]**2 / (2 * whole.diag[q])).item()
+            assert ((new - w) @ f @ (new - w) / 2).item() == pytest.approx(cost, rel=1e-8)
 
 
 @pytest.mark.parametrize("block", [None, 4])
