@@ -39,7 +39,7 @@ def class_row(q:Tensor,  # (images, tokens or 1, width): queries, the class toke
 
 # %% ../../nbs/inference/90_image_tokens.ipynb #11a63e77
 def projected(block, seen:dict)->tuple: # (queries, keys, heads)
-    "Queries and keys of a block of `transformers`, as its projections gave them."
+    "Queries and keys of a block of `transformers`, from the outputs of its projections."
     return seen[block.attention.q_proj], seen[block.attention.k_proj], block.attention.num_attention_heads
 
 def projected_again(block, seen:dict)->tuple: # (queries of the class token, keys, heads)
@@ -50,17 +50,26 @@ def projected_again(block, seen:dict)->tuple: # (queries of the class token, key
 
 @dataclass(frozen=True)
 class ViTKind:
-    "Where a vision transformer keeps what the dropping of tokens needs."
+    "Access to the parts of a vision transformer that token pruning needs."
     blocks: Callable    # model -> its blocks, in order
     read: Callable      # block -> modules whose outputs are read
     query_key: Callable # (block, {module: its output}) -> (queries, keys, heads)
     patches: Callable   # model -> patches of an image of the usual size
     positions: Callable # model -> tokens of such an image, those that are not patches included
 
-def patches_of(m)->int: return m.embeddings.patch_embeddings.num_patches
-def positions_of(m)->int: return m.embeddings.position_embeddings.shape[1]
+def patches_of(m, # a vision transformer of `transformers`
+    )->int:
+    "The number of image patches."
+    return m.embeddings.patch_embeddings.num_patches
+def positions_of(m, # a vision transformer of `transformers`
+    )->int:
+    "The number of tokens, special tokens included."
+    return m.embeddings.position_embeddings.shape[1]
 
-def projections(b)->tuple: return b.attention.q_proj, b.attention.k_proj
+def projections(b, # a block of `transformers`
+    )->tuple:
+    "The query and the key projection of a block."
+    return b.attention.q_proj, b.attention.k_proj
 
 OF_TRANSFORMERS = ViTKind(lambda m: m.layers, projections, projected, patches_of, positions_of)
 OF_TORCHVISION = ViTKind(lambda m: m.encoder.layers, lambda b: (b.ln_1,), projected_again,
@@ -70,11 +79,11 @@ KINDS = {"transformers.ViTModel": OF_TRANSFORMERS, "transformers.DeiTModel": OF_
 
 # %% ../../nbs/inference/90_image_tokens.ipynb #80376efd
 def class_names(module:nn.Module)->set: # "package.Class" of a module's class and the classes it derives from
-    "What a module is, without importing the package that defines it."
+    "The class names of a module, without importing the package that defines it."
     return {f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in type(module).__mro__}
 
 def backbone(model:nn.Module)->tuple: # (path, module, its `ViTKind`)
-    "The one vision transformer in a model; raises `BadInput` where there is none, or where tokens may not be lost."
+    "The vision transformer in a model; raises `BadInput` when there is not exactly one, or it needs all tokens."
     found = [(n, m, KINDS[k]) for n, m in model.named_modules() for k in sorted(class_names(m) & set(KINDS))]
     what = type(model).__name__
     if not found: raise BadInput(f"{what} has no image tokens that can be dropped: pass a model with one of {[*KINDS]}")
@@ -129,10 +138,10 @@ def recorder(seen:dict)->Callable: # a hook
 def dropper(space, name:str, decide:Callable, needs, # as `install` has them
             seen:dict,                               # {module: its latest output}
     )->Callable: # a hook of a block
-    "Keep the tokens that `resolve_splits` chooses, of the output of a block."
+    "Token pruning: keep the tokens of a block's output that `decide` selects."
     def drop(block, args, kwargs, x):
         if kwargs.get("attention_mask", args[1] if len(args) > 1 else None) is not None:
-            raise BadInput("an attention mask speaks of tokens that may be gone: call the model without one")
+            raise BadInput("an attention mask refers to tokens that may be pruned: call the model without one")
         with torch.no_grad():
             hidden, stats = x[:, space.first:].detach(), Stats()
             if "hidden" in needs: stats.hidden = hidden
@@ -149,7 +158,7 @@ def dropper(space, name:str, decide:Callable, needs, # as `install` has them
 # %% ../../nbs/inference/90_image_tokens.ipynb #513ad409
 def kept_patches(masks:dict, # {place: (images, tokens that arrive)}, as the block of a policy yields
     )->dict: # {place: (images, tokens that stay)}, row by row positions in the image, from 0
-    "Where in the image the tokens lie that stay at each place."
+    "Image positions of the tokens kept at each pruning location."
     at, out = None, {}
     for name, mask in masks.items():
         at = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape) if at is None else at

@@ -25,26 +25,29 @@ from ..core.stats import provider, sample_gradients
 from .sparsegpt import inverse_factor
 
 # %% ../../nbs/weight/27_second_order.ipynb #fee60f46
-def iter_gradients(space, batches, loss, # as every reading
+def iter_gradients(space, batches, loss, # as every provider
                   each:int=1,           # examples per gradient
-    ): # yields (d,): all layers one after the other
+    ): # yields (d,): the layers concatenated
     "Gradients in evaluation mode, a few examples at a time; zero at pruned weights."
     for found in sample_gradients(space.model, {n: l.weight for n, l in space.layers.items()}, batches, loss, each):
         flat = torch.cat([l.matrix(found[n]).flatten() for n, l in space.layers.items()])
         yield flat.to(torch.promote_types(flat.dtype, torch.float32))
 
-def split_by_layer(space, flat:Tensor)->dict: # {layer: (rows, columns)}
-    "Cut a vector over all weights into the matrices of the layers; raises `BadInput` when it is not finite."
-    if not torch.isfinite(flat).all(): raise BadInput("the gradients are not all finite: check the loss and the calibration data")
+def split_by_layer(space,       # of weights
+                   flat:Tensor, # (d,)
+    )->dict: # {layer: (rows, columns)}
+    "Split a vector over all weights into the matrices of the layers; raises `BadInput` when it is not finite."
+    if not torch.isfinite(flat).all():
+        raise BadInput("the gradients are not all finite: check the loss and the calibration data")
     shapes = {n: l.read().shape for n, l in space.layers.items()}
     return {n: p.view(s) for (n, s), p in zip(shapes.items(), flat.split([s.numel() for s in shapes.values()]))}
 
 # %% ../../nbs/weight/27_second_order.ipynb #488b86ad
 @provider(reads_loss=True)
-def fisher_diag(space, batches, loss=None, # as every reading
+def fisher_diag(space, batches, loss=None, # as every provider
                 each:int=1,                # examples per gradient
     )->dict: # {layer: (rows, columns)}
-    "Mean square of the gradients, the diagonal of the empirical Fisher."
+    "Diagonal of the empirical Fisher: mean square of the gradients."
     total, count = 0, 0
     for g in iter_gradients(space, batches, loss, each): total, count = total + g.square(), count + 1
     return split_by_layer(space, total / count)
@@ -53,73 +56,79 @@ def fisher_diag(space, batches, loss=None, # as every reading
 def obd(w:Tensor, # (rows, columns)
         stats,    # fisher_diag, like w
     )->Tensor: # like w
-    "Rise of the loss when one weight goes and the others stay (LeCun et al., 1989)."
+    "OBD score: second-order increase of the loss when one weight is removed, diagonal Hessian (LeCun et al., 1989)."
     return stats.fisher_diag * w.square() / 2
 
 @register("Optimal Brain Damage", "NeurIPS 1989", 1989, "weight")
-def obd_(each:int=1, # examples per gradient
+def obd_(examples_per_grad:int=1, # examples per gradient
     ):
-    "Remove the weights with the smallest square times mean squared gradient, in one ranking."
-    return Method(score=obd, allocate=global_, readings={"fisher_diag": dict(each=each)})
+    "Optimal Brain Damage with the empirical Fisher diagonal, global."
+    return Method(score=obd, allocate=global_, readings={"fisher_diag": dict(each=examples_per_grad)})
 
 # %% ../../nbs/weight/27_second_order.ipynb #9993b73e
 def sequential_obs_costs(inverse:Tensor, # (rows, c, c), inverse Hessian of every row
           w:Tensor,       # (rows, c)
-          width:int=64,   # weights removed before the inverse is written anew; changes speed only
-    )->Tensor: # (rows, c), double: price of every weight at its turn, rising in the order of removal
-    "Remove the cheapest weight, move the others, update the inverse, and again until nothing is left."
+          width:int=64,   # removals between two updates of the inverse; changes speed only
+    )->Tensor: # (rows, c), double: loss increase of each removal, cumulative maximum in removal order
+    "Sequential OBS: remove the weight of least cost, update the others and the inverse; repeat until none is left."
     inverse, w, r = inverse.double(), w.double(), torch.arange(len(w), device=w.device)
-    price, paid, diag = torch.zeros_like(w), torch.zeros_like(w[:, 0]), inverse.diagonal(dim1=1, dim2=2)
-    at = torch.arange(w.shape[1], device=w.device).expand_as(w)   # which weights are left
+    cost, highest, diag = torch.zeros_like(w), torch.zeros_like(w[:, 0]), inverse.diagonal(dim1=1, dim2=2)
+    at = torch.arange(w.shape[1], device=w.device).expand_as(w)   # indices of the remaining weights
     while n := min(width, at.shape[1]):
         lines, gone = w.new_zeros(len(w), n, at.shape[1]), torch.zeros_like(w, dtype=torch.bool)
         for t in range(n):
             p = (w.square() / diag).masked_fill_(gone, torch.inf).argmin(1)
             scale = diag[r, p].sqrt()
-            lines[:, t] = line = torch.baddbmm(inverse[r, p][:, None], lines[r, :t, p][:, None], lines[:, :t], alpha=-1)[:, 0] / scale[:, None]
+            lines[:, t] = line = (torch.baddbmm(inverse[r, p][:, None], lines[r, :t, p][:, None], lines[:, :t],
+                                                alpha=-1)[:, 0] / scale[:, None])
             step = w[r, p] / scale
-            paid = torch.maximum(paid * (1 + 3e-7), step.square() / 2)   # later is dearer, in single precision too
-            price[r, at[r, p]], gone[r, p] = paid, True
+            highest = torch.maximum(highest * (1 + 3e-7), step.square() / 2)   # strictly increasing in single precision
+            cost[r, at[r, p]], gone[r, p] = highest, True
             w, diag = w - step[:, None] * line, (diag - line.square()).clamp_min_(1e-300)
         left = (~gone).nonzero()[:, 1].view(len(w), -1)
-        at, w, diag, lines = at.gather(1, left), w.gather(1, left), diag.gather(1, left), lines.gather(2, left[:, None].expand(-1, n, -1))
-        inverse = torch.stack([a.index_select(0, l).index_select(1, l) for a, l in zip(inverse, left)]).baddbmm_(lines.mT, lines, alpha=-1)
-    return price
+        at, w, diag, lines = (at.gather(1, left), w.gather(1, left), diag.gather(1, left),
+                              lines.gather(2, left[:, None].expand(-1, n, -1)))
+        inverse = (torch.stack([a.index_select(0, l).index_select(1, l) for a, l in zip(inverse, left)])
+                   .baddbmm_(lines.mT, lines, alpha=-1))
+    return cost
 
 # %% ../../nbs/weight/27_second_order.ipynb #c7f333c7
-MAX_EXACT_WEIGHTS = 2500   # weights; the inverse of a network of 2,500 weights takes 50 MB
+MAX_EXACT_WEIGHTS = 2500   # number of weights; the inverse for 2,500 weights takes 50 MB
 
 @provider(reads_loss=True)
-def exact_obs_costs(space, batches, loss=None, # as every reading
+def exact_obs_costs(space, batches, loss=None, # as every provider
                 each:int=1,                # examples per gradient
                 damp:float=1e-5,           # added to the diagonal
     )->dict: # {layer: (rows, columns)}
-    "Price of every weight at its turn, by the dense inverse of the empirical Fisher."
+    "Sequential OBS costs with the dense inverse empirical Fisher; raises `BadInput` for large networks."
     w = torch.cat([l.read().flatten() for l in space.layers.values()])
-    if len(w) > MAX_EXACT_WEIGHTS: raise BadInput(f"exact OBS inverts a matrix as wide as the network, and {len(w)} weights are more than {MAX_EXACT_WEIGHTS}: skip layers, or choose 'mfac', which never forms the matrix")
+    if len(w) > MAX_EXACT_WEIGHTS:
+        raise BadInput(f"exact OBS inverts a matrix as wide as the network, and {len(w)} weights are more than "
+                       f"{MAX_EXACT_WEIGHTS}: skip layers, or choose 'mfac', which never forms the matrix")
     half = Fisher(gradient_matrix(space, batches, loss, each).double(), damp).half()[0]
     inverse = (torch.eye(len(w), dtype=half.dtype, device=half.device) - half.T @ half) / damp
     return split_by_layer(space, sequential_obs_costs(inverse[None], w[None])[0])
 
 @score(needs=["exact_obs_costs"])
 def sequential_obs(w:Tensor, # (rows, columns)
-            stats,    # exact_turns, like w
+            stats,    # exact_obs_costs, like w
     )->Tensor: # like w
-    "What a weight costs when all cheaper ones are gone and the others have moved."
+    "Sequential OBS score: cost of a weight after all cheaper ones were removed and the others updated."
     return stats.exact_obs_costs
 
 @register("Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", "NeurIPS 1992", 1992, "weight")
-def obs_(each:int=1,      # examples per gradient
-         damp:float=1e-5, # added to the diagonal of the Fisher
+def obs_(examples_per_grad:int=1, # examples per gradient
+         damp:float=1e-5,         # added to the diagonal of the Fisher
     ):
-    "One weight at a time, all others moving, by the dense inverse Fisher: exact, for very small networks."
-    return Method(score=sequential_obs, allocate=global_, solve=fisher_refit, readings={n: dict(each=each, damp=damp) for n in ("exact_obs_costs", "fisher")})
+    "Optimal Brain Surgeon with the dense inverse Fisher, one weight at a time: exact, for very small networks."
+    return Method(score=sequential_obs, allocate=global_, solve=fisher_refit,
+                  readings={n: dict(each=examples_per_grad, damp=damp) for n in ("exact_obs_costs", "fisher")})
 
 # %% ../../nbs/weight/27_second_order.ipynb #a11ddc1e
 def row_chunks(w:Tensor, # (rows, columns)
               gram:Tensor, # (groups, columns, columns)
-    ): # yields (which rows, gram of their group)
-    "As many rows at a time as there is room for their matrices."
+    ): # yields (slice of rows, gram of their group)
+    "Chunks of rows whose matrices fit into a fixed amount of memory."
     per, most = len(w) // len(gram), max(1, 2**24 // w.shape[1]**2)
     for a in range(0, len(w), per):
         for b in range(a, a + per, most): yield slice(b, min(b + most, a + per)), gram[a // per]
@@ -128,14 +137,15 @@ def row_chunks(w:Tensor, # (rows, columns)
 def obc(w:Tensor, # (rows, columns)
         stats,    # gram: (groups, columns, columns)
     )->Tensor: # like w, double
-    "What a weight adds to the squared error of its output, at its turn in its row (Frantar et al., 2022)."
+    "OBC score: increase of the squared output error at sequential removal within a row (Frantar et al., 2022)."
     u = inverse_factor(stats.gram, .01)
-    return torch.cat([sequential_obs_costs(a.expand(len(w[rows]), -1, -1), w[rows]) for rows, a in row_chunks(w, u.mT @ u)])
+    return torch.cat([sequential_obs_costs(a.expand(len(w[rows]), -1, -1), w[rows])
+                      for rows, a in row_chunks(w, u.mT @ u)])
 
 @solver(needs=["gram"], unit="weight")
 def row_least_squares(w:Tensor, stats, scores:Tensor, fraction:float, pattern, # as every solver
     )->tuple: # (new w, mask)
-    "Zero the rest; the survivors of each row fit its old output by least squares."
+    "Least-squares reconstruction: the kept weights of each row are refitted to its dense output."
     mask, new, u = pattern(scores, fraction), [], inverse_factor(stats.gram, .01)
     for rows, a in row_chunks(w, u.mT @ u):
         gone = ~mask[rows]
@@ -143,75 +153,83 @@ def row_least_squares(w:Tensor, stats, scores:Tensor, fraction:float, pattern, #
         new.append(w[rows] - (torch.linalg.solve(inside, w[rows].double() * gone) @ a))
     return torch.cat(new).to(w.dtype) * mask, mask
 
-@register("Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning", "arXiv:2208.11580", 2022, "weight")
+@register("Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
+          "arXiv:2208.11580", 2022, "weight")
 def obc_():
-    "Exact OBS on every row of every layer, for the squared error of the layer's output."
+    "Optimal Brain Compression: exact OBS per row for the squared error of each layer's output."
     return Method(score=obc, solve=row_least_squares)
 
 # %% ../../nbs/weight/27_second_order.ipynb #c372c255
-def gradient_matrix(space, batches, loss, # as every reading
+def gradient_matrix(space, batches, loss, # as every provider
               each:int=1,           # examples per gradient
     )->Tensor: # (m, d)
-    "All gradients at once: m times d numbers; raises `BadInput` before the first where they do not fit twice."
+    "The matrix of all gradients; raises `BadInput` before the first one when twice its size exceeds free memory."
     weights = [l.weight for l in space.layers.values()]
     m, d = sum(-(-size_of(b) // each) for b in batches), sum(w.numel() for w in weights)
     dtype, device = reduce(torch.promote_types, (w.dtype for w in weights), torch.float32), weights[0].device
     require_memory(2 * m * d * dtype.itemsize, f"keeping {m} gradients of {d:,} weights",
-           f"read fewer examples with calibration=, take more than {each} per gradient with each=, or leave layers out with skip=", device)
+           f"read fewer examples with calibration=, take more than {each} per gradient with examples_per_grad=, or "
+           "leave "
+           "layers out with skip=", device)
     g = torch.empty(m, d, dtype=dtype, device=device)
     for i, row in enumerate(iter_gradients(space, batches, loss, each)): g[i] = row
     return g
 
 # %% ../../nbs/weight/27_second_order.ipynb #ebc37e13
 class Fisher:
-    "damp I + G'G / m, in blocks of consecutive weights: its inverse is applied, never formed."
+    "The damped empirical Fisher damp I + G'G / m, block diagonal; its inverse is applied, never formed (M-FAC)."
     def __init__(self, g:Tensor, # (m, d), gradients
                  damp:float,     # added to the diagonal
-                 block:int=None, # weights per block; None = all in one
+                 block:int=None, # weights per block; None = one block
         ):
-        if not damp > 0: raise BadInput(f"damp={damp:g} leaves a matrix without inverse: choose a positive number, such as 1e-5")
+        if not damp > 0:
+            raise BadInput(f"damp={damp:g} leaves a matrix without inverse: choose a positive number, such as 1e-5")
         self.size, self.damp, width = g.shape[1], damp, min(block or g.shape[1], g.shape[1])
         over = -self.size % width
         self.g = (F.pad(g, (0, over)) if over else g).view(len(g), -1, width).transpose(0, 1)
         self.root = self.rooted(self.g)
-        self.diag = self.flat((1 - self.half().square_().sum(1)).clamp_min(torch.finfo(g.dtype).eps)) / damp   # of the inverse
+        # diagonal of the inverse
+        self.diag = self.flat((1 - self.half().square_().sum(1)).clamp_min(torch.finfo(g.dtype).eps)) / damp
 
     def rooted(self, g): # (blocks, m, width) -> (blocks, m, m), double
         "Cholesky factor of m damp I + G G'."
-        few = max(1, 2**16 // g.shape[2])   # blocks at a time
-        k = torch.cat([sum(c @ c.mT for c in map(Tensor.double, b.split(2**16, dim=2))) for b in g.split(few)])
+        chunk = max(1, 2**16 // g.shape[2])   # blocks at a time
+        k = torch.cat([sum(c @ c.mT for c in map(Tensor.double, b.split(2**16, dim=2))) for b in g.split(chunk)])
         k.diagonal(dim1=1, dim2=2).add_(g.shape[1] * self.damp)
         root, failed = torch.linalg.cholesky_ex(k)
-        if failed.any(): raise BadInput(f"the gradients are not finite, or too large for damp={self.damp:g}: check the loss, or raise damp")
+        if failed.any():
+            raise BadInput(
+                f"the gradients are not finite, or too large for damp={self.damp:g}: check the loss, or raise damp")
         return root
 
     def blocks(self, x): return F.pad(x, (0, self.g[:, 0].numel() - self.size)).view(len(self.g), -1, 1)
     def flat(self, x): return x.reshape(-1)[:self.size]
 
     def mul(self, x:Tensor)->Tensor: # (d,) -> (d,)
-        "Inverse times a vector."
+        "Inverse Fisher times a vector."
         x = self.blocks(x)
-        return self.flat((x - self.g.mT @ torch.cholesky_solve((self.g @ x).double(), self.root).to(x.dtype)) / self.damp)
+        return self.flat((x - self.g.mT @ torch.cholesky_solve((self.g @ x).double(), self.root).to(x.dtype))
+                         / self.damp)
 
     def half(self)->Tensor: # (blocks, m, width), V with inverse = I / damp - V'V / damp
-        "What the gradients take from the inverse."
+        "The low-rank correction V of the inverse."
         one = torch.eye(self.root.shape[1], dtype=torch.double, device=self.g.device).expand_as(self.root)
         return torch.linalg.solve_triangular(self.root, one, upper=False).to(self.g.dtype) @ self.g
 
     def refit(self, w:Tensor, keep:Tensor)->Tensor: # (d,), (d,) bool -> (d,)
-        "The weights that minimise the quadratic when the rest is zero."
+        "The kept weights that minimise the quadratic model of the loss when the others are zero."
         left = self.g * self.blocks(keep.to(w.dtype)).mT
         lost = (self.g @ self.blocks(w * ~keep)).double()
         return w * keep + self.flat(left.mT @ torch.cholesky_solve(lost, self.rooted(left)).to(w.dtype))
 
 # %% ../../nbs/weight/27_second_order.ipynb #5e727a9e
 @provider(reads_loss=True)
-def fisher(space, batches, loss=None, # as every reading
+def fisher(space, batches, loss=None, # as every provider
            each:int=1,      # examples per gradient
            damp:float=1e-5, # added to the diagonal
-           block:int=None,  # weights per block; None = all in one
+           block:int=None,  # weights per block; None = one block
     )->dict: # {layer: the diagonal of the inverse, (rows, columns), and the whole `Fisher`}
-    "Inverse of the empirical Fisher over all layers."
+    "Inverse of the damped empirical Fisher over all layers."
     whole = Fisher(gradient_matrix(space, batches, loss, each), damp, block)
     return {n: SimpleNamespace(diag=d, whole=whole) for n, d in split_by_layer(space, whole.diag).items()}
 
@@ -219,13 +237,13 @@ def fisher(space, batches, loss=None, # as every reading
 def fisher_obs(w:Tensor, # (rows, columns)
                stats,    # fisher
     )->Tensor: # like w
-    "Rise of the loss when one weight goes and all others move (Hassibi & Stork, 1992)."
+    "OBS score: increase of the loss when one weight is removed and all others updated (Hassibi & Stork, 1992)."
     return w.square() / (2 * stats.fisher.diag)
 
 def joint_update(groups:dict, # as every joint solver
-          move,        # (Fisher, all weights, which stay) -> all weights
+          move,        # (Fisher, weights (d,), kept (d,)) -> weights (d,)
     )->dict: # {name: (new w, mask)}
-    "Let the patterns decide which weights stay, then change all layers together."
+    "Select the masks by the patterns, then update all layers jointly."
     keep = {n: pattern(scores, fraction) for n, (w, stats, scores, fraction, pattern) in groups.items()}
     whole = next(iter(groups.values()))[1].fisher.whole
     flat = torch.cat([g[0].flatten() for g in groups.values()]).to(whole.g.dtype)
@@ -235,22 +253,23 @@ def joint_update(groups:dict, # as every joint solver
 @solver(needs=["fisher"], unit="weight", joint=True)
 def obs_update(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
     )->dict: # {name: (new w, mask)}
-    "Zero the rest; every removed weight moves all others as if it went alone (Frantar et al., 2021)."
+    "OBS weight update, summed over removed weights as if each were removed alone (Frantar et al., 2021)."
     return joint_update(groups, lambda f, w, keep: w + f.mul(torch.where(keep, 0, -w / f.diag)))
 
 @solver(needs=["fisher"], unit="weight", joint=True)
 def fisher_refit(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
     )->dict: # {name: (new w, mask)}
-    "Zero the rest; the survivors move to the minimum of the quadratic."
+    "OBS weight update, exact: kept weights move to the minimum of the quadratic model of the loss."
     return joint_update(groups, lambda f, w, keep: f.refit(w, keep))
 
 # %% ../../nbs/weight/27_second_order.ipynb #367e4ed0
 @register("M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", "arXiv:2107.03356", 2021, "weight")
-def mfac(rounds:int=16,   # how often gradients are read again
+def mfac(rounds:int=16,   # pruning rounds; gradients are recomputed in each
          examples_per_grad:int=1,      # examples per gradient
          damp:float=1e-5, # added to the diagonal of the Fisher
-         block:int=None,  # weights per block; None = all in one
+         block:int=None,  # weights per block; None = one block
     ):
-    "Remove weights in small steps, and let all others make up for them, by the inverse Fisher of the loss."
-    return Method(score=fisher_obs, allocate=global_, solve=obs_update, schedule=geometric(rounds), between=finetune_last,
+    "M-FAC: iterative OBS pruning with a matrix-free inverse empirical Fisher of the loss."
+    return Method(score=fisher_obs, allocate=global_, solve=obs_update, schedule=geometric(rounds),
+                  between=finetune_last,
                   readings={"fisher": dict(each=examples_per_grad, damp=damp, block=block)})

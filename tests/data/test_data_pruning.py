@@ -17,7 +17,8 @@ from pruning_bench.data.dynamics import TrainingDynamics, training_dynamics, for
 from pruning_bench.data.random_subsets import round_robin, subset_batches, subset_order
 
 SLUGS = ["random-subset", "rs2", "el2n", "forgetting", "ccs"]
-SHORT = {"random-subset": {}, "rs2": {"rounds": 5}, "el2n": {"runs": 2, "epochs": 2}, "forgetting": {"epochs": 3}, "ccs": {"epochs": 3}}
+SHORT = {"random-subset": {}, "rs2": {"rounds": 5}, "el2n": {"runs": 2, "epochs": 2}, "forgetting": {"epochs": 3},
+         "ccs": {"epochs": 3}}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,9 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
-def small(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.1), nn.Linear(16, 10))
+def small():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.1),
+                         nn.Linear(16, 10))
 
 @pytest.fixture(scope="module")
 def data():
@@ -49,7 +52,8 @@ def test_an_ignorant_network_has_the_same_error_everywhere(classes):
 
 def test_error_and_margin_at_their_bounds():
     error, margin = error_and_margin(torch.tensor([[60., 0., 0.], [0., 60., 0.]]), torch.tensor([0, 0]))
-    assert torch.allclose(error, torch.tensor([0., 2**.5]), atol=1e-6) and torch.allclose(margin, torch.tensor([1., -1.]))
+    assert torch.allclose(error, torch.tensor([0., 2**.5]), atol=1e-6)
+    assert torch.allclose(margin, torch.tensor([1., -1.]))
 
 @pytest.mark.parametrize("film, count", [([0, 1, 0, 1], 1), ([1, 0, 1, 0], 2), ([1, 1, 1], 0), ([0, 0, 0], math.inf)])
 def test_forgetting_counts_losses(film, count):
@@ -59,7 +63,8 @@ def test_area_under_the_margin_by_hand():
     seen = TrainingDynamics(None, torch.tensor([[[.5, -.5], [1., -1.]], [[.5, -.5], [0., 0.]]]))
     assert torch.equal(aum(torch.zeros(3, 2), type("", (), {"training_dynamics": seen})), torch.tensor([[-1., 1.]] * 3))
 
-@pytest.mark.parametrize("sizes, total, kept", [([1, 2, 100], 9, [1, 2, 6]), ([100, 2, 1], 9, [6, 2, 1]), ([5, 5], 5, [2, 3]), ([0, 0, 4], 4, [0, 0, 4]), ([3], 0, [0])])
+@pytest.mark.parametrize("sizes, total, kept", [([1, 2, 100], 9, [1, 2, 6]), ([100, 2, 1], 9, [6, 2, 1]),
+                                                ([5, 5], 5, [2, 3]), ([0, 0, 4], 4, [0, 0, 4]), ([3], 0, [0])])
 def test_budgets_by_hand(sizes, total, kept): assert stratum_budgets(sizes, total) == kept
 
 def test_budgets_add_up_exactly():
@@ -79,12 +84,15 @@ def test_every_row_has_the_exact_count(pattern, n):
     torch.manual_seed(0)
     for scores in (torch.rand(4, n), torch.zeros(4, n), torch.rand(4, n).round()):
         for fraction in (.1, .5, 1 / 3, .9):
-            assert (pattern(scores, fraction).sum(1) == min(count_to_keep(fraction, n), n - int(.1 * n) if ".1" in pattern.name else n)).all()
+            assert (pattern(scores, fraction).sum(1) == min(count_to_keep(fraction, n),
+                                                            n - int(.1 * n) if ".1" in pattern.name else n)).all()
 
 def test_strata_cut_the_hardest_first():
     s = torch.arange(100.)[None]
     kept = stratified(10, .25)(s, .5)
-    assert not kept[0, 75:].any() and kept.sum() == 50 and stratum_indices(s[0], 10).tolist() == [i * 10 // 99 if i < 99 else 9 for i in range(100)]
+    assert not kept[0, 75:].any()
+    assert kept.sum() == 50
+    assert stratum_indices(s[0], 10).tolist() == [i * 10 // 99 if i < 99 else 9 for i in range(100)]
 
 def test_infinite_scores_and_removed_units():
     s = torch.rand(1, 60)
@@ -163,10 +171,14 @@ def test_models_that_return_a_record(data):
 def test_batches_follow_the_rows_of_a_plan(data):
     plan = plan_of("rs2", data, .8)
     order = torch.tensor(sum(subset_order(plan, 13, 22), []))
-    for epoch in range(11): assert torch.equal(order[epoch * 26:(epoch + 1) * 26].sort().values, plan.kept("examples", epoch % 5))
+    for epoch in range(11):
+        assert torch.equal(order[epoch * 26:(epoch + 1) * 26].sort().values, plan.kept("examples", epoch % 5))
     loader = subset_batches(plan, data, 13, 22)
     one, two = ([y for _, y in loader] for _ in range(2))
-    assert len(loader) == 22 and {len(b) for b in one} == {13} and torch.equal(torch.cat(one), torch.cat(two)) and torch.equal(torch.cat(one), data[1][order])
+    assert len(loader) == 22
+    assert {len(b) for b in one} == {13}
+    assert torch.equal(torch.cat(one), torch.cat(two))
+    assert torch.equal(torch.cat(one), data[1][order])
     assert subset_order(plan, 13, 22, seed=1) != subset_order(plan, 13, 22, seed=0)
 
 
@@ -176,7 +188,8 @@ class Stream(IterableDataset):
     def __iter__(self): return iter([(torch.zeros(1, 8, 8), 0)] * 4)
     def __len__(self): return 4
 
-@pytest.mark.parametrize("data", [None, Stream(), DataLoader(Stream(), 2), (torch.zeros(4, 64), torch.zeros(3).long()), [{"x": torch.zeros(2)}], []])
+@pytest.mark.parametrize("data", [None, Stream(), DataLoader(Stream(), 2), (torch.zeros(4, 64), torch.zeros(3).long()),
+                                  [{"x": torch.zeros(2)}], []])
 def test_data_that_cannot_be_counted(data):
     with pytest.raises(BadInput) as refused: prune(small(), "random-subset", .5, data)
     assert "\n" not in str(refused.value)
@@ -192,7 +205,8 @@ def test_requests_that_cannot_be_met(request_, says):
     with pytest.raises(BadInput, match=says): prune(small(), "el2n", .5, **request_)
 
 def test_a_score_of_examples_needs_their_space(data):
-    with pytest.raises(BadInput, match="space='examples'"): prune(small(), score="el2n", data=data, loss=F.cross_entropy)
+    with pytest.raises(BadInput, match="space='examples'"):
+        prune(small(), score="el2n", data=data, loss=F.cross_entropy)
 
 def test_a_cut_larger_than_what_is_removed(data):
     with pytest.raises(BadInput, match="at most 0.7"): prune(small(), "ccs", .2, data, F.cross_entropy, beta=.3)
@@ -246,7 +260,8 @@ def test_wrong_labels_are_the_hardest():
 @pytest.mark.parametrize("sparsity", [.5, .9])
 def test_easy_examples_win_under_noise(sparsity):
     from pruning_bench.bench.tasks.embedded import noisy_labels
-    assert (results("el2n", sparsity, noisy_labels(), score="el2n_easy") > results("el2n", sparsity, noisy_labels())).all()
+    assert (results("el2n", sparsity, noisy_labels(),
+                    score="el2n_easy") > results("el2n", sparsity, noisy_labels())).all()
 
 @pytest.mark.slow
 def test_a_changing_subset_beats_a_static_one_at_equal_steps():

@@ -15,7 +15,8 @@ from pruning_bench.core.inputs import seeded
 from pruning_bench.core.pattern import count_to_keep
 from pruning_bench.core.score import lamp, magnitude, unit_scores
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.allocation import output_distortion, er, fill_to_total, global_with_floor, global_rescaled_floor, knapsack, rd, rescale_to_budget, uniform_plus
+from pruning_bench.weight.allocation import (output_distortion, er, fill_to_total, global_with_floor,
+                                             global_rescaled_floor, knapsack, rd, rescale_to_budget, uniform_plus)
 from pruning_bench.weight.magnitude import copy_allocation, shuffle_masks
 
 
@@ -39,7 +40,9 @@ def total(plan): return sum(int(m.sum()) for m in plan.masks.values())
 
 # every allocation
 
-RULES = {"uniform_plus": uniform_plus, "er": er, "floor": global_with_floor(), "floor of 3": global_with_floor(3), "rescaled": global_rescaled_floor(3)}
+RULES = {"uniform_plus": uniform_plus, "er": er, "global_with_floor": global_with_floor(),
+         "floor of 3": global_with_floor(3),
+         "rescaled": global_rescaled_floor(3)}
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("keep", [.15, .3, .7, .97])
@@ -47,7 +50,8 @@ def test_allocations_spend_the_budget(name, keep):
     scores, space = scored(conv())
     units = sum(s.numel() for s in scores.values())
     shares = RULES[name](scores, keep, space)
-    assert total_density(shares, scores, space) == pytest.approx(keep, abs=.5 / units + 1e-9) and all(0 <= f <= 1 + 1e-12 for f in shares.values())
+    assert total_density(shares, scores, space) == pytest.approx(keep, abs=.5 / units + 1e-9)
+    assert all(0 <= f <= 1 + 1e-12 for f in shares.values())
     exact = round_to_units(shares, keep, scores, space)
     assert sum(round(exact[n] * scores[n].numel()) for n in exact) == count_to_keep(keep, units)
 
@@ -58,7 +62,7 @@ def test_methods_keep_exact_counts(name, sparsity):
     assert total(plan) == count_to_keep(1 - sparsity, sum(m.numel() for m in plan.masks.values()))
 
 def test_registered_by_name():
-    for name in ("uniform_plus", "er", "floor", "rd"):
+    for name in ("uniform_plus", "er", "global_with_floor", "rd"):
         assert name in ALLOCATORS
         assert prune(conv(), "magnitude", .7, inputs(), allocate=name).provenance["allocate"].split("(")[0] == name
     with pytest.raises(BadInput, match="uniform_plus"): prune(conv(), "magnitude", .7, allocate="uniform_pls")
@@ -72,7 +76,8 @@ def test_uniform_plus_by_hand():
     shares = list(uniform_plus(scores, .15, space).values())
     middle = (.15 * sum(size.values()) - 72 - .2 * 480) / (864 + 576)
     assert shares == pytest.approx([1, middle, middle, .2])
-    assert list(uniform_plus(scores, .5, space).values())[-1] == list(uniform_plus(scores, .5, space).values())[1]   # no exception for the last layer above a fifth
+    # no exception for the last layer above a fifth
+    assert list(uniform_plus(scores, .5, space).values())[-1] == list(uniform_plus(scores, .5, space).values())[1]
 
 def test_uniform_plus_leaves_a_first_linear_layer_alone():
     scores, space = scored(mlp(64, 40, 30, 10))
@@ -99,8 +104,10 @@ def test_allocations_by_shape_refuse_other_units():
 
 def test_random_erk_is_random_with_the_densities_of_erk():
     one, two = (prune(mlp(784, 300, 100, 10), "random-erk", .9, seed=s) for s in (0, 1))
-    assert one != two and one.table().density.round(4).tolist() == [.0796, .2302, 1.] == two.table().density.round(4).tolist()
-    assert one == prune(mlp(784, 300, 100, 10), "random", .9, allocate="erk") and build("random-erk").provenance["score"] == "random"
+    assert one != two
+    assert one.table().density.round(4).tolist() == [.0796, .2302, 1.] == two.table().density.round(4).tolist()
+    assert one == prune(mlp(784, 300, 100, 10), "random", .9, allocate="erk")
+    assert build("random-erk").provenance["score"] == "random"
 
 
 # floors
@@ -127,7 +134,8 @@ def test_floor_never_returns_what_is_gone():
     net = mlp(64, 256, 256, 10)
     first = prune(net, "global-magnitude", .97)
     again = prune(net, "global-mp", .98)
-    assert total(again) == count_to_keep(.02, sum(m.numel() for m in again.masks.values())) and all((again.masks[n] <= first.masks[n]).all() for n in first.masks)
+    assert total(again) == count_to_keep(.02, sum(m.numel() for m in again.masks.values()))
+    assert all((again.masks[n] <= first.masks[n]).all() for n in first.masks)
 
 def test_floors_above_the_budget_are_refused():
     net = mlp(64, 40, 10)
@@ -141,7 +149,9 @@ def test_rescaled_floor_of_the_paper():
     moved = rescale_to_budget({"a": .90, "b": .97, "c": .99}, size, 20, .92)
     assert moved == pytest.approx({"a": .92, "b": .95, "c": .80}, abs=1e-7)
     assert sum(moved[n] * size[n] for n in size) / 1500 == pytest.approx(.92, abs=1e-8)
-    assert rescale_to_budget({"a": .90, "b": .97, "c": .99}, size, 0, 1387 / 1500) == pytest.approx({"a": .90, "b": .97, "c": .99})   # nothing to do
+    # nothing to do
+    assert rescale_to_budget({"a": .90, "b": .97, "c": .99}, size, 0,
+                             1387 / 1500) == pytest.approx({"a": .90, "b": .97, "c": .99})
 
 
 # LAMP
@@ -158,7 +168,8 @@ def test_lamp_keeps_the_best_of_every_layer_whatever_its_scale():
     with torch.no_grad(): net[1].weight *= 1024; net[5].weight /= 1024
     assert prune(copy.deepcopy(net), "lamp", .9) == prune(mlp(64, 40, 30, 10), "lamp", .9)
     plan = prune(net, "lamp", 1 - 3.2 / 4060)
-    assert plan.table().kept.tolist() == [1, 1, 1] and all(m.flatten()[mlp(64, 40, 30, 10).get_parameter(n).abs().argmax()] for n, m in plan.masks.items())
+    assert plan.table().kept.tolist() == [1, 1, 1]
+    assert all(m.flatten()[mlp(64, 40, 30, 10).get_parameter(n).abs().argmax()] for n, m in plan.masks.items())
 
 @pytest.mark.parametrize("keep", [.02, .2, .6])
 def test_lamp_is_an_allocation(keep):
@@ -180,7 +191,8 @@ def test_knapsack_equals_brute_force(seed):
     cost = [[0, *draw(len(l) - 1, 9)] for l in loss]
     for budget in (0, 3, 10, 30):
         value = lambda pick: sum(l[j] for l, j in zip(loss, pick))
-        allowed = [p for p in itertools.product(*(range(len(l)) for l in loss)) if sum(c[j] for c, j in zip(cost, p)) <= budget]
+        allowed = [p for p in itertools.product(*(range(len(l)) for l in loss))
+                   if sum(c[j] for c, j in zip(cost, p)) <= budget]
         mine = knapsack(loss, cost, budget)
         assert tuple(mine) in allowed and value(mine) == min(map(value, allowed))
 
@@ -204,15 +216,17 @@ def test_distortion_is_measured_one_layer_at_a_time():
 def test_rd_is_the_best_of_its_grid():
     data = inputs()
     scores, space = scored(conv())
-    stats = {n: SimpleNamespace(calibration=data) for n in space.names()}
+    stats = {n: SimpleNamespace(calibration_batches=data) for n in space.names()}
     keep, points = .3, 4
     units = sum(s.numel() for s in scores.values())
     counts = {n: [max(1, round(s.numel() * (j / points)**2)) for j in range(points + 1)] for n, s in scores.items()}
     curves = output_distortion(space, scores, data, counts)
-    allowed = [p for p in itertools.product(range(points + 1), repeat=4) if sum(counts[n][j] for n, j in zip(counts, p)) <= round(keep * units)]
+    allowed = [p for p in itertools.product(range(points + 1), repeat=4)
+               if sum(counts[n][j] for n, j in zip(counts, p)) <= round(keep * units)]
     best = min(allowed, key=lambda p: sum(curves[n][j] for n, j in zip(counts, p)))
     chosen = {n: counts[n][j] for n, j in zip(counts, best)}
-    expected = fill_to_total(chosen, {n: s.numel() for n, s in scores.items()}, {n: s.numel() for n, s in scores.items()}, round(keep * units))
+    expected = fill_to_total(chosen, {n: s.numel() for n, s in scores.items()},
+                             {n: s.numel() for n, s in scores.items()}, round(keep * units))
     assert rd(points)(scores, keep, space, stats) == pytest.approx(expected)
     assert all(f * scores[n].numel() >= chosen[n] - 1e-9 for n, f in expected.items())
 
@@ -220,7 +234,8 @@ def test_filled_meets_the_total_and_the_bounds():
     most = {"a": 10, "b": 4, "c": 7}
     for total_ in (0, 3, 12, 17, 21):
         shares = fill_to_total({"a": 5, "b": 4, "c": 3}, most, most, total_)
-        assert sum(f * most[n] for n, f in shares.items()) == pytest.approx(total_) and all(-1e-12 <= f <= 1 + 1e-12 for f in shares.values())
+        assert sum(f * most[n] for n, f in shares.items()) == pytest.approx(total_)
+        assert all(-1e-12 <= f <= 1 + 1e-12 for f in shares.values())
 
 def test_rd_at_the_last_weights():
     plan = prune(conv(), "rd", 1 - 4.2 / 1992, inputs(1))
@@ -242,7 +257,8 @@ def test_rd_again_only_cuts_deeper():
     net, data = conv(), inputs()
     first = prune(net, "rd", .5, data)
     more = prune(net, "rd", .8, data)
-    assert total(more) == count_to_keep(.2, sum(m.numel() for m in more.masks.values())) and all((more.masks[n] <= first.masks[n]).all() for n in first.masks)
+    assert total(more) == count_to_keep(.2, sum(m.numel() for m in more.masks.values()))
+    assert all((more.masks[n] <= first.masks[n]).all() for n in first.masks)
 
 
 # orderings

@@ -1,4 +1,4 @@
-"GraSP: the sign and the Hessian exactly; pieces, temperature and buffers; the ladder of methods that prune before training."
+"GraSP: exact sign and Hessian; batch splits, temperature and buffers; ranking of methods that prune at initialisation."
 import copy
 
 import pytest
@@ -22,7 +22,8 @@ def mlp(*sizes, seed=0):
 
 def conv(seed=0):
     with seeded(seed):
-        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, bias=False),
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                             nn.Conv2d(4, 6, 3, stride=2, bias=False),
                              nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 10, bias=False))
 
 def batches(n=2, size=16):
@@ -54,8 +55,10 @@ def test_the_weight_that_goes_first_weakens_the_gradient_least():
     w = line.weight.detach().clone()
     def norm(v): return ((x.T @ (x @ v.T - y) / 64)**2).sum().item()
     without = [norm(w * (torch.arange(8) != i)) for i in range(8)]
-    masks = [prune(copy.deepcopy(line), "grasp", s, [(x, y)], half_square, temperature=1.).masks["weight"] for s in (1 / 8, 7 / 8)]
-    assert without.index(max(without)) == (~masks[0]).nonzero()[0, 1] and without.index(min(without)) == masks[1].nonzero()[0, 1]
+    masks = [prune(copy.deepcopy(line), "grasp", s, [(x, y)], half_square, temperature=1.).masks["weight"]
+             for s in (1 / 8, 7 / 8)]
+    assert without.index(max(without)) == (~masks[0]).nonzero()[0, 1]
+    assert without.index(min(without)) == masks[1].nonzero()[0, 1]
 
 def test_hessian_times_gradient_of_a_network():
     net, (x, y) = mlp(64, 12, 10).double(), batches(1)[0]
@@ -82,10 +85,12 @@ def test_the_model_is_left_as_it_was():
 
 def test_batches_are_cut_along_their_examples():
     x, y = torch.arange(10.).view(5, 2), torch.arange(5)
-    assert [len(p[0]) for p in split_batch((x, y), 2)] == [3, 2] and torch.equal(torch.cat([p[1] for p in split_batch([x, y], 2)]), y)
+    assert [len(p[0]) for p in split_batch((x, y), 2)] == [3, 2]
+    assert torch.equal(torch.cat([p[1] for p in split_batch([x, y], 2)]), y)
     cut = split_batch({"input_ids": x, "flag": True, "one": torch.tensor(3)}, 2)
     assert [len(c["input_ids"]) for c in cut] == [3, 2] and all(c["flag"] is True and c["one"] == 3 for c in cut)
-    assert prune(conv(), "grasp", .5, [(batches()[0][0][:3], batches()[0][1][:3])], F.cross_entropy).density == .5   # batch norm sees two at least
+    # batch norm sees two at least
+    assert prune(conv(), "grasp", .5, [(batches()[0][0][:3], batches()[0][1][:3])], F.cross_entropy).density == .5
 
 class Attention(nn.Module):
     def __init__(self): super().__init__(); self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 10)
@@ -109,7 +114,8 @@ def test_the_ladder_at_one_percent():
         found[name] = []
         for seed in range(3):
             with seeded(seed):
-                net = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+                net = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+                                    nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
             with seeded(seed):
                 for w in net.parameters():
                     if w.dim() > 1: nn.init.kaiming_normal_(w)

@@ -29,7 +29,8 @@ def mlp(*sizes, seed=0, bias=True):
 
 def conv(seed=0):
     with seeded(seed):
-        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, bias=False),
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                             nn.Conv2d(4, 6, 3, stride=2, bias=False),
                              nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 10, bias=False))
 
 def batches(seed=0, n=4, shape=(1, 8, 8)):
@@ -111,7 +112,7 @@ def test_snip_needs_labels_and_data():
 @pytest.mark.parametrize("net", [mlp(64, 40, 30, 10, bias=False), conv()], ids=["mlp", "conv"])
 def test_synflow_is_conserved(net):
     before = copy.deepcopy(net.state_dict())
-    space, found = scores(net, "flow", batches(n=1))
+    space, found = scores(net, "synflow_grad", batches(n=1))
     sums = [synflow(space.w(n), found[n]).sum().item() for n in space.names()]
     assert sums == pytest.approx([1.] * len(sums), abs=1e-9)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -119,15 +120,17 @@ def test_synflow_is_conserved(net):
 def test_synflow_is_conserved_at_every_unit_of_a_pruned_network():
     net = mlp(64, 40, 30, 10, bias=False)
     prune(net, "random", .7)
-    space, found = scores(net, "flow", batches(n=1))
+    space, found = scores(net, "synflow_grad", batches(n=1))
     flow = [synflow(space.w(n), found[n]) for n in space.names()]
     for into, out in zip(flow, flow[1:]): assert torch.allclose(into.sum(1), out.sum(0))
     assert all((f[~space.alive(n)] == 0).all() for n, f in zip(space.names(), flow))
 
 def test_synflow_reads_no_data():
-    plans = [prune(conv(), "synflow", .9, data, rounds=20) for data in (batches(0), [torch.rand(3, 1, 8, 8)], [{"input": torch.zeros(1, 1, 8, 8)}])]
+    data_sets = batches(0), [torch.rand(3, 1, 8, 8)], [{"input": torch.zeros(1, 1, 8, 8)}]
+    plans = [prune(conv(), "synflow", .9, data, rounds=20) for data in data_sets]
     assert plans[0] == plans[1] == plans[2]
-    with pytest.raises(BadInput, match="token ids"): prune(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)), "synflow", .5, [torch.ones(2, 3).long()])
+    with pytest.raises(BadInput, match="token ids"):
+        prune(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)), "synflow", .5, [torch.ones(2, 3).long()])
 
 def test_synflow_collapses_in_one_round_only():
     net = lambda: mlp(64, 256, 256, 256, 10)
@@ -169,10 +172,12 @@ def test_gradual_magnitude_is_exact_nested_and_keeps_its_budget():
     rates, masks, plan = every_step(net, "gradual-magnitude", .9, pruning_steps=5, final_intervals=1, steps=12)
     assert total(plan.masks) == 296 == sum(int((w != 0).sum()) for w in net.parameters() if w.dim() > 1)
     assert plan.cost["backward"] == 12 == len(rates)
-    assert [total(m) for m in masks] == [int(size(net) * k + .5) for k in cubic_then_constant(5, 1)(.1) for _ in range(2)]
+    assert [total(m) for m in masks] == [int(size(net) * k + .5) for k in cubic_then_constant(5, 1)(.1)
+                                         for _ in range(2)]
     for more, less in zip(masks, masks[1:]): assert all((less[n] <= more[n]).all() for n in more)
     one, two = mlp(64, 40, 10), mlp(64, 40, 10)
-    prune(one, "gradual-magnitude", .9, batches(), F.cross_entropy, pruning_steps=1, final_intervals=0, steps=8, lr=1e-3)
+    prune(one, "gradual-magnitude", .9, batches(), F.cross_entropy, pruning_steps=1, final_intervals=0, steps=8,
+          lr=1e-3)
     prune(two, "magnitude", .9, batches(), F.cross_entropy, recover=finetune(8, 1e-3))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
@@ -191,7 +196,8 @@ def test_gradual_magnitude_ends_before_the_training_does(steps):
     assert total(plan.masks) == 296 and len(rates) == steps
 
 def test_gradual_magnitude_asks_the_parts_of_the_method():
-    end = prune(mlp(64, 40, 10), "gradual-magnitude", .9, batches(), F.cross_entropy, allocate="erk", steps=30).table().kept.tolist()
+    end = prune(mlp(64, 40, 10), "gradual-magnitude", .9, batches(), F.cross_entropy, allocate="erk",
+                steps=30).table().kept.tolist()
     assert end == prune(mlp(64, 40, 10), "erk-magnitude", .9).table().kept.tolist() != [256, 40]
     _, masks, plan = every_step(mlp(64, 40, 12), "gradual-magnitude", "2:4", steps=30)
     assert all((m.view(-1, 4).sum(1) == 2).all() for m in [*masks[0].values(), *plan.masks.values()])
@@ -203,9 +209,12 @@ def test_gradual_magnitude_asks_the_parts_of_the_method():
 def test_gradual_magnitude_refuses_what_needs_a_pause():
     def looks(keep, space): yield keep
     adaptive = Schedule(looks, most=3)
-    with pytest.raises(BadInput, match="read from data"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, score="snip")
-    with pytest.raises(BadInput, match="adaptive schedule needs pauses"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, schedule=adaptive)
-    with pytest.raises(BadInput, match="give it a training"): prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, recover="none")
+    with pytest.raises(BadInput, match="read from data"):
+        prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, score="snip")
+    with pytest.raises(BadInput, match="adaptive schedule needs pauses"):
+        prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, schedule=adaptive)
+    with pytest.raises(BadInput, match="give it a training"):
+        prune(mlp(64, 10), "gradual-magnitude", .5, batches(), F.cross_entropy, recover="none")
 
 
 # lottery tickets
@@ -223,7 +232,8 @@ def test_imp_sizes_chains_and_rewinding():
     net, first = mlp(50, 16, 20, seed=3, bias=True), mlp(50, 16, 20, seed=3, bias=True)
     data = [(x, y) for x, y in batches(shape=(50,))]
     seen, look = watching(rewind)
-    prune(net, Method(allocate=global_, schedule=geometric(5), prepare=train_before_pruning, between=look, recover=finetune(6, 1e-2)), 1 - .8**5, data, F.cross_entropy)
+    prune(net, Method(allocate=global_, schedule=geometric(5), prepare=train_before_pruning, between=look,
+                      recover=finetune(6, 1e-2)), 1 - .8**5, data, F.cross_entropy)
     assert [sum(int(m.sum()) for m, _ in r.values()) for r in seen] == [round(.8**i * size(first)) for i in range(1, 6)]
     for r in seen:
         for name, (mask, w) in r.items(): assert torch.equal(w, first.get_parameter(name) * mask)
@@ -276,18 +286,21 @@ def test_winning_ticket_beats_other_values_beat_shuffled_mask():
         prune(once, "imp", 1 - .8**rounds, world().batches(seed), world().loss, rounds=1, seed=seed)
         other, moved = world().initial(seed + 100), world().initial(seed)
         plan.apply(other); shuffle_masks(plan, seed).apply(moved)
-        for name, value in {"ticket": accuracy(model), "one cut": accuracy(once), "other values": fit(other, seed), "shuffled": fit(moved, seed)}.items(): found[name].append(value)
+        for name, value in {"ticket": accuracy(model), "one cut": accuracy(once), "other values": fit(other, seed),
+                            "shuffled": fit(moved, seed)}.items():
+            found[name].append(value)
     assert mean(found["ticket"]) > mean(found["other values"]) + 5 > mean(found["shuffled"]) + 10
     assert mean(found["ticket"]) > mean(found["one cut"]) + 10
 
 @pytest.mark.slow
 def test_gradual_beats_one_shot_at_equal_steps_and_98_percent():
     found = {}
-    for name, settings in {"gradual": {}, "one-shot": dict(cuts=1, rest=0)}.items():
+    for name, settings in {"gradual": {}, "one-shot": dict(pruning_steps=1, final_intervals=0)}.items():
         found[name] = []
         for seed in range(3):
             model = world().dense(seed)
-            plan = prune(model, "gradual-magnitude", .98, world().batches(seed), world().loss, allocate="global", seed=seed, **settings)
+            plan = prune(model, "gradual-magnitude", .98, world().batches(seed), world().loss, allocate="global",
+                         seed=seed, **settings)
             assert plan.cost["backward"] == 300
             found[name].append(accuracy(model))
     assert mean(found["gradual"]) > mean(found["one-shot"]) + 5
@@ -299,6 +312,7 @@ def test_a_good_allocation_is_worth_more_than_the_criterion():
         found[criterion, allocate] = []
         for seed in range(3):
             model = conv_world.dense(seed)
-            prune(model, criterion, .9, conv_world.batches(seed), conv_world.loss, allocate=allocate, seed=seed, recover=conv_world.recover)
+            prune(model, criterion, .9, conv_world.batches(seed), conv_world.loss, allocate=allocate, seed=seed,
+                  recover=conv_world.recover)
             found[criterion, allocate].append(100 * conv_world.evaluate(model)["accuracy"])
     assert mean(found["magnitude", "erk"]) > mean(found["random", "erk"]) > mean(found["magnitude", "uniform"]) + 5

@@ -12,26 +12,33 @@ from torch import nn
 from pruning_bench import BadInput, prune
 from pruning_bench.bench.tasks.embedded import digits
 from pruning_bench.bench.task import find_task
-from pruning_bench.core.rule import Rule, apply_rule
+from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.recovery import OPTIMIZERS, finetune
 from pruning_bench.core.space import Weights, prunable_layers
-from pruning_bench.weight.deltas_and_sharing import equal_memory_count, pool_assignment, accumulate_gradients, extract_patch, reassign_deltas, sft, stable_rps, swap_patch
+from pruning_bench.weight.deltas_and_sharing import (equal_memory_count, pool_assignment, accumulate_gradients,
+                                                     extract_patch, reassign_deltas, sft, stable_rps, swap_patch)
 
 
 def mlp(dtype=torch.float32, seed=0):
-    with seeded(seed): return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)).to(dtype)
+    with seeded(seed):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(),
+                             nn.Linear(16, 10)).to(dtype)
 
 def conv(dtype=torch.float32, seed=0):
-    with seeded(seed): return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 10)).to(dtype)
+    with seeded(seed):
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(),
+                             nn.Flatten(), nn.Linear(54, 10)).to(dtype)
 
 def data(dtype=torch.float32, n=4, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(32, 1, 8, 8, generator=g).to(dtype), torch.randint(0, 10, (32,), generator=g)) for _ in range(n)]
+    return [(torch.randn(32, 1, 8, 8, generator=g).to(dtype), torch.randint(0, 10, (32,), generator=g))
+            for _ in range(n)]
 
 def train(model, rule, keep, steps=40, recipe=None, seed=0, dtype=torch.float32):
     for n, p in model.named_parameters(): p.requires_grad_("bias" not in n)
-    with seeded(seed), apply_rule(rule, Weights(model), keep, steps) as training: (recipe or finetune(steps, 1e-2))(model, data(dtype), F.cross_entropy)
+    with seeded(seed), apply_rule(rule, Weights(model), keep, steps) as training:
+        (recipe or finetune(steps, 1e-2))(model, data(dtype), F.cross_entropy)
     return training
 
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
@@ -79,46 +86,52 @@ def test_patches_come_off_without_a_trace(net):
     again = swap_patch(other, back)
     assert same(other, base) and all(torch.equal(again[n][1], there[n][1]) for n in there)
     with pytest.raises(BadInput, match="does not fit"): swap_patch(other, {"9.weight": there[training.names[0]]})
-    with pytest.raises(BadInput, match="does not fit"): swap_patch(other, {training.names[0]: (torch.tensor([10 ** 6]), torch.zeros(1))})
+    with pytest.raises(BadInput, match="does not fit"):
+        swap_patch(other, {training.names[0]: (torch.tensor([10 ** 6]), torch.zeros(1))})
     assert same(other, base)
 
 def test_relocation_by_hand():
-    def training(heard, open_=torch.ones(2, 4, dtype=torch.bool)):
-        state = {"index": torch.tensor([0, 3, 5]), "delta": torch.tensor([.5, -.1, .2]), "heard": heard}
+    def training(candidates, allowed=torch.ones(2, 4, dtype=torch.bool)):
+        state = {"index": torch.tensor([0, 3, 5]), "delta": torch.tensor([.5, -.1, .2]), "candidates": candidates}
         memory = {"exp_avg": torch.ones(3), "step": torch.tensor(7.)}
-        c = SimpleNamespace(state={"w": state}, open={"w": open_}, optimizers={id(state["delta"]): SimpleNamespace(state={state["delta"]: memory})})
+        c = SimpleNamespace(state={"w": state}, allowed={"w": allowed},
+                            optimizers={id(state["delta"]): SimpleNamespace(state={state["delta"]: memory})})
         return c, state, memory
-    heard = lambda: {"at": torch.tensor([7, 3, 1]), "sum": torch.tensor([-9., 5., 4.])}
-    c, s, memory = training(heard())   # two may go: 3 and 5; 3 is chosen again and stays, 7 takes the place of 5
+    candidates = lambda: {"at": torch.tensor([7, 3, 1]), "sum": torch.tensor([-9., 5., 4.])}
+    c, s, memory = training(candidates())   # two may go: 3 and 5; 3 is chosen again and stays, 7 takes the place of 5
     reassign_deltas(c, "w", .6)
-    assert s["index"].tolist() == [0, 3, 7] and s["delta"].tolist() == pytest.approx([.5, -.1, 0]) and memory["exp_avg"].tolist() == [1, 1, 0] and memory["step"] == 7
-    c, s, _ = training(heard())        # one may go
+    assert s["index"].tolist() == [0, 3, 7]
+    assert s["delta"].tolist() == pytest.approx([.5, -.1, 0])
+    assert memory["exp_avg"].tolist() == [1, 1, 0]
+    assert memory["step"] == 7
+    c, s, _ = training(candidates())        # one may go
     reassign_deltas(c, "w", .34)
     assert s["index"].tolist() == [0, 7, 5] and s["delta"].tolist() == pytest.approx([.5, 0, .2])
-    c, s, _ = training(heard(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool))   # 7 is closed
+    c, s, _ = training(candidates(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool))   # 7 is closed
     reassign_deltas(c, "w", .34)
     assert s["index"].tolist() == [0, 3, 5]   # 3 is the best that is left, and it is there
-    for share, ears in ((0., heard()), (.6, {})):
+    for share, ears in ((0., candidates()), (.6, {})):
         c, s, _ = training(ears)
         reassign_deltas(c, "w", share)
         assert s["index"].tolist() == [0, 3, 5]
 
 def test_candidates_are_chosen_once_and_added_up():
-    heard = {}
-    accumulate_gradients(torch.tensor([1., -5, 3, 0]), heard, 2)
-    accumulate_gradients(torch.tensor([100., 1, 1, 100]), heard, 2)
-    assert heard["at"].tolist() == [1, 2] and heard["sum"].tolist() == [-4, 4]
+    candidates = {}
+    accumulate_gradients(torch.tensor([1., -5, 3, 0]), candidates, 2)
+    accumulate_gradients(torch.tensor([100., 1, 1, 100]), candidates, 2)
+    assert candidates["at"].tolist() == [1, 2] and candidates["sum"].tolist() == [-4, 4]
 
-def test_the_gradient_heard_is_the_gradient_of_the_matrix():
+def test_the_gradient_candidates_is_the_gradient_of_the_matrix():
     model, plain, got = mlp(), mlp(), []
     rule = sft(update_every=2, window=1)
-    def look(training): got.append({n: dict(s["heard"]) for n, s in training.state.items()})
+    def look(training): got.append({n: dict(s["candidates"]) for n, s in training.state.items()})
     train(model, replace(rule, update=look, every=2), .1, 2, finetune(2, 0.))
     batch = data()[1]
     F.cross_entropy(plain(batch[0]), batch[1]).backward()
-    for n, heard in got[0].items():
+    for n, candidates in got[0].items():
         g = plain.get_parameter(n).grad.flatten()
-        assert set(heard["at"].tolist()) == set(g.abs().topk(len(heard["at"])).indices.tolist()) and torch.allclose(heard["sum"], g[heard["at"]], atol=1e-6)
+        assert set(candidates["at"].tolist()) == set(g.abs().topk(len(candidates["at"])).indices.tolist())
+        assert torch.allclose(candidates["sum"], g[candidates["at"]], atol=1e-6)
 
 @pytest.mark.parametrize("rule", [sft(update_every=5, window=2), stable_rps()], ids=["sft", "stable-rps"])
 @each_net
@@ -157,7 +170,8 @@ def test_one_number_per_weight_is_the_network_itself(net):
     model, base, x = net(), net(), data()[0][0]
     with seeded(0), apply_rule(stable_rps(), Weights(model), 1., 1) as training:
         assert torch.allclose(model(x), base(x), atol=1e-5)
-        assert torch.cat([s["order"] for s in training.state.values()]).sort().values.tolist() == list(range(len(training.pool)))
+        assert (torch.cat([s["order"] for s in training.state.values()]).sort()
+                .values.tolist() == list(range(len(training.pool))))
         finetune(1, 0.)(model, data(), F.cross_entropy)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), base.parameters()))
 
@@ -171,7 +185,8 @@ def test_one_pool_for_all_layers():
         got = training.pool.grad.clone()
         finetune(4, 1e-2)(model, data(), F.cross_entropy)
     spread = {n: (model.get_parameter(n).abs().flatten() / s["scale"].abs()) for n, s in training.state.items()}
-    for n, s in training.state.items(): assert torch.allclose(spread[n], training.pool.detach().abs()[s["order"]], atol=1e-5)
+    for n, s in training.state.items():
+        assert torch.allclose(spread[n], training.pool.detach().abs()[s["order"]], atol=1e-5)
     assert got.abs().sum() > 0
 
 def test_the_gradient_of_a_number_is_the_mean_wish_of_its_readers():
@@ -204,7 +219,8 @@ def test_the_unit_of_the_pool_does_not_matter_to_plain_descent(monkeypatch):
 
 # memory
 
-@pytest.mark.parametrize("n,numbers,bits", [(25856, 517, 32), (25856, 517, 8), (1000, 400, 16), (1000, 1000, 32), (4, 4, 1), (30, 29, 1), (10, 3, 4), (10, 0, 8)])
+@pytest.mark.parametrize("n,numbers,bits", [(25856, 517, 32), (25856, 517, 8), (1000, 400, 16), (1000, 1000, 32),
+                                            (4, 4, 1), (30, 29, 1), (10, 3, 4), (10, 0, 8)])
 def test_affordable_against_exact_binomials(n, numbers, bits):
     k = equal_memory_count(n, numbers, bits)
     cost = lambda k: k * bits + math.log2(math.comb(n, k))
@@ -223,7 +239,8 @@ def lift(rule, seed, keep):
 
 @pytest.mark.slow
 def test_places_that_move_are_better_than_places_drawn_once():
-    mean = {name: sum(lift(rule, seed, .01) for seed in range(3)) / 3 for name, rule in {"sft": sft(), "fixed": sft(first_fraction=0., later_fraction=0.)}.items()}
+    mean = {name: sum(lift(rule, seed, .01) for seed in range(3)) / 3
+            for name, rule in {"sft": sft(), "fixed": sft(first_fraction=0., later_fraction=0.)}.items()}
     assert mean["sft"] > mean["fixed"]
 
 @pytest.mark.slow
@@ -231,10 +248,12 @@ def test_sharing_beats_random_pruning_at_the_same_memory():
     world = find_task("digits-mlp")
     def pooled(seed):
         model = world.initial(seed)
-        with seeded(seed), apply_rule(stable_rps(), Weights(model), .02, 600): world.train(model, world.batches(seed), world.loss)
+        with seeded(seed), apply_rule(stable_rps(), Weights(model), .02, 600):
+            world.train(model, world.batches(seed), world.loss)
         return world.evaluate(model.eval())["accuracy"]
     def pruned(seed):
         model = world.initial(seed)
-        prune(model, "random", 1 - equal_memory_count(25856, 517) / 25856, world.batches(seed), world.loss, seed=seed, allocate="erk", recover=world.train)
+        prune(model, "random", 1 - equal_memory_count(25856, 517) / 25856, world.batches(seed), world.loss, seed=seed,
+              allocate="erk", recover=world.train)
         return world.evaluate(model.eval())["accuracy"]
     assert sum(map(pooled, range(3))) / 3 > sum(map(pruned, range(3))) / 3 + .05

@@ -18,15 +18,20 @@ from pruning_bench.core.recovery import finetune
 from pruning_bench.core.score import random
 from pruning_bench.core.space import Weights
 from pruning_bench.weight.gradual import current_masks, prune_to_density
-from pruning_bench.weight.dynamic_sparse import ANNEALS, random_growth, gradient_growth, drop_grow, dynamic_sparse_rule, drop_grow_layers, update_interval, granet_rule, soft_shrinkage_rule
+from pruning_bench.weight.dynamic_sparse import (ANNEALS, random_growth, gradient_growth, drop_grow,
+                                                 dynamic_sparse_rule, drop_grow_layers, update_interval, granet_rule,
+                                                 soft_shrinkage_rule)
 
 
 def mlp(seed=0):
-    with seeded(seed): return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 10))
+    with seeded(seed):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(),
+                             nn.Linear(20, 10))
 
 def conv(seed=0):
     with seeded(seed):
-        return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
+        return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2),
+                             nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
 
 def batches(seed=0, n=4):
     g = torch.Generator().manual_seed(seed)
@@ -37,10 +42,11 @@ def total(masks): return sum(int(m.sum()) for m in masks.values())
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 def run(rule, model=None, keep=.2, steps=20, optimizer="adamw", look=None):
-    "A training under a rule; `look(course)` is called after every update."
+    "A training under a rule; `look(training)` is called after every update."
     model = mlp() if model is None else model
     seen = rule if look is None else replace(rule, update=lambda training: (rule.update(training), look(training)))
-    with apply_rule(seen, Weights(model), keep, steps): finetune(steps, 1e-2, optimizer)(model, batches(), F.cross_entropy)
+    with apply_rule(seen, Weights(model), keep, steps):
+        finetune(steps, 1e-2, optimizer)(model, batches(), F.cross_entropy)
     return model
 
 def masks(training): return {n: training.alive(n).clone() for n in training.names}
@@ -63,7 +69,8 @@ def test_drop_grow_by_hand():
 def test_ties_go_to_the_lower_index():
     mask = torch.tensor([[0, 1, 0, 1, 1, 0]]).bool()
     new, born = drop_grow(mask, torch.zeros(1, 6), torch.zeros(1, 6), 2)
-    assert new.tolist() == [[True, True, True, False, False, False]] and born.tolist() == [[True, False, True, False, False, False]]
+    assert new.tolist() == [[True, True, True, False, False, False]]
+    assert born.tolist() == [[True, False, True, False, False, False]]
 
 @pytest.mark.parametrize("seed", range(8))
 def test_drop_grow_is_the_sorted_oracle(seed):
@@ -96,20 +103,27 @@ def test_nothing_grows_where_the_door_is_closed():
 def test_shares_end_where_the_paper_says():
     assert [ANNEALS["cosine"](x) for x in (0, 1)] == [1., 0.] and ANNEALS["cosine"](.5) == pytest.approx(.5)
     assert [ANNEALS["constant"](x) for x in (0, .999, 1)] == [1., 1., 0.]
-    assert update_interval(method(600), 30, .75) == 15 and update_interval(method(3), 30, .75) == 1 and update_interval(method(600), 40) == 15
+    assert update_interval(method(600), 30, .75) == 15
+    assert update_interval(method(3), 30, .75) == 1
+    assert update_interval(method(600), 40) == 15
 
-@pytest.mark.parametrize("bad", [dict(updates=0), dict(end=0.), dict(end=1.5), dict(share=2.), dict(anneal="cosin")])
+@pytest.mark.parametrize("bad",
+                         [dict(updates=0), dict(end=0.), dict(end=1.5), dict(drop_fraction=2.), dict(anneal="cosin")])
 @pytest.mark.parametrize("name", ["set", "rigl"])
 def test_settings_without_a_meaning_are_refused(name, bad):
     model = mlp()
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(BadInput, match=str(next(iter(bad.values())))): prune(model, name, .5, batches(), F.cross_entropy, steps=4, **bad)
+    with pytest.raises(BadInput, match=str(next(iter(bad.values())))):
+        prune(model, name, .5, batches(), F.cross_entropy, steps=4, **bad)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not masks_of(model)
 
 @pytest.mark.parametrize("name, bad, said", [
-    ("granet", dict(density=.3), "density=0.3 .* 0.5, and 1"), ("granet", dict(density=2.), "density=2.0"), ("granet", dict(share=-1.), "share=-1.0"), ("granet", dict(updates=0), "updates=0"),
-    ("iss", dict(alpha=2.), "alpha=2.0"), ("iss", dict(end=1.), "end=1.0"), ("rigl", dict(score="wanda"), "'act_norm' is read from data"),
-    ("gradual-magnitude", dict(score="snip"), "is read from data"), ("iss", dict(solve="sparsegpt"), "does not read solve=")])
+    ("granet", dict(density=.3), "density=0.3 .* 0.5, and 1"), ("granet", dict(density=2.), "density=2.0"),
+    ("granet", dict(drop_fraction=-1.), "drop_fraction=-1.0"), ("granet", dict(updates=0), "updates=0"),
+    ("iss", dict(alpha=2.), "alpha=2.0"), ("iss", dict(end=1.), "end=1.0"),
+    ("rigl", dict(score="wanda"), "'act_norm' is read from data"),
+    ("gradual-magnitude", dict(score="snip"), "is read from data"),
+    ("iss", dict(solve="sparsegpt"), "does not read solve=")])
 def test_requests_that_cannot_be_met_are_refused(name, bad, said):
     with pytest.raises(BadInput, match=said): prune(mlp(), name, .5, batches(), F.cross_entropy, steps=4, **bad)
 
@@ -121,11 +135,13 @@ def test_requests_that_cannot_be_met_are_refused(name, bad, said):
 def test_every_layer_keeps_its_number_and_the_last_quarter_its_mask(name, make):
     model, frames = make(), []
     grow = {"set": random_growth, "rigl": gradient_growth}[name]
-    run(dynamic_sparse_rule(grow, 5, .3, .75, "constant")(build(name, steps=20), .2), model, look=lambda training: frames.append(masks(training)))
+    run(dynamic_sparse_rule(grow, 5, .3, .75, "constant")(build(name, steps=20), .2), model,
+        look=lambda training: frames.append(masks(training)))
     fresh = make()
     prune(fresh, "random", .8, allocate="erk")
     counts = {n: int(m.sum()) for n, m in masks_of(fresh).items()}
-    assert all({n: int(m.sum()) for n, m in f.items()} == counts for f in frames) and sum(counts.values()) == int(.2 * size(model) + .5)
+    assert all({n: int(m.sum()) for n, m in f.items()} == counts for f in frames)
+    assert sum(counts.values()) == int(.2 * size(model) + .5)
     assert any(not torch.equal(frames[0][n], frames[1][n]) for n in counts)
     assert all(torch.equal(frames[-1][n], frames[-2][n]) for n in counts)   # updates 5 (t = .75) and 6
 
@@ -139,7 +155,8 @@ def test_the_whole_method_is_the_rule():
 def test_rigl_takes_the_loudest_of_the_dead_and_starts_them_at_nothing(optimizer):
     born = []
     def update(training):
-        before, w, g = masks(training), {n: training.w(n).clone() for n in training.names}, {n: training.gradient(n).clone() for n in training.names}
+        before, w, g = (masks(training), {n: training.w(n).clone() for n in training.names},
+                        {n: training.gradient(n).clone() for n in training.names})
         drop_grow_layers(Method(), training, gradient_growth, .3)
         for n in training.names:
             k = int(.3 * int(before[n].sum()))
@@ -149,23 +166,29 @@ def test_rigl_takes_the_loudest_of_the_dead_and_starts_them_at_nothing(optimizer
             rest = g[n].abs().masked_fill(kept, -1)
             assert rest[training.alive(n) & ~kept].min() >= rest[~training.alive(n) & ~kept].max()
             state = optimizer_buffers(training, n)
-            assert state and all((v[grown] == 0).all() and (v[~training.alive(n)] == 0).all() for v in state) and (training.w(n)[grown] == 0).all()
+            assert state
+            assert all((v[grown] == 0).all() and (v[~training.alive(n)] == 0).all() for v in state)
+            assert (training.w(n)[grown] == 0).all()
             back = before[n] & ~kept & training.alive(n)   # dropped and elected again: never away
             assert torch.equal(training.w(n)[back], w[n][back])
             born.append((int(grown.sum()), int(back.sum())))
-    run(Rule(begin=lambda training: prune_to_density(Method(score=random, allocate=erk), training, .3), update=update, every=4), keep=.3, optimizer=optimizer)
+    run(Rule(begin=lambda training: prune_to_density(Method(score=random, allocate=erk), training, .3), update=update,
+             every=4), keep=.3, optimizer=optimizer)
     assert sum(b for b, _ in born) > 20 and sum(b for _, b in born) > 0
 
 def test_without_exchange_both_are_a_lottery():
     nets = [mlp() for _ in range(3)]
-    for net, (name, more) in zip(nets, {"set": dict(share=0.), "rigl": dict(share=0.), "random": dict(allocate="erk")}.items()):
+    for net, (name, more) in zip(nets, {"set": dict(drop_fraction=0.), "rigl": dict(drop_fraction=0.),
+                                        "random": dict(allocate="erk")}
+                                 .items()):
         prune(net, name, .8, batches(), F.cross_entropy, recover=finetune(12, 1e-2), **more)
     assert same(nets[0], nets[1]) and same(nets[1], nets[2])
 
 def test_another_allocation_and_a_pattern():
     plan = prune(mlp(), "rigl", .75, batches(), F.cross_entropy, allocate="uniform", steps=12, updates=6)
     assert plan.table().kept.tolist() == [640, 200, 50]
-    with pytest.warns(UserWarning, match="fixes the density"): plan = prune(mlp(), "rigl", "2:4", batches(), F.cross_entropy, steps=12, updates=6)
+    with pytest.warns(UserWarning, match="fixes the density"):
+        plan = prune(mlp(), "rigl", "2:4", batches(), F.cross_entropy, steps=12, updates=6)
     assert all((m.view(-1, 4).sum(1) == 2).all() for m in plan.masks.values())
 
 def test_nothing_pruned_before_grows_again():
@@ -182,8 +205,10 @@ def test_a_frozen_layer_stays():
     model = mlp()
     model[1].weight.requires_grad_(False)
     before = []
-    run(Rule(begin=lambda training: (prune_to_density(Method(score=random, allocate=erk), training, .3), before.append(training.alive("1.weight").clone())),
-             update=lambda training: drop_grow_layers(Method(), training, gradient_growth, .3), every=4), model, keep=.3)
+    run(Rule(begin=lambda training: (prune_to_density(Method(score=random, allocate=erk), training, .3),
+                                     before.append(training.alive("1.weight").clone())),
+             update=lambda training: drop_grow_layers(Method(), training, gradient_growth, .3), every=4), model,
+        keep=.3)
     assert torch.equal(masks_of(model)["1.weight"], before[0])
 
 
@@ -192,7 +217,8 @@ def test_a_frozen_layer_stays():
 @pytest.mark.parametrize("density", [1., .5])
 def test_granet_meets_every_point_of_the_cubic(density):
     frames, model = [], mlp()
-    run(granet_rule(density, 10, .5, .6)(method(40, allocate=global_), .1), model, keep=.1, steps=40, look=lambda training: frames.append(total(masks(training))))
+    run(granet_rule(density, 10, .5, .6)(method(40, allocate=global_), .1), model, keep=.1, steps=40,
+        look=lambda training: frames.append(total(masks(training))))
     cubic = [.1 + (density - .1) * (1 - i / 6)**3 for i in range(1, 7)]
     assert frames == [math.floor(size(model) * k + .5) for k in cubic] + [math.floor(size(model) * .1 + .5)] * 4
 
@@ -206,14 +232,17 @@ def test_granet_exchanges_half_at_first_and_a_hundredth_of_that_at_last():
         rule.update(training); said.append(masks(training))
     run(replace(rule, update=update))
     once = []
-    run(Rule(update=lambda training: (prune_to_density(record, training, .2 + .8 * (1 - min(1, training.step / 10))**3), once.append(masks(training))), every=5))
+    run(Rule(update=lambda training: (prune_to_density(record, training, .2 + .8 * (1 - min(1, training.step / 10))**3),
+                                      once.append(masks(training))), every=5))
     assert all(torch.equal(a[n], b[n]) for a, b in zip(said, once) for n in a)
 
 def test_granet_without_regrowth_is_gradual_pruning():
     way = lambda keep: [1., *(keep + (1 - keep) * (1 - i / 6)**3 for i in range(1, 6)), *[keep] * 4]
     one, two = mlp(), mlp()
-    prune(one, "granet", .9, batches(), F.cross_entropy, share=0., updates=10, end=.6, recover=finetune(40, 1e-2))
-    prune(two, "gradual-magnitude", .9, batches(), F.cross_entropy, allocate="global", schedule=way, recover=finetune(40, 1e-2))
+    prune(one, "granet", .9, batches(), F.cross_entropy, drop_fraction=0., updates=10, end=.6,
+          recover=finetune(40, 1e-2))
+    prune(two, "gradual-magnitude", .9, batches(), F.cross_entropy, allocate="global", schedule=way,
+          recover=finetune(40, 1e-2))
     assert same(one, two)
 
 def test_granet_exchanges_inside_layers():
@@ -264,7 +293,8 @@ def scores(name, sparsity=.98, **settings):
     found = []
     for seed in range(3):
         model = world().initial(seed)
-        plan = prune(model, name, sparsity, world().batches(seed), world().loss, seed=seed, recover=world().train, **settings)
+        plan = prune(model, name, sparsity, world().batches(seed), world().loss, seed=seed, recover=world().train,
+                     **settings)
         assert plan.cost["backward"] == 600 and plan.density == pytest.approx(1 - sparsity, abs=1e-4)
         found.append(100 * world().evaluate(model)["accuracy"])
     return sum(found) / 3
@@ -276,7 +306,8 @@ def test_moving_beats_standing_still_and_gradients_beat_chance():
 
 @pytest.mark.slow
 def test_gradual_granet_and_rigl_are_neighbours_above_set():
-    found = [scores("gradual-magnitude", allocate="global"), scores("granet"), scores("granet", density=.5), scores("rigl")]
+    found = [scores("gradual-magnitude", allocate="global"), scores("granet"), scores("granet", density=.5),
+             scores("rigl")]
     assert min(found) > scores("set")
 
 @pytest.mark.slow

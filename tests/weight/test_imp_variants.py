@@ -1,4 +1,4 @@
-"Late rewinding, probes of tickets, soups, the PQ index and silent units: invariants exactly, orderings over three seeds."
+"Late rewinding, linear mode connectivity, soups, PQ index, inactive units: exact invariants, orders over three seeds."
 import copy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,23 +17,29 @@ from pruning_bench.core.pattern import n_m, per_row, unstructured
 from pruning_bench.core.recovery import Recovery, train_before_pruning, finetune, rewind, recalibrate_bn
 from pruning_bench.core.schedule import Schedule, as_schedule, cubic, pruning_steps, geometric
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.lottery_ticket import error_barrier, parameter_distance, late_rewinding, average_states, mask_iou, linear_interpolation
-from pruning_bench.weight.imp_variants import pq_schedule, pq_index, dead_neuron_rates, average_models, pq_rank, init_w, prunable_counts, ap_solver
+from pruning_bench.weight.lottery_ticket import (error_barrier, parameter_distance, late_rewinding, average_states,
+                                                 mask_iou, linear_interpolation)
+from pruning_bench.weight.imp_variants import (pq_schedule, pq_index, dead_neuron_rates, average_models, pq_rank,
+                                               init_w, prunable_counts, ap_solver)
 
 
 def mlp(seed=0):
-    with seeded(seed): return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10))
+    with seeded(seed):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(),
+                             nn.Linear(16, 10))
 
 def conv(seed=0):
     with seeded(seed):
-        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, bias=False),
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                             nn.Conv2d(4, 6, 3, stride=2, bias=False),
                              nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 10, bias=False))
 
 def batches(seed=0, n=5):
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(16, 1, 8, 8, generator=g), torch.randint(0, 10, (16,), generator=g)) for _ in range(n)]
 
-def run(model, method, sparsity=.8, data=None, **settings): return prune(model, method, sparsity, batches() if data is None else data, F.cross_entropy, **settings)
+def run(model, method, sparsity=.8, data=None, **settings):
+    return prune(model, method, sparsity, batches() if data is None else data, F.cross_entropy, **settings)
 def total(masks): return sum(int(m.sum()) for m in masks.values())
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
@@ -42,7 +48,9 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,
 
 def test_cuts_reads_both_kinds_of_schedules():
     assert list(pruning_steps(cubic(3), .2, None)) == [(k, 3, 2 - i) for i, k in enumerate(cubic(3)(.2))]
-    assert list(pruning_steps(as_schedule(lambda keep: [.5, .2, .2, .2]), .2, None)) == [(.5, 4, 3), (.2, 4, 2), (.2, 4, 1), (.2, 4, 0)]   # lists may rest at the end
+    # lists may rest at the end
+    found = list(pruning_steps(as_schedule(lambda keep: [.5, .2, .2, .2]), .2, None))
+    assert found == [(.5, 4, 3), (.2, 4, 2), (.2, 4, 1), (.2, 4, 0)]
     asked = []
     def look(keep, space):
         for k in (.7, .4): asked.append(k); yield k
@@ -70,7 +78,10 @@ def test_rewinding_to_step_zero_is_imp(net):
     one, two, other = net(), net(), net()
     p, q = run(one, "imp", rounds=3, steps=8), run(two, "imp-late", rounds=3, steps=8, rewind_to=0.)
     run(other, "imp-late", rounds=3, steps=8, rewind_to=.5)
-    assert p == q and p.cost["backward"] == q.cost["backward"] == 32 and equal(one.state_dict(), two.state_dict()) and not equal(one.state_dict(), other.state_dict())
+    assert p == q
+    assert p.cost["backward"] == q.cost["backward"] == 32
+    assert equal(one.state_dict(), two.state_dict())
+    assert not equal(one.state_dict(), other.state_dict())
 
 @pytest.mark.parametrize("net", [mlp, conv])
 def test_rewinding_to_the_end_is_one_shot_pruning(net):
@@ -89,11 +100,15 @@ def test_survivors_return_to_the_early_step_and_masks_are_nested():
             seen.append(({k: v.clone() for k, v in model.state_dict().items()}, masks, next(train.data)[0]))
             train.recover(model, *args, **piece)
         between(model, start, replace(train, recover=replace(train.recover, fn=noted)), n, left)
-    run(conv(), Method(allocate=global_, schedule=geometric(3), prepare=prepare, between=look, recover=finetune(10, 3e-3)), data=data)
+    run(conv(), Method(allocate=global_, schedule=geometric(3), prepare=prepare, between=look,
+                       recover=finetune(10, 3e-3)), data=data)
     for state, masks, _ in seen:
-        assert all(torch.equal(v, first.state_dict()[k] * masks[k] if k in masks else first.state_dict()[k]) for k, v in state.items())   # running statistics too
+        # running statistics too
+        assert all(torch.equal(v, first.state_dict()[k] * masks[k] if k in masks else first.state_dict()[k])
+                   for k, v in state.items())
     for (_, more, _), (_, less, _) in zip(seen, seen[1:]): assert all((less[n] <= more[n]).all() for n in more)
-    assert torch.equal(seen[0][2], data[13][0])   # ten batches before the first cut, three passed over: the data of the rewound time follow
+    # ten batches before the first cut, three passed over: the data of the rewound time follow
+    assert torch.equal(seen[0][2], data[13][0])
 
 def test_late_rewinding_costs_the_first_part_once():
     plan = run(mlp(), "imp-late", rounds=3, steps=20, rewind_to=.25)
@@ -111,7 +126,9 @@ def test_learning_rate_rewinding_keeps_weights_and_repeats_the_training():
         train(two, batches(), F.cross_entropy)
     assert equal(one.state_dict(), two.state_dict())
 
-@pytest.mark.parametrize("settings, word", [(dict(rewind=-.1), "outside"), (dict(rewind=1.5), "outside"), (dict(recover=Recovery(lambda model, data, loss, part=1.: None, steps=3)), "can resume"),
+@pytest.mark.parametrize("settings, word", [(dict(rewind_to=-.1), "outside"), (dict(rewind_to=1.5), "outside"),
+                                            (dict(recover=Recovery(lambda model, data, loss, part=1.: None, steps=3)),
+                                             "can resume"),
                                             (dict(recover="none"), "give it a training")])
 def test_late_rewinding_refuses_before_work(settings, word):
     net = mlp()
@@ -140,21 +157,31 @@ def test_path_ends_at_its_ends_and_barriers_are_exact():
     a, b, seen = mlp(0), mlp(1), []
     def first(model): seen.append(model[1].weight.detach().clone()); return float(len(seen) % 3)
     heights = linear_interpolation(a, b, first, points=4)
-    assert torch.equal(seen[0], a[1].weight) and torch.allclose(seen[-1], b[1].weight, atol=1e-6) and heights == [1., 2., 0., 1.] and error_barrier(heights) == 1.
+    assert torch.equal(seen[0], a[1].weight)
+    assert torch.allclose(seen[-1], b[1].weight, atol=1e-6)
+    assert heights == [1., 2., 0., 1.]
+    assert error_barrier(heights) == 1.
     assert torch.allclose(seen[1], a[1].weight + (b[1].weight - a[1].weight) / 3, atol=1e-6)
     x, y = batches()[0]
     assert error_barrier(linear_interpolation(a, copy.deepcopy(a), lambda m: F.cross_entropy(m(x), y).item())) == 0
     turned = copy.deepcopy(a)   # hidden units exchanged: the same function, far away
-    for p, q, dims in ((turned[1].weight, a[1].weight, (0,)), (turned[1].bias, a[1].bias, (0,)), (turned[3].weight, a[3].weight, (1,))): p.data = q.data.flip(*dims)
-    assert torch.allclose(a(x), turned(x), atol=1e-6) and parameter_distance(a, turned) > 1 and parameter_distance(a, a) == 0
-    assert abs(linear_interpolation(a, turned, lambda m: F.cross_entropy(m(x), y).item())[5] - F.cross_entropy(a(x), y).item()) > 1e-3
+    for p, q, dims in ((turned[1].weight, a[1].weight, (0,)), (turned[1].bias, a[1].bias, (0,)),
+                       (turned[3].weight, a[3].weight, (1,))):
+        p.data = q.data.flip(*dims)
+    assert torch.allclose(a(x), turned(x), atol=1e-6)
+    assert parameter_distance(a, turned) > 1
+    assert parameter_distance(a, a) == 0
+    assert abs(linear_interpolation(a, turned, lambda m: F.cross_entropy(m(x), y).item())[5] - F.cross_entropy(a(x), y)
+               .item()) > 1e-3
 
 def test_paths_between_children_of_a_ticket_stay_sparse():
     net = mlp()
     run(net, "global-magnitude")
     children = [copy.deepcopy(net) for _ in range(2)]
     for i, child in enumerate(children): finetune(5, 1e-2)(child, batches(i), F.cross_entropy)
-    assert max(linear_interpolation(*children, lambda m: sum(int((w != 0).sum()) for w in m.parameters() if w.dim() > 1))) <= total(masks_of(net))
+    assert (max(linear_interpolation(*children,
+                                     lambda m: sum(int((w != 0).sum()) for w in m.parameters() if w.dim() > 1)))
+            <= total(masks_of(net)))
 
 def test_renewed_norms_are_the_mean_over_batches_and_touches_nothing_else():
     net, data = conv(), batches()
@@ -164,8 +191,11 @@ def test_renewed_norms_are_the_mean_over_batches_and_touches_nothing_else():
     assert recalibrate_bn(net, []) is net and equal(net.state_dict(), before.state_dict())
     recalibrate_bn(net, (b for b in data)); recalibrate_bn(net, data)
     with torch.no_grad(): first = torch.cat([net[0](x) for x, _ in data])
-    assert torch.allclose(net[1].running_mean, first.mean((0, 2, 3)), atol=1e-6) and not torch.allclose(net[1].running_mean, before[1].running_mean)
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters())) and net[1].momentum == .1 and not any(m.training for m in net.modules())
+    assert torch.allclose(net[1].running_mean, first.mean((0, 2, 3)), atol=1e-6)
+    assert not torch.allclose(net[1].running_mean, before[1].running_mean)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters()))
+    assert net[1].momentum == .1
+    assert not any(m.training for m in net.modules())
     plain = mlp()
     assert recalibrate_bn(plain, iter(())) is plain
 
@@ -179,9 +209,13 @@ def test_soup_of_copies_is_the_network_and_support_never_grows():
     pots = [copy.deepcopy(net) for _ in range(3)]
     for i, pot in enumerate(pots): finetune(5, 1e-2)(pot, batches(i), F.cross_entropy)
     made = average_models(pots, batches())
-    assert all((made.get_parameter(n)[~m] == 0).all() for n, m in masks_of(net).items()) and equal(masks_of(made), masks_of(net))
-    assert torch.allclose(made[1].bias, sum(p[1].bias for p in pots) / 3, atol=1e-6)   # batch-norm scales and shifts are averaged
-    with torch.no_grad(): assert torch.allclose(made[1].running_mean, torch.cat([made[0](x) for x, _ in batches()]).mean((0, 2, 3)), atol=1e-6)
+    assert all((made.get_parameter(n)[~m] == 0).all() for n, m in masks_of(net).items())
+    assert equal(masks_of(made), masks_of(net))
+    # batch-norm scales and shifts are averaged
+    assert torch.allclose(made[1].bias, sum(p[1].bias for p in pots) / 3, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(made[1].running_mean, torch.cat([made[0](x) for x, _ in batches()]).mean((0, 2, 3)),
+                              atol=1e-6)
 
 def test_a_linear_soup_averages_answers():
     models, x = [nn.Linear(6, 3) for _ in range(4)], torch.randn(9, 6)
@@ -214,7 +248,8 @@ def test_a_soup_of_one_is_going_on():
 
 def test_soup_without_training_is_one_shot():
     one, two = mlp(), mlp()
-    assert prune(one, "soup", .8, recover="none") == prune(two, "global-magnitude", .8) and equal(one.state_dict(), two.state_dict())
+    assert prune(one, "soup", .8, recover="none") == prune(two, "global-magnitude", .8)
+    assert equal(one.state_dict(), two.state_dict())
 
 
 # the PQ index
@@ -230,16 +265,20 @@ def test_pq_index_of_known_vectors(p, q):
         some = torch.zeros(1, 100); some[0, :k] = .3
         assert 100 * (1 - pq_index(some, p, q).item()) ** (p * q / (q - p)) == pytest.approx(k)
     w = torch.randn(4, 50)
-    for scaled in (w * 1e-20, w * 1e20, torch.cat([w, w, w], 1)): assert torch.allclose(pq_index(scaled, p, q), pq_index(w, p, q), atol=1e-6)
+    for scaled in (w * 1e-20, w * 1e20, torch.cat([w, w, w], 1)):
+        assert torch.allclose(pq_index(scaled, p, q), pq_index(w, p, q), atol=1e-6)
 
 def test_surplus_by_hand():
     w = torch.tensor([[4., 1, 1, 1, 1], [9., 4, 1, 0, 0], [0., 0, 0, 0, 0], [2., 2, 2, 2, 0]])
     # (.5, 1): what can go is d I.  5 - 36/8 = .5; 3 - 36/14 = .43; nothing; nothing
     assert prunable_counts(w).tolist() == [0, 0, 0, 0]
-    assert prunable_counts(w, gamma=2.1).tolist() == [1, 0, 0, 0] and prunable_counts(w, gamma=2.4).tolist() == [1, 1, 0, 0]
+    assert prunable_counts(w, gamma=2.1).tolist() == [1, 0, 0, 0]
+    assert prunable_counts(w, gamma=2.4).tolist() == [1, 1, 0, 0]
     # (1, 2): d - |w|_1^2 / |w|_2^2 = 5 - 64/20 = 1.8; 3 - 196/98 = 1
     assert prunable_counts(w, 1., 2.).tolist() == [1, 1, 0, 0]
-    assert prunable_counts(torch.eye(20)[:1] + 1e-9, beta=.5).item() == 10 and prunable_counts(torch.ones(1, 20), eta=1.).item() == 15   # (1 + eta)^-2 of 20 stay
+    # (1 + eta)^-2 of 20 stay
+    assert prunable_counts(torch.eye(20)[:1] + 1e-9, beta=.5).item() == 10
+    assert prunable_counts(torch.ones(1, 20), eta=1.).item() == 15
 
 @pytest.mark.parametrize("p, q", [(1., 1.), (2., 1.), (0., 1.)])
 def test_norms_in_the_wrong_order_are_refused(p, q):
@@ -253,7 +292,8 @@ def test_standing_draws_the_line_where_the_index_says(scope):
     below, groups = (pq_rank(w, None, scope=scope) < 0) & (w != 0), w if scope == "row" else w.view(1, -1)
     assert below.view(len(groups), -1).sum(1).tolist() == prunable_counts(groups).tolist() and (below.sum() > 0)
     s = pq_rank(w, None, scope=scope).view(len(groups), -1)
-    for row, alive in zip(s, groups.abs()): assert (row[alive.argsort(stable=True)].diff() >= 0).all()   # never against the magnitudes
+    # never against the magnitudes
+    for row, alive in zip(s, groups.abs()): assert (row[alive.argsort(stable=True)].diff() >= 0).all()
 
 @pytest.mark.parametrize("scope, p, q", [("global", .5, 1.), ("layer", .5, 1.), ("row", 1., 2.)])
 def test_sap_takes_what_the_index_says_and_stops_exactly_at_the_budget(scope, p, q):
@@ -261,13 +301,19 @@ def test_sap_takes_what_the_index_says_and_stops_exactly_at_the_budget(scope, p,
     def look(model, start, train, n, left):
         assert n == 40
         densities.append(total(masks_of(model))); rewind(model, start, train, n, left)
-        groups = {"global": lambda ws: [torch.cat([w.flatten() for w in ws])[None]], "layer": lambda ws: [w.view(1, -1) for w in ws], "row": lambda ws: ws}[scope]([w.detach() for w in model.parameters() if w.dim() > 1])
+        groups = {"global": lambda ws: [torch.cat([w.flatten() for w in ws])[None]],
+                  "layer": lambda ws: [w.view(1, -1) for w in ws],
+                  "row": lambda ws: ws}[scope]([w.detach() for w in model.parameters() if w.dim() > 1])
         wanted.append(densities[-1] - sum(int(prunable_counts(g, p, q).sum()) for g in groups))
     record = build("sap", scope=scope, rounds=40, p=p, q=q)
-    plan = run(mlp(), Method(score=record.score, allocate=record.allocate, schedule=record.schedule, prepare=train_before_pruning, between=look, recover=finetune(4, 1e-2)), .4)
+    plan = run(mlp(), Method(score=record.score, allocate=record.allocate, schedule=record.schedule,
+                             prepare=train_before_pruning, between=look, recover=finetune(4, 1e-2)), .4)
     n = sum(m.numel() for m in plan.masks.values())
-    assert total(plan.masks) == densities[-1] == round(.6 * n) and len(densities) < 40 and all(a > b for a, b in zip(densities, densities[1:]))
-    assert densities[1:-1] == wanted[:-2] and wanted[-2] <= densities[-1]   # the index decides until the last cut, which is shortened
+    assert total(plan.masks) == densities[-1] == round(.6 * n)
+    assert len(densities) < 40
+    assert all(a > b for a, b in zip(densities, densities[1:]))
+    # the index decides until the last cut, which is shortened
+    assert densities[1:-1] == wanted[:-2] and wanted[-2] <= densities[-1]
 
 def test_the_pace_decides_where_the_index_brakes():
     ones = SimpleNamespace(names=lambda: ["a"], w=lambda n: torch.ones(10, 10))
@@ -281,28 +327,33 @@ def test_the_pace_decides_where_the_index_brakes():
 
 def test_silence_is_heard_in_modules_and_functions():
     class Both(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.relu = nn.Linear(4, 6), nn.Linear(6, 8), nn.ReLU(inplace=True)
+        def __init__(self):
+            super().__init__(); self.a, self.b, self.relu = nn.Linear(4, 6), nn.Linear(6, 8), nn.ReLU(inplace=True)
         def forward(self, x): return self.relu(self.b(F.relu(self.a(x))))
     net, x = Both(), torch.randn(50, 4)
     with torch.no_grad(): hidden = net.a(x); out = net.b(F.relu(hidden))
-    assert dead_neuron_rates(net, [x[:25], (x[25:], None)]) == pytest.approx([(hidden <= 0).float().mean().item(), (out <= 0).float().mean().item()], abs=1e-6)
+    assert (dead_neuron_rates(net, [x[:25], (x[25:], None)])
+            == pytest.approx([(hidden <= 0).float().mean().item(), (out <= 0).float().mean().item()], abs=1e-6))
     with pytest.raises(BadInput, match="no ReLU"): dead_neuron_rates(nn.Sequential(nn.Linear(4, 4), nn.GELU()), [x])
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cutting_negative_weights_wakes_units_behind_positive_inputs(seed):
     g = torch.Generator().manual_seed(seed)
-    net, x, stats = nn.Sequential(nn.Linear(20, 30), nn.ReLU()), torch.rand(64, 20, generator=g), SimpleNamespace(start_w=torch.randn(30, 20, generator=g))
+    net, x, stats = (nn.Sequential(nn.Linear(20, 30), nn.ReLU()), torch.rand(64, 20, generator=g),
+                     SimpleNamespace(init_w=torch.randn(30, 20, generator=g)))
     w = net[0].weight.data.clone()
     before = dead_neuron_rates(net, [x])[0]
-    kept, mask = ap_solver(w, stats, torch.where(w < 0, w.abs(), 9.), .9, unstructured(), share=.1)   # the whole cut is the part for waking
+    # the whole cut is the part for waking
+    kept, mask = ap_solver(w, stats, torch.where(w < 0, w.abs(), 9.), .9, unstructured(), share=.1)
     net[0].weight.data = kept
     assert (~mask).sum() == 60 and (w[~mask] < 0).all() and dead_neuron_rates(net, [x])[0] <= before
     unmoved = (w - stats.init_w).abs()
     assert unmoved[~mask].max() <= unmoved[mask & (w < 0)].min()
 
-@pytest.mark.parametrize("pattern, fraction", [(unstructured(), .3), (per_row(), .3), (n_m(2, 4), .5)], ids=["unstructured", "per_row", "2:4"])
+@pytest.mark.parametrize("pattern, fraction", [(unstructured(), .3), (per_row(), .3), (n_m(2, 4), .5)],
+                         ids=["unstructured", "per_row", "2:4"])
 def test_waking_meets_any_pattern(pattern, fraction):
-    w, stats = torch.randn(12, 20), SimpleNamespace(start_w=torch.randn(12, 20))
+    w, stats = torch.randn(12, 20), SimpleNamespace(init_w=torch.randn(12, 20))
     _, mask = ap_solver(w, stats, w.abs(), fraction, pattern, share=.1)
     assert mask.sum() == pattern(w.abs(), fraction).sum()
     if pattern.name != "unstructured": assert len(set(mask.view(-1, 4 if pattern.fixed else 20).sum(1).tolist())) == 1
@@ -310,7 +361,7 @@ def test_waking_meets_any_pattern(pattern, fraction):
 
 def test_waking_takes_no_positive_weight_and_no_more_than_there_are():
     w = torch.cat([torch.rand(10, 9) + .1, -torch.rand(10, 1) - .1], 1)   # ten negative weights, asked for forty
-    _, mask = ap_solver(w, SimpleNamespace(start_w=torch.zeros(10, 10)), w.abs(), .5, unstructured(), share=.4)
+    _, mask = ap_solver(w, SimpleNamespace(init_w=torch.zeros(10, 10)), w.abs(), .5, unstructured(), share=.4)
     positive = w > 0
     order = w.abs().masked_fill(~positive, torch.inf).flatten().argsort()
     assert mask.sum() == 50 and not mask[~positive].any() and not mask.flatten()[order[:40]].any()
@@ -318,7 +369,9 @@ def test_waking_takes_no_positive_weight_and_no_more_than_there_are():
 def test_ap_without_its_share_is_imp_and_finds_the_start():
     one, two, other = mlp(), mlp(), mlp()
     p, q = run(one, "ap", activation_fraction=0., rounds=2, steps=6), run(two, "imp", rounds=2, steps=6)
-    assert p == q and equal(one.state_dict(), two.state_dict()) and run(other, "ap", activation_fraction=.1, rounds=2, steps=6) != p
+    assert p == q
+    assert equal(one.state_dict(), two.state_dict())
+    assert run(other, "ap", activation_fraction=.1, rounds=2, steps=6) != p
     with pytest.raises(BadInput, match="goes back"): run(mlp(), Method(solve=ap_solver))
     with pytest.raises(BadInput, match="goes back"): init_w(Weights(mlp()), [])
 
@@ -338,7 +391,8 @@ def test_averages_need_a_shared_mask_and_a_shared_start():
         for i, pot in enumerate(pots): finetune(300, 3e-3)(pot, world().batches(10 * seed + i), world().loss)
         strangers = [world().initial(100 + 10 * seed + i) for i in range(2)]
         for i, net in enumerate(strangers): plan.apply(net); world().train(net, world().batches(i), world().loss)
-        assert accuracy(average_models(pots)) > mean([accuracy(p) for p in pots]) - 1.5 and accuracy(average_models(strangers)) < mean([accuracy(n) for n in strangers]) - 10
+        assert accuracy(average_models(pots)) > mean([accuracy(p) for p in pots]) - 1.5
+        assert accuracy(average_models(strangers)) < mean([accuracy(n) for n in strangers]) - 10
 
 @pytest.mark.slow
 def test_cutting_unmoved_negative_weights_wakes_units():
@@ -347,6 +401,7 @@ def test_cutting_unmoved_negative_weights_wakes_units():
         for share in (0., .1):
             model, first = world().dense(seed), world().initial(seed).state_dict()
             def remember(method, space, keep, train): return first
-            prune(model, Method(allocate=global_, solve=build("ap", activation_fraction=share).solve, prepare=remember), .8, world().calibration(seed))
+            prune(model, Method(allocate=global_, solve=build("ap", activation_fraction=share).solve, prepare=remember),
+                  .8, world().calibration(seed))
             rates.append(mean(dead_neuron_rates(model, world().calibration(seed))))
         assert rates[1] < rates[0] - .03

@@ -13,7 +13,8 @@ from pruning_bench.core.rule import Rule, apply_rule
 from pruning_bench.core.pattern import Pattern, as_pattern
 from pruning_bench.core.recovery import Recovery, finetune
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.nm_training import DECAYS, MaskedSTE, bidirectional_masks, nm_mask, mask_decay_rule, group_sizes_kept, ste_rule, structure_decay_rule
+from pruning_bench.weight.nm_training import (DECAYS, MaskedSTE, bidirectional_masks, nm_mask, mask_decay_rule,
+                                              group_sizes_kept, ste_rule, structure_decay_rule)
 
 METHODS = ["nm-ste", "sr-ste", "mdgf", "sdgf", "bdwp"]
 ALL = Pattern("4:4", lambda scores, fraction: torch.ones_like(scores, dtype=torch.bool), divides=(1, 4))
@@ -38,7 +39,8 @@ def one_pass(model, rule, x, pattern):
         weights = list(training.weight.values())
         y = model(x)
         y.square().sum().backward()
-        found = y.detach(), x.grad, [w.grad.clone() for w in weights], [nm_mask(training.w(n), training) for n in training.names]
+        found = (y.detach(), x.grad, [w.grad.clone() for w in weights],
+                 [nm_mask(training.w(n), training) for n in training.names])
         torch.optim.SGD(model.parameters(), 0.).step()
     return found
 
@@ -50,7 +52,8 @@ def test_the_largest_weights_of_a_group_are_the_best_of_all_its_masks(n, m):
     w = torch.randn(6, 2 * m, generator=torch.Generator().manual_seed(m))
     mask = as_pattern(f"{n}:{m}")(w.abs(), n / m)
     for group, kept in zip(w.view(-1, m), mask.view(-1, m)):
-        errors = {c: group[[i for i in range(m) if i not in c]].square().sum().item() for c in itertools.combinations(range(m), n)}
+        errors = {c: group[[i for i in range(m) if i not in c]].square().sum().item()
+                  for c in itertools.combinations(range(m), n)}
         assert tuple(kept.nonzero().flatten().tolist()) == min(errors, key=errors.get)
 
 @pytest.mark.parametrize("name", METHODS)
@@ -120,10 +123,12 @@ def test_a_fading_mask_goes_from_dense_training_to_a_masked_gradient():
     assert not torch.equal(half[0], y) and not torch.equal(half[0], mute[0])
 
 def test_decays_start_at_one_and_end_near_zero():
-    assert all(d(0.) == 1 and d(1.) < 1e-4 and all(d(a / 20) >= d((a + 1) / 20) for a in range(20)) for d in DECAYS.values())
+    assert all(d(0.) == 1 and d(1.) < 1e-4 and all(d(a / 20) >= d((a + 1) / 20) for a in range(20))
+               for d in DECAYS.values())
     assert DECAYS["linear"](.4) == .5 and DECAYS["linear"](.8) == 0
 
-@pytest.mark.parametrize("pattern,want", [("2:4", [4, 3, 2]), ("1:8", [8, 7, 4, 2, 1]), ("1:32", [32, 31, 16, 8, 4, 2, 1]), ("7:8", [8, 7]), ("1:2", [2, 1])])
+@pytest.mark.parametrize("pattern,want", [("2:4", [4, 3, 2]), ("1:8", [8, 7, 4, 2, 1]),
+                                          ("1:32", [32, 31, 16, 8, 4, 2, 1]), ("7:8", [8, 7]), ("1:2", [2, 1])])
 def test_stages(pattern, want): assert group_sizes_kept(as_pattern(pattern)) == want
 
 def test_a_tightening_pattern_shows_what_its_stage_allows():
@@ -147,7 +152,9 @@ def test_the_three_products_of_bdwp(shape):
     layer = space.layers["0.weight"]
     def masked(m): return w * layer.tensor(m)
     into, out = masked(pattern(layer.read().abs(), .5)), masked(pattern(layer.read().abs().T.contiguous(), .5).T)
-    assert ((out != 0).sum(0) == 4).all() and ((into.view(8, -1) != 0).sum(1) == into[0].numel() // 2).all() and not torch.equal(into, out)
+    assert ((out != 0).sum(0) == 4).all()
+    assert ((into.view(8, -1) != 0).sum(1) == into[0].numel() // 2).all()
+    assert not torch.equal(into, out)
     apply = (lambda x, w: F.linear(x, w)) if shape == "linear" else (lambda x, w: F.conv2d(x, w, padding=1))
     x.requires_grad_()
     with apply_rule(bidirectional_masks(), space, .5, 0, pattern) as training:
@@ -186,7 +193,8 @@ def test_layers_whose_outputs_do_not_divide_keep_the_gradient_of_their_forward_p
 def test_evaluation_inside_the_training_is_left_alone():
     model, pattern = net(), as_pattern("2:4")
     x, twin = torch.randn(3, 16), copy.deepcopy(model)
-    with apply_rule(ste_rule(), Weights(model), .5, 0, pattern), apply_rule(bidirectional_masks(), Weights(twin), .5, 0, pattern):
+    with (apply_rule(ste_rule(), Weights(model), .5, 0, pattern),
+          apply_rule(bidirectional_masks(), Weights(twin), .5, 0, pattern)):
         with torch.no_grad(): assert torch.equal(twin(x), model(x))
 
 
@@ -194,16 +202,20 @@ def test_evaluation_inside_the_training_is_left_alone():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_refusals(name):
-    for call, word in ((lambda: prune(net(), name, "1:5", batches(), F.cross_entropy), "does not divide"), (lambda: prune(net(), name, .75, batches(), F.cross_entropy), "contradicts"),
-                       (lambda: prune(net(), name, "2:4"), "data"), (lambda: prune(net(), name, "2:4", batches(), F.cross_entropy, recover="none"), "trains")):
+    for call, word in ((lambda: prune(net(), name, "1:5", batches(), F.cross_entropy), "does not divide"),
+                       (lambda: prune(net(), name, .75, batches(), F.cross_entropy), "contradicts"),
+                       (lambda: prune(net(), name, "2:4"), "data"),
+                       (lambda: prune(net(), name, "2:4", batches(), F.cross_entropy, recover="none"), "trains")):
         with pytest.raises(BadInput, match=word) as refused: call()
         assert "\n" not in str(refused.value)
 
 def test_an_unknown_decay_and_a_pattern_without_groups():
-    with pytest.raises(BadInput, match="exponential"): prune(net(), "mdgf", "2:4", batches(), F.cross_entropy, decay="exponentail")
+    with pytest.raises(BadInput, match="exponential"):
+        prune(net(), "mdgf", "2:4", batches(), F.cross_entropy, decay="exponentail")
     before = net().state_dict()
     model = net()
-    with pytest.raises(BadInput, match="2:4"): prune(model, "sdgf", .5, batches(), F.cross_entropy, pattern="unstructured")
+    with pytest.raises(BadInput, match="2:4"):
+        prune(model, "sdgf", .5, batches(), F.cross_entropy, pattern="unstructured")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -216,6 +228,7 @@ def test_at_one_of_thirty_two_training_under_the_pattern_beats_one_cut(name):
     for seed in range(3):
         cut, grown = world.dense(seed), world.initial(seed)
         prune(cut, "magnitude", "1:32", world.batches(seed), world.loss, skip="5.weight", recover=world.recover)
-        prune(grown, name, "1:32", world.batches(seed), world.loss, skip="5.weight", recover=finetune(700, 3e-3, weight_decay=1e-4))
+        prune(grown, name, "1:32", world.batches(seed), world.loss, skip="5.weight",
+              recover=finetune(700, 3e-3, weight_decay=1e-4))
         gap.append(world.evaluate(grown)["accuracy"] - world.evaluate(cut)["accuracy"])
     assert sum(gap) / 3 > .05 and min(gap) > 0

@@ -1,4 +1,4 @@
-"Recurrent layers: masks that the forward pass sees, statistics that hear every product, and the study of both matrices."
+"Recurrent layers: masks in the forward pass, statistics of every product, and the study of both matrices."
 import copy
 import random
 
@@ -15,9 +15,11 @@ from pruning_bench.core.pattern import count_to_keep
 from pruning_bench.core.recovery import finetune
 from pruning_bench.core.space import Weights, prunable_layers
 from pruning_bench.core.stats import act_norm, collect, grad, gram, record_inputs
-from pruning_bench.weight.recurrent import SYMBOLS, gate_densities, is_grammatical, skip_except, reber_dataset, random_string
+from pruning_bench.weight.recurrent import (SYMBOLS, gate_densities, is_grammatical, skip_except, reber_dataset,
+                                            random_string)
 
-LAYERS = {"tanh": (nn.RNN, {}), "relu": (nn.RNN, {"nonlinearity": "relu"}), "gru": (nn.GRU, {}), "lstm": (nn.LSTM, {}), "projected": (nn.LSTM, {"proj_size": 3}),
+LAYERS = {"tanh": (nn.RNN, {}), "relu": (nn.RNN, {"nonlinearity": "relu"}), "gru": (nn.GRU, {}), "lstm": (nn.LSTM, {}),
+          "projected": (nn.LSTM, {"proj_size": 3}),
           "both ways": (nn.LSTM, {"bidirectional": True})}
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 
@@ -63,10 +65,11 @@ def by_hand(cell, x): # outputs of the last step, from the parameters as they ar
 # weights and masks
 
 def test_the_matrices_of_recurrent_layers():
-    assert {n: l.shape for n, l in prunable_layers(nn.GRU(5, 6)).items()} == {"weight_ih_l0": (18, 5), "weight_hh_l0": (18, 6)}
+    def shapes(model): return {n: l.shape for n, l in prunable_layers(model).items()}
+    assert shapes(nn.GRU(5, 6)) == {"weight_ih_l0": (18, 5), "weight_hh_l0": (18, 6)}
     assert list(prunable_layers(nn.LSTM(5, 6, proj_size=3))) == ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]
     assert len(prunable_layers(nn.RNN(5, 6, 2, bidirectional=True))) == 8
-    assert {n: l.shape for n, l in prunable_layers(nn.LSTMCell(5, 6)).items()} == {"weight_ih": (24, 5), "weight_hh": (24, 6)}
+    assert shapes(nn.LSTMCell(5, 6)) == {"weight_ih": (24, 5), "weight_hh": (24, 6)}
 
 @each_layer
 def test_the_forward_pass_sees_the_zeros(kind):
@@ -80,7 +83,8 @@ def test_the_forward_pass_sees_the_zeros(kind):
     if kind != "both ways": assert torch.allclose(model(x), model.head(by_hand(model.cell, x)), atol=1e-5)
 
 @each_layer
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: copy.deepcopy(copy.deepcopy(m))], ids=["copy", "copy of a copy"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: copy.deepcopy(copy.deepcopy(m))],
+                         ids=["copy", "copy of a copy"])
 def test_zeros_hold_through_training_and_copies(kind, copied):
     model = net(kind)
     plan = prune(model, "global-magnitude", .7, skip="head")
@@ -102,7 +106,8 @@ def test_reloading_keeps_the_zeros(kind, tmp_path):
     plan.save(tmp_path / "plan")
     load_plan(tmp_path / "plan").apply(masked)
     masked.load_state_dict(net(kind).state_dict())   # dense weights into a masked model
-    assert all(torch.allclose(m(x), model(x), atol=1e-6) for m in (plain, masked)) and set(masks_of(masked)) == set(plan.masks)
+    assert all(torch.allclose(m(x), model(x), atol=1e-6) for m in (plain, masked))
+    assert set(masks_of(masked)) == set(plan.masks)
 
 @each_layer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -129,7 +134,9 @@ def test_without_the_way_back(kind):
     assert torch.equal(model(x), model(y)) == (kind in ("tanh", "relu"))
     if kind == "tanh":
         h, cell = x[:, -1], model.cell
-        for k in range(2): h = torch.tanh(h @ getattr(cell, f"weight_ih_l{k}").T + getattr(cell, f"bias_ih_l{k}") + getattr(cell, f"bias_hh_l{k}"))
+        for k in range(2):
+            h = torch.tanh(h @ getattr(cell, f"weight_ih_l{k}").T + getattr(cell, f"bias_ih_l{k}")
+                           + getattr(cell, f"bias_hh_l{k}"))
         assert torch.allclose(model(x), model.head(h), atol=1e-6)
 
 @each_layer
@@ -138,7 +145,8 @@ def test_rules_inside_a_training(kind):
     model, x = net(kind), data()[0][0]
     names, silent = list(model.state_dict()), net(kind)
     for n, w in silent.named_parameters(): w.data *= "weight_hh" not in n
-    rule = Rule(view=lambda w, state, training: w * 0, finish=lambda training: {n: (training.w(n) * 0, training.alive(n)) for n in training.names})
+    rule = Rule(view=lambda w, state, training: w * 0,
+                finish=lambda training: {n: (training.w(n) * 0, training.alive(n)) for n in training.names})
     with apply_rule(rule, Weights(model, skip=skip_except(model, "*weight_hh*")), 1., 2):
         assert torch.allclose(model(x), silent(x), atol=1e-6)
         finetune(2)(model, data(), F.cross_entropy)
@@ -163,7 +171,8 @@ def test_every_product_is_heard(kind, flat):
     heard = act_norm(Weights(model), batches)
     assert torch.allclose(heard["cell.weight_hh_l0"][0], states.norm(dim=0), atol=1e-4)
     assert torch.allclose(heard["cell.weight_ih_l0"][0], x.flatten(0, 1).norm(dim=0), atol=1e-4)
-    assert torch.allclose(gram(Weights(model), batches)["cell.weight_hh_l0"][0], states.T @ states / len(states), atol=1e-5)
+    assert torch.allclose(gram(Weights(model), batches)["cell.weight_hh_l0"][0], states.T @ states / len(states),
+                          atol=1e-5)
 
 def test_fused_kernels_are_back_afterwards():
     class Broken(nn.LSTM):
@@ -178,7 +187,8 @@ def test_fused_kernels_are_back_afterwards():
 def test_methods_that_read_data_prune_recurrent_layers(kind, method):
     plan = prune(net(kind), method, .5, data(), F.cross_entropy, skip="head")
     rows = sum(m.shape[0] * count_to_keep(.5, m.shape[1]) for m in plan.masks.values())
-    assert sum(int(m.sum()) for m in plan.masks.values()) == (rows if method == "wanda" else sum(m.numel() for m in plan.masks.values()) // 2)
+    half = sum(m.numel() for m in plan.masks.values()) // 2
+    assert sum(int(m.sum()) for m in plan.masks.values()) == (rows if method == "wanda" else half)
 
 def test_gradients_are_those_of_backpropagation_through_time():
     model, batch = net("lstm"), data(1)
@@ -202,7 +212,8 @@ def test_reber():
     assert all(s == s.strip().rjust(10) and s.strip()[0] == "B" and s[-1] == "E" for s in strings)
     assert torch.equal(x, reber_dataset(64, 10, 3)[0]) and not torch.equal(x, reber_dataset(64, 10, 4)[0])
     assert all(is_grammatical(random_string(random.Random(i))) for i in range(50))
-    assert [is_grammatical(s) for s in ("BTXSE", "BPVVE", "BTSSXXTVVE", "BTXS", "BTXSEE", "", "XTXSE", "BTXVE")] == [True] * 3 + [False] * 5
+    assert [is_grammatical(s) for s in ("BTXSE", "BPVVE", "BTSSXXTVVE", "BTXS", "BTXSEE", "", "XTXSE",
+                                        "BTXVE")] == [True] * 3 + [False] * 5
 
 def test_only():
     model = net("lstm")
@@ -216,5 +227,7 @@ def test_by_gate():
     table = gate_densities(model, prune(model, "magnitude", 1 - 7 / 16, skip="weight_ih_l0"))
     assert table.loc["weight_hh_l0"].to_dict() == {"input": 1., "forget": 0., "cell": .5, "output": .25}
     projected = net("projected")
-    assert list(gate_densities(projected, prune(projected, "magnitude", .5)).index) == [f"cell.weight_{p}_l{k}" for k in (0, 1) for p in ("ih", "hh")]
-    with pytest.raises(BadInput, match="no recurrent matrix"): gate_densities(nn.Sequential(nn.Linear(2, 2)), prune(nn.Sequential(nn.Linear(2, 2)), "magnitude"))
+    assert (list(gate_densities(projected, prune(projected, "magnitude", .5)).index)
+            == [f"cell.weight_{p}_l{k}" for k in (0, 1) for p in ("ih", "hh")])
+    with pytest.raises(BadInput, match="no recurrent matrix"):
+        gate_densities(nn.Sequential(nn.Linear(2, 2)), prune(nn.Sequential(nn.Linear(2, 2)), "magnitude"))

@@ -1,4 +1,4 @@
-"Knees of curves, and the inverse participation ratio: golden values, invariances, and the study of a network that adds."
+"Knees of curves and the inverse participation ratio: golden values, invariances, the study of modular addition."
 import math
 
 import numpy as np
@@ -20,15 +20,19 @@ GRID = torch.linspace(0, 1, 21)
 def test_a_hinge_has_its_knee_where_it_was_made(bend):
     quality = 1 - (GRID - bend).clamp(min=0) / (1 - bend)
     assert knee(GRID, quality) == pytest.approx(bend)
-    assert knee(GRID, 80 * quality + 10) == pytest.approx(bend) and knee(GRID, 3 - quality, higher=False) == pytest.approx(bend)
+    assert knee(GRID, 80 * quality + 10) == pytest.approx(bend)
+    assert knee(GRID, 3 - quality, higher=False) == pytest.approx(bend)
     assert essential_sparsity(GRID, quality) == pytest.approx(bend + .01 * (1 - bend))
 
 def test_essential_is_read_between_the_points():
     assert essential_sparsity([0, .5, 1], [1, 1, .9], .05) == pytest.approx(.75)
-    assert essential_sparsity([0, .5, 1], [100, 99, 0], .01) == pytest.approx(.5)      # exactly at the tolerance is still nothing
-    assert essential_sparsity([0, .2, .4, .6], [1, .98, 1.2, 0], .01) == pytest.approx(.1)   # the first crossing counts, recovery or not
+    # exactly at the tolerance is still nothing
+    assert essential_sparsity([0, .5, 1], [100, 99, 0], .01) == pytest.approx(.5)
+    # the first crossing counts, recovery or not
+    assert essential_sparsity([0, .2, .4, .6], [1, .98, 1.2, 0], .01) == pytest.approx(.1)
     assert essential_sparsity([0, .3, .6], [2., 2.1, 4.], .1, higher=False) == pytest.approx(.3 + .3 * .05 / .95)
-    assert essential_sparsity([0, .5, .9], [-1, -1, -1.5], .1) == pytest.approx(.5 + .4 * .2)   # log-likelihoods are negative
+    # log-likelihoods are negative
+    assert essential_sparsity([0, .5, .9], [-1, -1, -1.5], .1) == pytest.approx(.5 + .4 * .2)
 
 def test_a_larger_tolerance_is_never_less():
     quality = 1 - GRID ** 5
@@ -38,7 +42,8 @@ def test_a_larger_tolerance_is_never_less():
 def test_curves_that_never_fall():
     assert essential_sparsity([0, .5, .9], [1, 1, 1.1]) == knee([0, .5, .9], [1, 1, 1.1]) == .9
 
-@pytest.mark.parametrize("wrong", [([0, .5], [1]), ([0], [1]), ([0, .5, .5], [1, 1, 1]), ([.5, .2], [1, 1]), ([0, .5], [1, math.nan]), ([0, .5], [0, 1])])
+@pytest.mark.parametrize("wrong", [([0, .5], [1]), ([0], [1]), ([0, .5, .5], [1, 1, 1]), ([.5, .2], [1, 1]),
+                                   ([0, .5], [1, math.nan]), ([0, .5], [0, 1])])
 def test_curves_that_say_nothing(wrong):
     for fn in (essential_sparsity, knee):
         with pytest.raises(BadInput, match="a curve needs"): fn(*wrong)
@@ -64,7 +69,8 @@ def test_against_a_spectrum_written_out():
     with seeded(1): v = torch.randn(3, 11)
     for r in (2, 3):
         for row, got in zip(v.double().numpy(), ipr(v, r)):
-            power = np.array([abs(sum(row[t] * np.exp(-2j * np.pi * f * t / 11) for t in range(11))) ** 2 for f in range(1, 6)])
+            power = np.array([abs(sum(row[t] * np.exp(-2j * np.pi * f * t / 11) for t in range(11))) ** 2
+                              for f in range(1, 6)])
             assert got.item() == pytest.approx(((power / power.sum()) ** r).sum())
 
 def test_constants_scales_and_shifts():
@@ -82,11 +88,13 @@ def test_constants_scales_and_shifts():
 def add(seed, width=128, steps=400):
     g, p = torch.Generator().manual_seed(seed), 29
     a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
-    x, true, order = torch.cat([F.one_hot(a, p), F.one_hot(b, p)], 1).float(), (a + b) % p, torch.randperm(p * p, generator=g)
+    x, true, order = (torch.cat([F.one_hot(a, p), F.one_hot(b, p)], 1).float(), (a + b) % p,
+                      torch.randperm(p * p, generator=g))
     bad, seen, unseen = order[:88], order[:588], order[588:]
     taught = true.clone()
     taught[bad] = (true[bad] + torch.randint(1, p, (88,), generator=g)) % p
-    with seeded(seed): w, v = (nn.Parameter(torch.randn(s) * .5 / (2 * width) ** (1 / 3)) for s in ((width, 2 * p), (p, width)))
+    with seeded(seed):
+        w, v = (nn.Parameter(torch.randn(s) * .5 / (2 * width) ** (1 / 3)) for s in ((width, 2 * p), (p, width)))
     opt = torch.optim.AdamW([w, v], 2e-2, weight_decay=1.)
     for _ in range(steps):
         opt.zero_grad()
