@@ -245,4 +245,4 @@ def test_heads_along_an_open_axis_are_no_guess():
     told = lambda model, batch: [g.guess for g in dependency_groups(model, batch).groups if g.heads]
     words = {"input_ids": torch.arange(24).view(2, 12)}
     assert told(vit, torch.randn(1, 3, 32, 32)) == told(bert, words) == [""]
-    assert told(gpt2, words) == ["`split_rule` cuts it at fixed places"]   # its code knows how wide queries are
+    assert told(gpt2, words) == ["`split` cuts it at fixed places"]   # its code knows how wide queries are
