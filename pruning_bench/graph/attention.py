@@ -40,10 +40,13 @@ def attention_rule(g, outs, a):
     few = min(crowds, key=len)
     for v in crowds: g.join(v, np.repeat(few, len(v) // len(few)))
     g.mark("heads", *crowds)
-    for f in (f for t in given for f in without_axes(g, t, -3) if max(f.shape[-2:]) > 1): g.freeze(f, "lies inside attention")
+    for f in (f for t in given for f in without_axes(g, t, -3) if max(f.shape[-2:]) > 1):
+        g.freeze(f, "lies inside attention")
     bias = next((b for n in ("attn_mask", "attn_bias") if (b := getattr(a, n, None)) is not None), None)
-    if bias is not None and bias.dim() > 2 and bias.shape[-3] == len(crowds[0]): g.join(crowds[0], axis_atoms(g, bias, -3))
-    return [[place_on_axis(crowds[0], -3, a.query.dim()), *without_axes(g, a.query, -3, -2, -1)], *[[] for _ in outs[1:]]]
+    if bias is not None and bias.dim() > 2 and bias.shape[-3] == len(crowds[0]):
+        g.join(crowds[0], axis_atoms(g, bias, -3))
+    return [[place_on_axis(crowds[0], -3, a.query.dim()), *without_axes(g, a.query, -3, -2, -1)],
+            *[[] for _ in outs[1:]]]
 
 # %% ../../nbs/graph/42_attention.ipynb #11101f01
 @operation_rule("index")
@@ -51,7 +54,8 @@ def index_rule(g, outs, a):
     "Positions of some axes, picked by numbers: these axes keep their length, the others follow."
     at = [d for d, i in enumerate(a.indices) if i is not None]
     if any(a.indices[d].dtype == torch.bool and a.indices[d].dim() > 1 for d in at): return unknown_rule(g, outs, a)
-    left, first = g.of(a.self), at[0] if at[-1] - at[0] == len(at) - 1 else 0   # what is picked from axes that lie apart comes first
+    # what is picked from axes that lie apart comes first
+    left, first = g.of(a.self), at[0] if at[-1] - at[0] == len(at) - 1 else 0
     for d in at: left = [h for f in left for h in freeze_axis(g, f, d, "positions are picked by numbers")]
     picked = [1] * (outs[0].dim() - a.self.dim() + len(at))
     rest = lambda f: [n for d, n in enumerate(f.shape) if d not in at]
@@ -60,7 +64,10 @@ def index_rule(g, outs, a):
 @operation_rule("index_add", "index_copy")
 def index_copy_rule(g, outs, a):
     "Rows go to places that numbers tell."
-    return join_aligned(g, outs[0].shape, [(t.shape, [h for f in g.of(t) for h in freeze_axis(g, f, a.dim, "positions are picked by numbers")]) for t in (a.self, a.source)])
+    return join_aligned(g, outs[0].shape,
+                        [(t.shape,
+                          [h for f in g.of(t) for h in freeze_axis(g, f, a.dim, "positions are picked by numbers")])
+                         for t in (a.self, a.source)])
 
 @operation_rule("topk")
 def topk_rule(g, outs, a):
@@ -82,16 +89,22 @@ def grouped_mm_rule(g, outs, a):
 # %% ../../nbs/graph/42_attention.ipynb #163ba4cd
 def additive_mask(mask, like:Tensor): # a mask to be added, or None
     "Minus infinity where a boolean mask says no."
-    return mask if mask is None or mask.dtype != torch.bool else torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
+    return mask if mask is None or mask.dtype != torch.bool else torch.zeros_like(mask, dtype=like.dtype).masked_fill(
+        mask, -torch.inf)
 
-def multihead_forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+def multihead_forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                      average_attn_weights=True, is_causal=False):
     "`nn.MultiheadAttention.forward` for any number of heads."
     lone = query.dim() == 2
     turn = lambda t: t.unsqueeze(0) if lone else t if self.batch_first else t.transpose(0, 1)
-    weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
+    weights = (self.q_proj_weight, self.k_proj_weight,
+               self.v_proj_weight) if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
     biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(turn(t), w, b).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t, w, b in zip((query, key, value), weights, biases))
-    mask, pad, p = additive_mask(attn_mask, q), additive_mask(key_padding_mask, q), self.dropout if self.training else 0.
+    q, k, v = (F.linear(turn(t), w, b).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+               for t, w, b in zip((query, key, value), weights, biases))
+    mask = additive_mask(attn_mask, q)
+    pad = additive_mask(key_padding_mask, q)
+    p = self.dropout if self.training else 0.
     if mask is not None and mask.dim() == 3: mask = mask.unflatten(0, (len(q), -1))
     if pad is not None: mask = pad.view(len(q), 1, 1, -1) if mask is None else mask + pad.view(len(q), 1, 1, -1)
     seen = None
@@ -107,11 +120,13 @@ def multihead_forward(self, query, key, value, key_padding_mask=None, need_weigh
 def window_partition(x:Tensor, size)->Tensor: # (batch, height, width, channels) -> (batch, windows, tokens, channels)
     "Cut an image into windows."
     b, h, w, c = x.shape
-    return x.view(b, h // size[0], size[0], w // size[1], size[1], c).transpose(2, 3).reshape(b, -1, size[0] * size[1], c)
+    return x.view(b, h // size[0], size[0], w // size[1], size[1],
+                  c).transpose(2, 3).reshape(b, -1, size[0] * size[1], c)
 
 def shift_mask(h:int, w:int, size, shift, like:Tensor)->Tensor: # (windows, 1, tokens, tokens)
     "Tokens that a shift brought together do not see each other."
-    part = lambda n, s, t: sum(torch.arange(n, device=like.device) >= n - e for e in (s, t)) if t else torch.zeros(n, dtype=torch.long, device=like.device)
+    part = lambda n, s, t: sum(torch.arange(n, device=like.device) >= n - e
+                               for e in (s, t)) if t else torch.zeros(n, dtype=torch.long, device=like.device)
     area = 3 * part(h, size[0], shift[0])[:, None] + part(w, size[1], shift[1])
     area = window_partition(area[None, :, :, None], size)[0, :, :, 0]
     return torch.where(area[:, None] != area[:, :, None], -100., 0.).to(like)[:, None]
@@ -123,9 +138,11 @@ def shifted_window_forward(self, x):
     high, wide = x.shape[1:3]
     shift = [0 if s >= n else t for s, n, t in zip(size, (high, wide), self.shift_size)]
     bias = self.qkv.bias
-    if cosine is not None and bias is not None: bias = torch.cat([part * (i != 1) for i, part in enumerate(bias.chunk(3))])
+    if cosine is not None and bias is not None:
+        bias = torch.cat([part * (i != 1) for i, part in enumerate(bias.chunk(3))])
     x = window_partition(torch.roll(x, [-s for s in shift], (1, 2)), size)
-    q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(2, 3) for t in F.linear(x, self.qkv.weight, bias).chunk(3, -1))
+    q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(2, 3)
+               for t in F.linear(x, self.qkv.weight, bias).chunk(3, -1))
     if cosine is None: a = q * self.head_dim**-.5 @ k.transpose(3, 4)
     else: a = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(3, 4) * cosine.clamp(max=math.log(100.)).exp()
     a = a + self.get_relative_position_bias()
@@ -142,29 +159,35 @@ def maxvit_forward(self, x):
     return self.merge((a @ v).transpose(2, 3).flatten(3))
 
 # %% ../../nbs/graph/42_attention.ipynb #173a7da4
-GENERAL_FORWARDS = {"torch.nn.modules.activation.MultiheadAttention": multihead_forward, "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": maxvit_forward,
-        "torchvision.models.swin_transformer.ShiftedWindowAttention": shifted_window_forward, "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": shifted_window_forward}
+GENERAL_FORWARDS = {"torch.nn.modules.activation.MultiheadAttention": multihead_forward,
+                    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": maxvit_forward,
+                    "torchvision.models.swin_transformer.ShiftedWindowAttention": shifted_window_forward,
+                    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": shifted_window_forward}
 
 def class_path(cls:type)->str: return f"{cls.__module__}.{cls.__qualname__}"
 
 @functools.cache
 def generalised_class(cls:type)->type: # `cls` is one of FREE
     "A subclass that counts its heads by the weights."
-    return type(cls.__name__, (cls,), {"forward": GENERAL_FORWARDS[class_path(cls)], "__module__": cls.__module__ + " (free)", "__reduce_ex__": lambda self, _: (rebuild_instance, (cls,), self.__dict__)})
+    return type(cls.__name__, (cls,),
+                {"forward": GENERAL_FORWARDS[class_path(cls)], "__module__": cls.__module__ + " (free)",
+                 "__reduce_ex__": lambda self, _: (rebuild_instance, (cls,), self.__dict__)})
 
 def rebuild_instance(cls:type): return object.__new__(generalised_class(cls))   # for copies and pickles
 
 def generalise_heads(m:nn.Module)->None: # a module of one of the classes in FREE
     "Exchange the class of an instance."
     m.head_dim = head_counts(m)[2]
-    if hasattr(m, "_qkv_same_embed_dim"): m._qkv_same_embed_dim = False   # encoder layers then take no fused path around `forward`
+    # encoder layers then take no fused path around `forward`
+    if hasattr(m, "_qkv_same_embed_dim"): m._qkv_same_embed_dim = False
     m.__class__ = generalised_class(type(m))
 
 # %% ../../nbs/graph/42_attention.ipynb #95333b83
 @contextmanager
 def traceable_attention(model:nn.Module):
     "Let attention that hides its heads speak through its free form."
-    met = [(m, type(m), dict(m.__dict__)) for m in model.modules() if class_path(type(m)) in GENERAL_FORWARDS and head_counts(m)]
+    met = [(m, type(m), dict(m.__dict__)) for m in model.modules() if class_path(type(m)) in GENERAL_FORWARDS
+           and head_counts(m)]
     for m, _, _ in met: generalise_heads(m)
     try: yield
     finally:
@@ -175,7 +198,8 @@ def traceable_attention(model:nn.Module):
 TRACE_CONTEXTS.append(traceable_attention)
 
 # %% ../../nbs/graph/42_attention.ipynb #b0dc0aa5
-QUERY_PARAMS = {"in_proj_weight": 3, "q_proj_weight": 1, "q_attn.weight": 1, "c_attn.weight": 3, "qkv.weight": 3, "to_qkv.weight": 3, "q_proj.weight": 1, "query.weight": 1, "query_proj.weight": 1, "to_q.weight": 1}
+QUERY_PARAMS = {"in_proj_weight": 3, "q_proj_weight": 1, "q_attn.weight": 1, "c_attn.weight": 3, "qkv.weight": 3,
+                "to_qkv.weight": 3, "q_proj.weight": 1, "query.weight": 1, "query_proj.weight": 1, "to_q.weight": 1}
 KEY_PARAMS = ("k_proj_weight", "k_proj.weight", "key.weight", "key_proj.weight", "to_k.weight")
 
 def projection_shape(m:nn.Module, path:str): # (outputs, inputs) of a projection of `m`, None if it has none there
@@ -204,13 +228,16 @@ def sync_head_counts(m:nn.Module)->None:
     "Make the head counts of a module agree with its tensors; exchange its class where its code cannot."
     if (found := head_counts(m)) is None: return
     heads, keys, size, residual = found
-    new = dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "heads", "sliceable_head_dim"), heads) | dict.fromkeys(("all_head_size", "inner_dim", "split_size"), heads * size)
-    new |= {"num_key_value_heads": keys, "num_key_value_groups": heads // max(keys, 1), "inner_kv_dim": keys * size, "embed_dim": residual}
+    new = dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "heads", "sliceable_head_dim"),
+                        heads) | dict.fromkeys(("all_head_size", "inner_dim", "split_size"), heads * size)
+    new |= {"num_key_value_heads": keys, "num_key_value_groups": heads // max(keys, 1), "inner_kv_dim": keys * size,
+            "embed_dim": residual}
     for a, v in new.items():
         if isinstance(getattr(m, a, None), int): setattr(m, a, v)
     if class_path(type(m)) in GENERAL_FORWARDS and heads * size != residual: generalise_heads(m)
 
-WIDTH_ATTRIBUTES = {"hidden_dim": (("class_token", -1), ("gate_up_proj", 2)), "intermediate_dim": (("down_proj", 2),), "num_experts": (("gate_up_proj", 0),)}
+WIDTH_ATTRIBUTES = {"hidden_dim": (("class_token", -1), ("gate_up_proj", 2)), "intermediate_dim": (("down_proj", 2),),
+                    "num_experts": (("gate_up_proj", 0),)}
 
 def sync_widths(m:nn.Module)->None:
     "Widths that a module remembers of tensors of its own."
@@ -218,32 +245,38 @@ def sync_widths(m:nn.Module)->None:
     if type(m).__name__.endswith("Router") and hasattr(m, "hidden_dim"): m.hidden_dim = m.weight.shape[1]
     for a, places in WIDTH_ATTRIBUTES.items():
         for name, d in places:
-            if isinstance(getattr(m, a, None), int) and isinstance(t := getattr(m, name, None), Tensor): setattr(m, a, t.shape[d])
+            if isinstance(getattr(m, a, None), int) and isinstance(t := getattr(m, name, None), Tensor):
+                setattr(m, a, t.shape[d])
 
 # %% ../../nbs/graph/42_attention.ipynb #5e18905f
 def fused_expert_modules(model:nn.Module)->list: # of modules
     "Those that keep all experts in one tensor."
     return [m for m in model.modules() if isinstance(getattr(m, "gate_up_proj", None), Tensor)]
 
-FFN_PARAMS = ("gate_proj.weight", "fc1.weight", "c_fc.weight", "intermediate.dense.weight")   # rows of these are the feed-forward width
+# rows of these are the feed-forward width
+FFN_PARAMS = ("gate_proj.weight", "fc1.weight", "c_fc.weight", "intermediate.dense.weight")
 
 def config_values(model:nn.Module)->dict: # {key of a configuration: the values its layers have}
     "Widths and head counts, as the tensors have them."
     found = [h for m in model.modules() if (h := head_counts(m))]
     if not found: return {}
-    inner = {s[0] for m in model.modules() for p in FFN_PARAMS if (s := projection_shape(m, p))} | {m.intermediate_dim for m in fused_expert_modules(model)}
+    inner = {s[0] for m in model.modules() for p in FFN_PARAMS
+             if (s := projection_shape(m, p))} | {m.intermediate_dim for m in fused_expert_modules(model)}
     heads, keys, sizes, streams = map(set, zip(*found))
     told = {"head_dim": sizes} if any(h * s != w for h, _, s, w in found) else {}
-    return told | {"num_attention_heads": heads, "num_key_value_heads": keys, "hidden_size": streams} | dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), inner)
+    return told | {"num_attention_heads": heads, "num_key_value_heads": keys,
+                   "hidden_size": streams} | dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), inner)
 
 def update_config(model:nn.Module)->None:
     "Write into the configuration what one value can express."
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"): return
     known = lambda k: k == "head_dim" or isinstance(getattr(config, k, ""), (int, type(None)))
-    new = {k: [*v][0] for k, v in config_values(model).items() if len(v) == 1 and known(k) and getattr(config, k, None) != [*v][0]}
+    new = {k: [*v][0] for k, v in config_values(model).items() if len(v) == 1 and known(k)
+           and getattr(config, k, None) != [*v][0]}
     odd = [m for m in fused_expert_modules(model) if m.intermediate_dim * m.gate_up_proj.element_size() % 16]
-    if odd and getattr(config, "_experts_implementation", "eager") != "eager": new["_experts_implementation"] = "eager"   # the grouped product wants rows of 16 bytes
+    # the grouped product wants rows of 16 bytes
+    if odd and getattr(config, "_experts_implementation", "eager") != "eager": new["_experts_implementation"] = "eager"
     if not new: return
     own = copy.deepcopy(config)
     for k, v in new.items(): setattr(own, k, v)
@@ -258,9 +291,11 @@ def sync_model(model:nn.Module)->None:
 
 AFTER_CUT.append(sync_model)
 
-def config_mismatches(model:nn.Module)->list: # empty when it does; else the tensors that differ, or the reason why nothing can be built
+def config_mismatches(
+    model:nn.Module)->list: # empty when it does; else the tensors that differ, or the reason why nothing can be built
     "Whether a model built from the configuration has these shapes, so that `save_pretrained` and `from_pretrained` work."
-    if not hasattr(model, "config"): raise BadInput(f"{type(model).__name__} has no configuration: save it with plan.save(folder)")
+    if not hasattr(model, "config"):
+        raise BadInput(f"{type(model).__name__} has no configuration: save it with plan.save(folder)")
     make = type(model) if hasattr(model.config, "save_pretrained") else type(model).from_config
     try:
         with torch.device("meta"): twin = make(model.config)
@@ -275,9 +310,12 @@ class Heads(Channels):
     def __init__(self, model, data=None, skip=(), loss=None):
         super().__init__(model, data, skip, loss)
         self.groups = {n: g for n, g in self.groups.items() if g.heads}
-        if not self.groups: raise BadInput(f"{type(model).__name__} has no attention heads to choose from{' outside skip=' * bool(skip)}: coupling(model, batch).table() lists what it has")
+        if not self.groups:
+            raise BadInput(
+                f"{type(model).__name__} has no attention heads to choose from{' outside skip=' * bool(skip)}: coupling(model, batch).table() lists what it has")
         self.kept = {n: self.kept[n] for n in self.groups}
-        self.layers = {n: l for n, l in self.layers.items() if any(n == p for g in self.groups.values() for p, _ in g.produces)}
+        self.layers = {n: l for n, l in self.layers.items()
+                       if any(n == p for g in self.groups.values() for p, _ in g.produces)}
 
 # %% ../../nbs/graph/42_attention.ipynb #8098157b
 @provider(reads_loss=True)
@@ -288,7 +326,8 @@ def gate_gradient(space, batches, loss=None)->dict: # {group: (units,)}
     total, count = dict.fromkeys(readers, 0.), 0
     for found in sample_gradients(space.model, params, batches, loss):
         each = lambda p, d: (params[p].detach() * found[p]).movedim(d, 0).flatten(1).sum(1)
-        for n, read in readers.items(): total[n] = total[n] + sum(each(p, d)[i.to(found[p].device)].sum(1) for p, d, i in read).abs()
+        for n, read in readers.items():
+            total[n] = total[n] + sum(each(p, d)[i.to(found[p].device)].sum(1) for p, d, i in read).abs()
         count += 1
     return {n: t / count for n, t in total.items()}
 

@@ -64,16 +64,20 @@ class ProductRecorder(TorchDispatchMode):
         if not given or not all(storage_pointer(t) in self.constant for t in given): return
         for o in (o for o in made if storage_pointer(o) and storage_pointer(o) not in self.constant):
             self.held.append(o); self.constant.add(storage_pointer(o))
-            alike = {self.owner[storage_pointer(t)] for t in given if t.shape == o.shape and storage_pointer(t) in self.owner}
+            alike = {self.owner[storage_pointer(t)] for t in given if t.shape == o.shape
+                     and storage_pointer(t) in self.owner}
             if len(alike) == 1: self.owner[storage_pointer(o)] = alike.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.computed(tensors_in([args, kwargs or {}]), tensors_in(out))
         if formula := FLOP_FORMULAS.get(getattr(func, "_overloadpacket", func)):
-            at = args[1:] if func._schema.name.split("::")[1] in ("addmm", "baddbmm") else args   # the first one is a bias
-            mine = {self.owner[storage_pointer(t)] for t in at if isinstance(t, Tensor) and t.dim() > 1 and storage_pointer(t) in self.owner}
-            self.found.append((formula(*args, **(kwargs or {}), out_val=out) // 2, mine.pop() if len(mine) == 1 else None))
+            # the first one is a bias
+            at = args[1:] if func._schema.name.split("::")[1] in ("addmm", "baddbmm") else args
+            mine = {self.owner[storage_pointer(t)] for t in at if isinstance(t, Tensor) and t.dim() > 1
+                    and storage_pointer(t) in self.owner}
+            self.found.append((formula(*args, **(kwargs or {}), out_val=out) // 2,
+                               mine.pop() if len(mine) == 1 else None))
         return out
 
 def storage_pointer(t:Tensor)->int: return t.untyped_storage().data_ptr()
@@ -82,8 +86,10 @@ def record_products(space, batch)->list: # [(multiplications, parameter or None)
     "Record one forward pass in evaluation mode."
     mode = ProductRecorder(space.model)
     with ExitStack() as stack:
-        for clear in TRACE_CONTEXTS: stack.enter_context(clear(space.model))   # attention in the form that it has after a cut
-        for part in (unfused_kernels(space.model), seeded(0), in_mode(space.model, False), torch.no_grad(), mode): stack.enter_context(part)
+        # attention in the form that it has after a cut
+        for clear in TRACE_CONTEXTS: stack.enter_context(clear(space.model))
+        for part in (unfused_kernels(space.model), seeded(0), in_mode(space.model, False), torch.no_grad(), mode):
+            stack.enter_context(part)
         space.run(space.model, batch)
     return mode.found
 
@@ -103,7 +109,9 @@ class MacsByWidth:
         self.sizes, self.dense = ParamSizes(space), record_products(space, batch)
         half = {n: max(1, k // 2) for n, k in self.sizes.units.items()}
         shrunk = products_at_widths(space, batch, half)
-        if len(shrunk) != len(self.dense): raise BadInput(f"{type(space.model).__name__} multiplies in another order when it is narrower: its work is no function of its widths; ask for a budget of params or latency")
+        if len(shrunk) != len(self.dense):
+            raise BadInput(
+                f"{type(space.model).__name__} multiplies in another order when it is narrower: its work is no function of its widths; ask for a budget of params or latency")
         self.follows = {}
         loose = [i for i, (m, _) in enumerate(shrunk) if m != self.one(i, half)]
         if loose: self.attribute(space, batch, loose, half, shrunk)
@@ -117,11 +125,13 @@ class MacsByWidth:
         return Fraction(m) if p is None else Fraction(m) * self.sizes.of(p, kept) / math.prod(self.sizes.full[p])
 
     def total(self, kept:dict)->int: # all of them
-        return int(sum(self.one(alike[0], kept) * sum(self.dense[i][0] for i in alike) / self.dense[alike[0]][0] for alike in self.terms.values()))
+        return int(sum(self.one(alike[0], kept) * sum(self.dense[i][0] for i in alike) / self.dense[alike[0]][0]
+                       for alike in self.terms.values()))
 
     def attribute(self, space, batch, loose, half, shrunk): # whose units make these products smaller?
         names, code = list(self.sizes.units), dict.fromkeys(loose, 0)
-        tests = [{n: k - (i + 1 >> bit & 1) for i, (n, k) in enumerate(self.sizes.units.items())} for bit in range(len(names).bit_length())]
+        tests = [{n: k - (i + 1 >> bit & 1) for i, (n, k) in enumerate(self.sizes.units.items())}
+                 for bit in range(len(names).bit_length())]
         seen = [products_at_widths(space, batch, kept) for kept in tests]
         for bit, (kept, found) in enumerate(zip(tests, seen)):
             for i in loose: code[i] += (found[i][0] != self.one(i, kept)) << bit
@@ -129,8 +139,10 @@ class MacsByWidth:
             if not 0 < c <= len(names) or not self.dense[i][0]: continue   # nothing to be a share of
             n = names[c - 1]
             self.follows[i] = n, (1 - Fraction(shrunk[i][0]) / self.one(i, half)) / (self.sizes.units[n] - half[n])
-        if any(m != self.one(i, kept) for kept, found in zip([half, *tests], [shrunk, *seen]) for i, (m, _) in enumerate(found)):
-            raise BadInput(f"the work of {type(space.model).__name__} is no simple function of its widths; ask for a budget of params or latency")
+        if any(m != self.one(i, kept) for kept, found in zip([half, *tests], [shrunk, *seen])
+               for i, (m, _) in enumerate(found)):
+            raise BadInput(
+                f"the work of {type(space.model).__name__} is no simple function of its widths; ask for a budget of params or latency")
 
 # %% ../../nbs/graph/44_budgets.ipynb #03812aaa
 @resource
@@ -158,7 +170,8 @@ def latency(space,          # where the groups are
     clock, last = timer or stopwatch(device_of(dense)), {}
     def measured(kept):
         small = copy.deepcopy(dense)
-        cut(small, kept_slices(dense, space.groups, {n: torch.arange(len(g)) < kept[n] for n, g in space.groups.items()}))
+        cut(small,
+            kept_slices(dense, space.groups, {n: torch.arange(len(g)) < kept[n] for n, g in space.groups.items()}))
         passes = {"dense": lambda: space.run(dense, batch), "pruned": lambda: space.run(small, batch)}
         with in_mode(dense, False), in_mode(small, False): return interleaved_timing(passes, clock, pairs, seconds)
     def fraction(kept):

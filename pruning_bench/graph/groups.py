@@ -66,8 +66,10 @@ class Group:
     def __len__(self): return len(next(iter(self.members.values())))
 
     def joined(self, other): # a group: unit i of both goes at once
-        both = {a: getattr(self, a) + getattr(other, a) for a in ("produces", "consumes")} | {a: getattr(self, a) or getattr(other, a) for a in ("residual", "why", "guess", "heads")}
-        members = {k: np.concatenate([m[k] for m in (self.members, other.members) if k in m], 1) for k in self.members | other.members}
+        both = {a: getattr(self, a) + getattr(other, a) for a in ("produces", "consumes")} | {
+            a: getattr(self, a) or getattr(other, a) for a in ("residual", "why", "guess", "heads")}
+        members = {k: np.concatenate([m[k] for m in (self.members, other.members) if k in m], 1)
+                   for k in self.members | other.members}
         return replace(self, members=members, told=self.told | other.told, **both)
 
     def __repr__(self): return group_tree(self)
@@ -84,7 +86,8 @@ class DependencyGroups:
     modules: list    # names, in the order of the model
     others: dict     # {parameter: reason}, for those that write no channels and are in no group
 
-    def __repr__(self): return f"Coupling({len(self.groups)} groups, {len(self.frozen)} layers fixed, {len(self.silent)} silent)"
+    def __repr__(self):
+        return f"Coupling({len(self.groups)} groups, {len(self.frozen)} layers fixed, {len(self.silent)} silent)"
     def table(self): return groups_table(self)
     def plot(self, ax=None): return plot_groups(self, ax)
     def draw(self, ax=None): return draw_groups(self, ax)
@@ -100,11 +103,14 @@ def dependency_groups(model:nn.Module, batch, # the example, as `core.inputs.for
     resolve_splits(g)
     label, owner, first = component_labels(g), np.concatenate(g.owner), np.cumsum([0] + [len(o) for o in g.owner])[1:]
     lies = {role: flags_at(g.size, vs) for role, vs in g.roles.items()}
-    has = {role: flags_at(g.size, [label[v] for v in vs])[label] for role, vs in g.roles.items()}   # a role of one atom is a role of its unit
+    # a role of one atom is a role of its unit
+    has = {role: flags_at(g.size, [label[v] for v in vs])[label] for role, vs in g.roles.items()}
     dead, mixed, told = (remark_indices(g.size, label, said) for said in (g.frozen, g.blurred, g.guesses))
     use = np.flatnonzero(has["produces"] & has["consumes"] & (dead < 0) & (label > 0))
     use = use[np.argsort(label[use], kind="stable")]
-    groups = [make_group(g, atoms, owner, first, lies, remark_text(g.blurred, mixed[atoms[0, 0]]), remark_text(g.guesses, told[atoms[0, 0]]), has["residual"][atoms[0, 0]], has["heads"][atoms[0, 0]]) for atoms in group_units(use, label, owner)]
+    groups = [make_group(g, atoms, owner, first, lies, remark_text(g.blurred, mixed[atoms[0, 0]]),
+                         remark_text(g.guesses, told[atoms[0, 0]]), has["residual"][atoms[0, 0]],
+                         has["heads"][atoms[0, 0]]) for atoms in group_units(use, label, owner)]
     groups = with_producers(groups, dict(model.named_parameters()))
     silent = [n for n, _ in model.named_parameters() if g.places[n] not in g.ran]
     frozen = frozen_layers(g, dead, lies["produces"], first)
@@ -147,7 +153,9 @@ def make_group(g, atoms, owner, first, lies, why, guess, residual, heads)->Group
 
 def with_producers(groups, own:dict)->list: # those that a parameter writes
     "A weight may be computed, from a parameter and a mask for instance: then the parameter writes."
-    for g in groups: g.produces = [k for k in g.produces if k[0] in own] or [(p, d) for p, d in g.members if p in own and own[p].dim() > 1 and (p, d) not in g.consumes]
+    for g in groups:
+        g.produces = [k for k in g.produces if k[0] in own] or [(p, d) for p, d in g.members if p in own
+                                                                and own[p].dim() > 1 and (p, d) not in g.consumes]
     return [g for g in groups if g.produces]
 
 def name_groups(groups)->list: # the same groups, with names
@@ -177,7 +185,8 @@ def ungrouped_params(g, dead, first, names)->dict: # {parameter: reason}
 # %% ../../nbs/graph/40_groups.ipynb #246aa53e
 def group_note(g:Group)->str:
     "What is special about a group."
-    return ", ".join(filter(None, ["one unit: nothing to choose" * (len(g) == 1), "residual stream" * g.residual, g.why and f"not exact: {g.why}", g.guess and f"to be rehearsed: {g.guess}"]))
+    return ", ".join(filter(None, ["one unit: nothing to choose" * (len(g) == 1), "residual stream" * g.residual,
+                                   g.why and f"not exact: {g.why}", g.guess and f"to be rehearsed: {g.guess}"]))
 
 def group_tree(g:Group)->str: # several lines
     "Who writes, carries and reads the channels of a group, and how many indices of which dimension each unit takes."
@@ -187,13 +196,17 @@ def group_tree(g:Group)->str: # several lines
     rows = [(role(k), f"{k[0]}[{':, ' * k[1]}i]", f"{all_of_it[k].shape[1]} per unit") for k in keys]
     wide = max((len(r[1]) for r in rows), default=0)
     notes = group_note(g)
-    return "\n".join([f"{g.name}: {len(g)} units{notes and ' (' + notes + ')'}", *(f"{'└' if i == len(rows) - 1 else '├'}─ {a:8}{b:{wide}}  {c}" for i, (a, b, c) in enumerate(rows))])
+    return "\n".join([f"{g.name}: {len(g)} units{notes and ' (' + notes + ')'}",
+                      *(f"{'└' if i == len(rows) - 1 else '├'}─ {a:8}{b:{wide}}  {c}"
+                        for i, (a, b, c) in enumerate(rows))])
 
 def groups_html(c:DependencyGroups)->str: # HTML
     "Groups that fold out to trees, and what is fixed."
     import html
-    folds = [f"<details><summary>{html.escape(group_tree(g).partition(chr(10))[0])}</summary><pre>{html.escape(group_tree(g).partition(chr(10))[2])}</pre></details>" for g in c.groups]
-    fixed_ones = [f"<li>{html.escape(n)}: {html.escape(why)}</li>" for n, (_, why) in c.frozen.items()] + [f"<li>{html.escape(n)}: never ran on the example</li>" for n in c.silent]
+    folds = [
+        f"<details><summary>{html.escape(group_tree(g).partition(chr(10))[0])}</summary><pre>{html.escape(group_tree(g).partition(chr(10))[2])}</pre></details>" for g in c.groups]
+    fixed_ones = [f"<li>{html.escape(n)}: {html.escape(why)}</li>" for n, (_, why) in c.frozen.items()] + [
+        f"<li>{html.escape(n)}: never ran on the example</li>" for n in c.silent]
     return f"{''.join(folds)}<details><summary>{len(fixed_ones)} layers fixed</summary><ul>{''.join(fixed_ones)}</ul></details>"
 
 # %% ../../nbs/graph/40_groups.ipynb #e2497273
@@ -201,8 +214,10 @@ def groups_table(c:DependencyGroups): # pandas DataFrame
     "Groups first, then what is fixed, with its reason."
     import pandas as pd
     names = lambda keys: ", ".join(p for p, _ in keys)
-    rows = [(g.name, len(g), g.members[g.produces[0]].shape[1], names(g.produces[1:]), names(g.consumes), group_note(g)) for g in c.groups]
-    rows += [(n, k, 1, "", "", f"fixed: {why}") for n, (k, why) in c.frozen.items()] + [(n, 0, 0, "", "", "never ran on the example") for n in c.silent]
+    rows = [(g.name, len(g), g.members[g.produces[0]].shape[1], names(g.produces[1:]), names(g.consumes), group_note(g))
+            for g in c.groups]
+    rows += [(n, k, 1, "", "", f"fixed: {why}")
+             for n, (k, why) in c.frozen.items()] + [(n, 0, 0, "", "", "never ran on the example") for n in c.silent]
     return pd.DataFrame(rows, columns=["group", "units", "channels each", "written with", "read by", "note"])
 
 def plot_groups(c:DependencyGroups, ax=None): # a matplotlib axis
@@ -214,8 +229,10 @@ def plot_groups(c:DependencyGroups, ax=None): # a matplotlib axis
     for y, g in enumerate(c.groups):
         for key in g.members:
             color = "#41ab5d" if key in g.produces else "#4292c6" if key in g.consumes else "#d9d9d9"
-            ax.scatter(owners.index(key[0].rpartition(".")[0]), y, s=22, marker="s", color=color, zorder=1 + (color != "#d9d9d9"))
-    ax.set_yticks(range(len(c.groups)), [f"{g.name.removesuffix('.weight')} ({len(g)}){' *' if g.residual else ''}" for g in c.groups], fontsize=7)
+            ax.scatter(owners.index(key[0].rpartition(".")[0]), y, s=22, marker="s", color=color,
+                       zorder=1 + (color != "#d9d9d9"))
+    ax.set_yticks(range(len(c.groups)), [f"{g.name.removesuffix('.weight')} ({len(g)}){' *' if g.residual else ''}"
+                                         for g in c.groups], fontsize=7)
     ax.set_xticks(range(len(owners)), owners if len(owners) <= 24 else [""] * len(owners), rotation=90, fontsize=7)
     ax.invert_yaxis()
     return ax
@@ -231,7 +248,8 @@ def groups_digraph(c:DependencyGroups): # networkx DiGraph
         for p, d in g.members:
             if (p, d) in g.produces: net.add_edge(owner(p), hub, role="writes")
             elif (p, d) in g.consumes: net.add_edge(hub, owner(p), role="reads")
-            elif not net.has_edge(owner(p), hub) and not net.has_edge(hub, owner(p)): net.add_edge(hub, owner(p), role="carries")
+            elif not net.has_edge(owner(p), hub) and not net.has_edge(hub, owner(p)):
+                net.add_edge(hub, owner(p), role="carries")
     return net
 
 # %% ../../nbs/graph/40_groups.ipynb #4c583ce1
@@ -251,7 +269,8 @@ def draw_groups(c:DependencyGroups, ax=None): # a matplotlib axis
     "Squares are groups and their units, circles are modules in the colour of what they write or carry; arrows: written and read; dotted: carried."
     import matplotlib.pyplot as plt, networkx as nx
     net = groups_digraph(c)
-    at, paint = node_positions(net, c.modules), {("group", g.name): plt.cm.tab10(i % 10) for i, g in enumerate(c.groups)}
+    at = node_positions(net, c.modules)
+    paint = {("group", g.name): plt.cm.tab10(i % 10) for i, g in enumerate(c.groups)}
     rows, hubs = ([n for n in at if n[0] == kind] for kind in ("module", "group"))
     labels = {n: ".".join(n[1].split(".")[-2:]) for n in rows}
     if ax is None: _, ax = plt.subplots(figsize=(4, .6 + .3 * len(rows)))
@@ -264,10 +283,13 @@ def draw_groups(c:DependencyGroups, ax=None): # a matplotlib axis
         nx.draw_networkx_nodes(net, at, [g], node_size=260, node_shape="s", node_color=[paint[g]], ax=ax)
         ax.text(*at[g], net.nodes[g]["units"], ha="center", va="center", fontsize=8, color="white")
         for role in ("writes", "reads", "carries"):
-            some, dotted = [(a, b) for a, b in net.edges if g in (a, b) and net[a][b]["role"] == role], role == "carries"
-            nx.draw_networkx_edges(net, at, some, edge_color=[paint[g]] * len(some), style="dotted" if dotted else "solid", arrows=True, arrowstyle="-" if dotted else "-|>",
-                                   arrowsize=10, node_size=150, connectionstyle="arc3,rad=.08", ax=ax)
-    ax.set(xlim=(-.3 - .07 * max(map(len, labels.values()), default=0), max(x for x, _ in at.values()) + .3), ylim=(.3 - len(rows), .7))
+            some = [(a, b) for a, b in net.edges if g in (a, b) and net[a][b]["role"] == role]
+            dotted = role == "carries"
+            nx.draw_networkx_edges(net, at, some, edge_color=[paint[g]] * len(some),
+                                   style="dotted" if dotted else "solid", arrows=True, arrowstyle="-" if dotted
+                                   else "-|>", arrowsize=10, node_size=150, connectionstyle="arc3,rad=.08", ax=ax)
+    ax.set(xlim=(-.3 - .07 * max(map(len, labels.values()), default=0), max(x for x, _ in at.values()) + .3),
+           ylim=(.3 - len(rows), .7))
     ax.axis("off")
     return ax
 
@@ -279,27 +301,37 @@ class Channels:
 
     def __init__(self, model, data=None, skip=(), loss=None, residual=False):
         self.model, self.batch, self.run = model, first_batch(data) if data is not None else None, select_forward(loss)
-        if self.batch is None: raise BadInput("channels need data=, at least one batch: a forward pass shows which channels are coupled")
+        if self.batch is None:
+            raise BadInput("channels need data=, at least one batch: a forward pass shows which channels are coupled")
         try: self.coupling = dependency_groups(model, self.batch, self.run)
-        except Exception as e: raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
+        except Exception as e:
+            raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
         self.example = subset(model, self.batch, self.run)
         named = lambda g: any(name_matches(p, skip) for p, _ in g.members)
-        self.groups = {g.name: g for g in self.coupling.groups if len(g) > 1 and (residual or not g.residual) and not named(g)}
-        if self.groups: self.groups = verify_groups(model, self.example, self.run, self.coupling, self.groups, dependency_groups)
-        if not self.groups: raise BadInput(f"{type(model).__name__} has no channels to remove{' outside its residual streams' if not residual else ''}: coupling(model, batch).table() lists the reasons")
+        self.groups = {g.name: g for g in self.coupling.groups if len(g) > 1 and (residual or not g.residual)
+                       and not named(g)}
+        if self.groups:
+            self.groups = verify_groups(model, self.example, self.run, self.coupling, self.groups, dependency_groups)
+        if not self.groups:
+            raise BadInput(
+                f"{type(model).__name__} has no channels to remove{' outside its residual streams' if not residual else ''}: coupling(model, batch).table() lists the reasons")
         self.kept = {n: torch.ones(len(g), dtype=torch.bool) for n, g in self.groups.items()}
         self.layers, self.cuts = producer_layers(model, self.groups), {}
 
     def names(self): return list(self.groups)
     def cost(self, name): return 1.
     def alive(self, name): return self.kept[name].to(next(self.model.parameters()).device)
-    def w(self, name): return self.reduce(name, {p: self.layers[p].read().float().square() for p, _ in self.groups[name].produces if p in self.layers}).sqrt()
+    def w(self, name):
+        return self.reduce(name, {p: self.layers[p].read().float().square() for p, _ in self.groups[name].produces
+                                  if p in self.layers}).sqrt()
 
     def reduce(self, name, leaf): # sum over the rows that write each unit
-        rows = [(leaf[p].sum(1), i) for (p, d), i in self.groups[name].members.items() if (p, d) in self.groups[name].produces and p in leaf]
+        rows = [(leaf[p].sum(1), i) for (p, d), i in self.groups[name].members.items()
+                if (p, d) in self.groups[name].produces and p in leaf]
         return sum(s[torch.as_tensor(i, device=s.device)].sum(1) for s, i in rows)
 
-    def apply(self, solved): # a solver may also say what the readers become, as {tensor: values} in place of new weights
+    def apply(self,
+              solved): # a solver may also say what the readers become, as {tensor: values} in place of new weights
         solved = dict(group_pairs(solved))
         write_values(self.model, {n: t for new, _ in solved.values() if isinstance(new, dict) for n, t in new.items()})
         self.kept = {n: self.kept[n] & solved[n][1].cpu() for n in self.groups}
@@ -322,9 +354,12 @@ def producer_layers(model:nn.Module, groups:dict)->dict: # {parameter: Layer}
     wanted = {p for g in groups.values() for p, _ in g.produces}
     layers = weight_layers(model)
     own = dict(model.named_parameters())
-    bare = {p: d for g in groups.values() for p, d in g.produces if p in own and not any(q in layers for q, _ in g.produces)}   # experts in one tensor
+    # experts in one tensor
+    bare = {p: d for g in groups.values() for p, d in g.produces if p in own
+            and not any(q in layers for q, _ in g.produces)}
     home = lambda p: (model.get_submodule(p.rpartition(".")[0]), p.rpartition(".")[2], model.get_parameter(p).dim())
-    return {n: l for n, l in layers.items() if n in wanted} | {p: Layer(m, a, (d, *(i for i in range(n) if i != d))) for p, d in bare.items() for m, a, n in [home(p)]}
+    return {n: l for n, l in layers.items() if n in wanted} | {p: Layer(m, a, (d, *(i for i in range(n) if i != d)))
+                                                               for p, d in bare.items() for m, a, n in [home(p)]}
 
 def write_values(model:nn.Module, values:dict)->None: # {parameter or buffer: values}
     "Write what a solver found for the layers that read the channels."

@@ -61,7 +61,8 @@ def join_aligned(g, shape, given): # given: [(shape, its arrays of atoms)], alig
         wide = max(alive, key=lambda f: len(active_axes(f)))
         mine = [f for f in alive if set(active_axes(f)) & set(active_axes(wide))]
         alive = [f for f in alive if not any(f is m for m in mine)]
-        if any(active_axes(f) != active_axes(wide) for f in mine):   # an array of several axes meets one of them: the first axis carries
+        # an array of several axes meets one of them: the first axis carries
+        if any(active_axes(f) != active_axes(wide) for f in mine):
             c = active_axes(wide)[0]
             for f in mine: g.freeze(f, "is shared along another axis") if f.shape[c] == 1 else None
             mine = [tie_other_axes(g, f, c) for f in mine if f.shape[c] > 1]
@@ -69,24 +70,31 @@ def join_aligned(g, shape, given): # given: [(shape, its arrays of atoms)], alig
         out.append(np.where(np.all(mine, 0), mine[0], 0) if any((f == 0).any() for f in mine) else mine[0])
     return out
 
-def join_broadcast(g, shape, inputs): return join_aligned(g, shape, [([n if i else 1 for n, i in zip(t.shape, t.stride())], g.of(t)) for t in inputs])   # an expanded axis has stride 0
+def join_broadcast(g, shape, inputs):
+    # an expanded axis has stride 0
+    return join_aligned(g, shape, [([n if i else 1 for n, i in zip(t.shape, t.stride())], g.of(t)) for t in inputs])
 
-@operation_rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "zeros_like", "ones_like", "rand_like", "randn_like", "empty_like", "full_like", "bernoulli", "native_dropout", "where", "masked_fill",
-      "_prelu_kernel", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "log_sigmoid_forward", "celu", "selu", "lerp", "copy", "fill", "zero", "_conj", "rrelu_with_noise")
+@operation_rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "zeros_like", "ones_like",
+                "rand_like", "randn_like", "empty_like", "full_like", "bernoulli", "native_dropout", "where",
+                "masked_fill", "_prelu_kernel", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu",
+                "log_sigmoid_forward", "celu", "selu", "lerp", "copy", "fill", "zero", "_conj", "rrelu_with_noise")
 def pointwise_rule(g, outs, a): return join_broadcast(g, outs[0].shape, tensors_in(vars(a)))
 
 # %% ../../nbs/graph/38_rules.ipynb #1198e744
-@operation_rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")
+@operation_rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+                "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")
 def batch_norm_rule(g, outs, a):
     x = axis_atoms(g, a.input, 1)
-    for t in tensors_in([a.weight, a.bias, getattr(a, "running_mean", None), getattr(a, "running_var", None)]): g.join(x, axis_atoms(g, t, 0))
+    for t in tensors_in([a.weight, a.bias, getattr(a, "running_mean", None), getattr(a, "running_var", None)]):
+        g.join(x, axis_atoms(g, t, 0))
     return [place_on_axis(x, 1, a.input.dim()), *without_axes(g, a.input, 1)]
 
 # %% ../../nbs/graph/38_rules.ipynb #347b4dc7
 def join_matmul(g, x, y): # (..., n, k) with (..., k, m)
     "A matrix product: `k` is consumed by a weight; what lies along `k` and other axes (heads) is settled on the others."
     inner, outer = [], []
-    for t, fs in (x, [np.expand_dims(f, -1) for f in g.of(x)]), (y, [np.expand_dims(f, -3) for f in g.of(y)]):   # (..., n, k, m)
+    # (..., n, k, m)
+    for t, fs in (x, [np.expand_dims(f, -1) for f in g.of(x)]), (y, [np.expand_dims(f, -3) for f in g.of(y)]):
         alone = [f for f in fs if f.shape[-2] > 1 and len(active_axes(f)) == 1]
         inner.append(alone[0].ravel() if alone else fixed_atoms(x.shape[-1]))
         outer.append([h.squeeze(-2) for f in fs if not any(f is v for v in alone) for h in freeze_axis(g, f, -2, "")])
@@ -123,7 +131,8 @@ def add_rule(g, outs, a):
     if len(both) == 2:
         for u in g.of(both[0]):
             for v in g.of(both[1]):
-                if u.shape == v.shape and not np.array_equal(u, v): g.mark("residual", u[(u > 0) & (v > 0)], v[(u > 0) & (v > 0)])
+                if u.shape == v.shape and not np.array_equal(u, v):
+                    g.mark("residual", u[(u > 0) & (v > 0)], v[(u > 0) & (v > 0)])
     return pointwise_rule(g, outs, a)
 
 # %% ../../nbs/graph/38_rules.ipynb #16400d4e
@@ -131,9 +140,11 @@ def mix_along(g, f, dims, why): # what is left of an array of atoms
     "Something runs over `dims` and mixes what lies there: what also lies elsewhere is settled there; the rest is no longer exact."
     inside = [d for d in active_axes(f) if d in dims]
     if inside == list(active_axes(f)): g.blur(f, why)
-    return f if not inside or inside == list(active_axes(f)) else tie_other_axes(g, f, *(d for d in active_axes(f) if d not in dims))
+    return f if not inside or inside == list(active_axes(f)) else tie_other_axes(
+        g, f, *(d for d in active_axes(f) if d not in dims))
 
-@operation_rule("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "logsumexp", "linalg_vector_norm", "any", "all", "argmax")
+@operation_rule("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "logsumexp",
+                "linalg_vector_norm", "any", "all", "argmax")
 def reduction_rule(g, outs, a):
     n, dim = a.self.dim(), getattr(a, "dim", None)
     dims = sorted({d % n for d in ([dim] if isinstance(dim, int) else dim or range(n))})
@@ -142,7 +153,8 @@ def reduction_rule(g, outs, a):
     return left if outs[0].dim() == n else [f.squeeze(tuple(dims)) for f in left]
 
 @operation_rule("_softmax", "_log_softmax", "_safe_softmax")
-def softmax_rule(g, outs, a): return [mix_along(g, f, [a.dim % a.self.dim()], f"`{g.op}` runs over it") for f in g.of(a.self)]
+def softmax_rule(g, outs, a):
+    return [mix_along(g, f, [a.dim % a.self.dim()], f"`{g.op}` runs over it") for f in g.of(a.self)]
 
 @operation_rule("cumsum", "flip", "roll", "_fft_r2c", "_fft_c2r", "_fft_c2c")
 def along_axis_rule(g, outs, a):
@@ -164,7 +176,8 @@ def match_axes(old, new)->list: # [(axes of the old shape, axes of the new one)]
         out.append((i, j))
     return out
 
-@operation_rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "size", "is_nonzero", "_local_scalar_dense", "equal")
+@operation_rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "size", "is_nonzero",
+                "_local_scalar_dense", "equal")
 def constant_rule(g, outs, a): return [[] for _ in outs]
 
 # %% ../../nbs/graph/38_rules.ipynb #e36eb398
@@ -240,23 +253,31 @@ def strided_view_rule(g, outs, a):
 def cat_rule(g, outs, a):
     parts, d = [t for t in a.tensors if t.dim() == outs[0].dim()], a.dim % outs[0].dim()
     mine = [[f for f in g.of(t) if f.shape[d] > 1] for t in parts]
-    if len({active_axes(f) for fs in mine for f in fs}) > 1 or any(len(active_axes(f)) > 1 for fs in mine for f in fs) and not all(mine):
-        mine = [[f if len(active_axes(f)) == 1 else freeze_axis(g, f, d, "")[0] for f in fs] for fs in mine]   # heads: their parts are not cut
+    if len({active_axes(f) for fs in mine for f in fs}) > 1 or any(len(active_axes(f)) > 1 for fs in mine
+                                                                   for f in fs) and not all(mine):
+        # heads: their parts are not cut
+        mine = [[f if len(active_axes(f)) == 1 else freeze_axis(g, f, d, "")[0] for f in fs] for fs in mine]
     one = lambda s: [1 if i == d else n for i, n in enumerate(s)]
-    other = join_aligned(g, one(outs[0].shape), [(one(t.shape), without_axes(g, t, d) + [f for f in fs if f.shape[d] == 1]) for t, fs in zip(parts, mine)])
+    other = join_aligned(g, one(outs[0].shape),
+                         [(one(t.shape), without_axes(g, t, d) + [f for f in fs if f.shape[d] == 1])
+                          for t, fs in zip(parts, mine)])
     ends = [[f for f in fs if f.shape[d] > 1] for fs in mine]
     if not any(ends): return other
-    return [np.concatenate([fs[0] if fs else place_on_axis(fixed_atoms(t.shape[d]), d, t.dim()) for t, fs in zip(parts, ends)], d), *other]
+    return [np.concatenate([fs[0] if fs else place_on_axis(fixed_atoms(t.shape[d]), d, t.dim())
+                            for t, fs in zip(parts, ends)], d), *other]
 
 @operation_rule("stack")
-def stack_rule(g, outs, a): return [np.expand_dims(f, a.dim % outs[0].dim()) for f in join_broadcast(g, a.tensors[0].shape, a.tensors)]
+def stack_rule(g, outs, a):
+    return [np.expand_dims(f, a.dim % outs[0].dim()) for f in join_broadcast(g, a.tensors[0].shape, a.tensors)]
 
 @operation_rule("split", "split_with_sizes")
 def split_rule(g, outs, a):
     d, out = a.dim % a.self.dim(), [[] for _ in outs]
     for f in g.of(a.self):
         if active_axes(f) != (d,): parts = freeze_axis(g, f, d, "") * len(outs)
-        elif len({o.shape[d] for o in outs}) == 1: parts = join_equal_parts(g, np.split(f, len(outs), d), "" if g.call == "chunk" else f"`{g.op}` cuts it at fixed places")
+        elif len({o.shape[d] for o in outs}) == 1:
+            parts = join_equal_parts(g, np.split(f, len(outs), d),
+                                     "" if g.call == "chunk" else f"`{g.op}` cuts it at fixed places")
         else: parts = freeze_axis(g, f, d, f"`{g.op}` cuts it at fixed places")
         for o, p in zip(out, parts): o.append(p)
     return out
@@ -274,8 +295,11 @@ def select_rule(g, outs, a):
     d, out, n = a.dim % a.self.dim(), [], outs[0].shape
     if outs[0].shape == a.self.shape and g.op == "slice": return g.of(a.self)
     for f in g.of(a.self):
-        whole = g.op == "slice" and active_axes(f) == (d,) and a.step == 1 and f.shape[d] % n[d] == 0 and (a.start or 0) % n[d] == 0
-        if whole: out.append(join_equal_parts(g, np.split(f, f.shape[d] // n[d], d), f"`{g.op}` picks fixed positions")[(a.start or 0) % f.shape[d] // n[d]])
+        whole = g.op == "slice" and active_axes(f) == (d,) and a.step == 1 and f.shape[d] % n[d] == 0 and (
+            a.start or 0) % n[d] == 0
+        if whole:
+            out.append(join_equal_parts(g, np.split(f, f.shape[d] // n[d], d),
+                                        f"`{g.op}` picks fixed positions")[(a.start or 0) % f.shape[d] // n[d]])
         else: out += freeze_axis(g, f, d, f"`{g.op}` picks fixed positions")
     return [out if outs[0].dim() == a.self.dim() else [f.squeeze(d) for f in out] for _ in outs]
 
@@ -289,15 +313,21 @@ def pad_rule(g, outs, a):
     left = g.of(a.self)
     for i, (before, after) in enumerate(zip(a.pad[::2], a.pad[1::2]), 1):
         wide = lambda f: np.pad(f, [(before, after) if d == f.ndim - i else (0, 0) for d in range(f.ndim)])
-        if before or after: left = [h for f in left for h in ([wide(f)] if active_axes(f) == (f.ndim - i,) and min(before, after) >= 0 else freeze_axis(g, f, -i, "is padded or cropped"))]
+        if before or after:
+            left = [h for f in left for h in ([wide(f)] if active_axes(f) == (f.ndim - i,) and min(before, after) >= 0
+                                              else freeze_axis(g, f, -i, "is padded or cropped"))]
     return left
 
 # %% ../../nbs/graph/38_rules.ipynb #ba2713db
-@operation_rule(*[f"{n}{d}d{s}" for d in "123" for n in ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "reflection_pad", "replication_pad",
-        "upsample_nearest", "_upsample_nearest_exact") for s in ("", "_with_indices")], "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "upsample_trilinear3d")
+@operation_rule(*[f"{n}{d}d{s}" for d in "123"
+                  for n in ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool",
+                            "reflection_pad", "replication_pad", "upsample_nearest", "_upsample_nearest_exact")
+                  for s in ("", "_with_indices")], "upsample_linear1d", "upsample_bilinear2d",
+                "_upsample_bilinear2d_aa", "upsample_bicubic2d", "upsample_trilinear3d")
 def spatial_rule(g, outs, a):
     left = g.of(a.self if hasattr(a, "self") else a.input)
-    for d in range(1, int(re.search(r"(\d)d", g.op)[1]) + 1): left = [h for f in left for h in freeze_axis(g, f, -d, f"`{g.op}` runs over it")]
+    for d in range(1, int(re.search(r"(\d)d", g.op)[1]) + 1):
+        left = [h for f in left for h in freeze_axis(g, f, -d, f"`{g.op}` runs over it")]
     return left
 
 # %% ../../nbs/graph/38_rules.ipynb #683c32d3
@@ -322,7 +352,8 @@ def channel_shuffle_rule(g, outs, a):
 @operation_rule("glu")
 def glu_rule(g, outs, a):
     d = a.dim % a.self.dim()
-    return [h for f in g.of(a.self) for h in (join_equal_parts(g, np.split(f, 2, d), "")[:1] if active_axes(f) == (d,) else freeze_axis(g, f, d, ""))]
+    return [h for f in g.of(a.self) for h in (join_equal_parts(g, np.split(f, 2, d), "")[:1] if active_axes(f) == (d,)
+                                              else freeze_axis(g, f, d, ""))]
 
 @operation_rule("sort", "cummax", "cummin")
 def sort_rule(g, outs, a):
@@ -340,7 +371,8 @@ def write_to_view_rule(g, outs, a):
     piece, whole = a.self, a.self._base
     others = [t for t in tensors_in(vars(a)) if t is not piece]
     if whole is None: return OPERATION_RULES["into_part"](g, outs, a)
-    seat = {d: e for d in range(piece.dim()) for e in range(whole.dim()) if (piece.shape[d], piece.stride(d)) == (whole.shape[e], whole.stride(e))}
+    seat = {d: e for d in range(piece.dim()) for e in range(whole.dim())
+            if (piece.shape[d], piece.stride(d)) == (whole.shape[e], whole.stride(e))}
     along = lambda f: active_axes(f)[0] if len(active_axes(f)) == 1 else None
     known = g.of(whole)
     if known:
@@ -368,7 +400,8 @@ def sample_regions_rule(g, outs, a):
 def index_put_rule(g, outs, a):
     "Rows are written into another tensor: the other axes agree with what is there; a tensor that holds no channels is believed to follow."
     n = a.self.dim()
-    if len(a.indices) != 1: return freeze_inputs(g, outs, [a.self, a.values], f"`{g.op}` writes into a part of a tensor")
+    if len(a.indices) != 1:
+        return freeze_inputs(g, outs, [a.self, a.values], f"`{g.op}` writes into a part of a tensor")
     given = [*g.of(a.self), *(f.reshape((1,) * (n - f.ndim) + f.shape) for f in g.of(a.values))]
     left = [h for f in given for h in freeze_axis(g, f, 0, "positions are picked by numbers")]
     for f in left: g.guess(f, "is written into another tensor")
@@ -377,34 +410,42 @@ def index_put_rule(g, outs, a):
 # %% ../../nbs/graph/38_rules.ipynb #9fe26f1d
 @operation_rule("recurrent")
 def recurrent_rule(g, outs, a):
-    flat = [t for v in vars(a).values() if isinstance(v, (tuple, list)) for t in v if isinstance(t, Tensor) and storage_key(t) in g.weights]
+    flat = [t for v in vars(a).values() if isinstance(v, (tuple, list)) for t in v if isinstance(t, Tensor)
+            and storage_key(t) in g.weights]
     x, first, said = axis_atoms(g, a.input, -1), None, []
     matrices = [i for i, t in enumerate(flat) if t.dim() == 2]
-    if len({flat[i].shape[1] for i in matrices[1::2]}) != 1 or any(flat[i].shape[0] % flat[j].shape[1] for i, j in zip(matrices, matrices[1::2])): return freeze_inputs(g, outs, [a.input, *flat], "projected recurrence")
+    if len({flat[i].shape[1] for i in matrices[1::2]}) != 1 or any(flat[i].shape[0] % flat[j].shape[1]
+                                                                   for i, j in zip(matrices, matrices[1::2])):
+        return freeze_inputs(g, outs, [a.input, *flat], "projected recurrence")
     for i, j in zip(matrices[::2], matrices[1::2]):   # input and hidden weights of one layer and direction
         hidden = axis_atoms(g, flat[j], 1)
         first = hidden if first is None else first
         said.append((axis_atoms(g, flat[i], 1), i))
         g.join(first, hidden)
-        for t in flat[i:(matrices + [len(flat)])[matrices.index(j) + 1]]: g.join(axis_atoms(g, t, 0).reshape(-1, len(hidden)), hidden)
+        for t in flat[i:(matrices + [len(flat)])[matrices.index(j) + 1]]:
+            g.join(axis_atoms(g, t, 0).reshape(-1, len(hidden)), hidden)
         g.mark("produces", axis_atoms(g, flat[i], 0)); g.mark("consumes", hidden, axis_atoms(g, flat[i], 1))
     both = outs[0].shape[-1] // len(first)
     for k, (into, _) in enumerate(said): g.join(into, x if k < both else np.tile(first, both))
-    return [[place_on_axis(np.tile(first, both), -1, outs[0].dim())], *([place_on_axis(first, -1, o.dim())] for o in outs[1:])]
+    return [[place_on_axis(np.tile(first, both), -1, outs[0].dim())],
+            *([place_on_axis(first, -1, o.dim())] for o in outs[1:])]
 
-WHOLE_FUNCTIONS.update(dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("recurrent", ("input", "second", "third", "fourth"))))
+WHOLE_FUNCTIONS.update(dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"),
+                                     ("recurrent", ("input", "second", "third", "fourth"))))
 
 @operation_rule("cell")
 def recurrent_cell_rule(g, outs, a):
     "One step of one layer."
     hidden = axis_atoms(g, a.w_hh, 1)
     g.join(axis_atoms(g, a.input, -1), axis_atoms(g, a.w_ih, 1))
-    for h in tensors_in(a.hx): g.join(axis_atoms(g, h, -1), hidden) if g.of(h) else g.guess(hidden, "starts from a state that the code makes")
+    for h in tensors_in(a.hx):
+        g.join(axis_atoms(g, h, -1), hidden) if g.of(h) else g.guess(hidden, "starts from a state that the code makes")
     for t in tensors_in([a.w_ih, a.w_hh, a.b_ih, a.b_hh]): g.join(axis_atoms(g, t, 0).reshape(-1, len(hidden)), hidden)
     g.mark("produces", axis_atoms(g, a.w_ih, 0)); g.mark("consumes", hidden, axis_atoms(g, a.w_ih, 1))
     return [[place_on_axis(hidden, -1, o.dim())] for o in outs]
 
-WHOLE_FUNCTIONS.update(dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), ("cell", ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"))))
+WHOLE_FUNCTIONS.update(dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+                                     ("cell", ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"))))
 
 # %% ../../nbs/graph/38_rules.ipynb #f7ae31b6
 @operation_rule("native_group_norm")
@@ -423,7 +464,8 @@ def group_norm_rule(g, outs, a):
 def layer_norm_rule(g, outs, a):
     "Statistics over the last axes: a cut along them is not exact."
     n = a.input.dim()
-    fs = [mix_along(g, f, range(n - len(a.normalized_shape), n), "layer norm" if "layer" in g.op else "RMS norm") for f in g.of(a.input)]
+    fs = [mix_along(g, f, range(n - len(a.normalized_shape), n), "layer norm" if "layer" in g.op else "RMS norm")
+          for f in g.of(a.input)]
     own = [(t.shape, g.of(t)) for t in tensors_in([getattr(a, "weight", None), getattr(a, "bias", None)])]
     if not own: own = [(v.shape, [v]) for v in [g.number(a.normalized_shape[-1])] if len(v)]
     return [join_aligned(g, a.input.shape, [(a.input.shape, fs), *own])]
@@ -457,4 +499,5 @@ def dot_rule(g, outs, a):
 @operation_rule("embedding")
 def embedding_rule(g, outs, a):
     g.mark("produces", axis_atoms(g, a.weight, 1))
-    return [*(f[..., None] for f in g.of(a.indices)), *(f.reshape([1] * a.indices.dim() + [-1]) for f in g.of(a.weight) if f.shape[1] > 1)]
+    return [*(f[..., None] for f in g.of(a.indices)),
+            *(f.reshape([1] * a.indices.dim() + [-1]) for f in g.of(a.weight) if f.shape[1] > 1)]

@@ -27,10 +27,12 @@ def shape_delta(model:nn.Module, # of the vanilla class
     "The architecture difference; raises `BadInput` when the tensors are not those of this class."
     here = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     there = {n: tuple(getattr(t, "shape", t)) for n, t in state.items()}
-    if odd := [n for n in there if n not in here]: raise BadInput(f"these weights belong to another architecture: {type(model).__name__} has no {odd[0]!r}")
+    if odd := [n for n in there if n not in here]:
+        raise BadInput(f"these weights belong to another architecture: {type(model).__name__} has no {odd[0]!r}")
     for n, shape in there.items():
         if len(shape) != len(here[n]) or any(a > b for a, b in zip(shape, here[n])):
-            raise BadInput(f"these weights are not a pruned {type(model).__name__}: {n!r} is {list(shape)}, the vanilla class has {list(here[n])}")
+            raise BadInput(
+                f"these weights are not a pruned {type(model).__name__}: {n!r} is {list(shape)}, the vanilla class has {list(here[n])}")
     return {n: list(s) for n, s in there.items() if s != here[n]}
 
 def reshape_model(model:nn.Module, # of the vanilla class; changed in place
@@ -39,7 +41,8 @@ def reshape_model(model:nn.Module, # of the vanilla class; changed in place
     "Give every tensor the shape it has in `state`, and correct the modules' attributes."
     small = shape_delta(model, state)
     full = dict(model.named_parameters()) | dict(model.named_buffers())   # a tied tensor once
-    cut(model, {n: {d: range(k) for d, k in enumerate(s) if k < full[n].shape[d]} for n, s in small.items() if n in full})
+    cut(model,
+        {n: {d: range(k) for d, k in enumerate(s) if k < full[n].shape[d]} for n, s in small.items() if n in full})
     return model
 
 # %% ../../nbs/graph/43_saving.ipynb #2efc8aba
@@ -55,21 +58,26 @@ def load_pruned(folder, # written by `plan.save`
         for m, kept in children: m._modules.clear(); m._modules.update(kept)
         restore_modules(undo)
         if isinstance(e, BadInput): raise
-        raise BadInput(f"the model at {folder} does not fit {type(model).__name__}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}; pass the class it was pruned from, {about['class']}") from e
+        raise BadInput(
+            f"the model at {folder} does not fit {type(model).__name__}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}; pass the class it was pruned from, {about['class']}") from e
     return model
 
 def read_pruned(folder:Path)->tuple: # (about, {name: tensor})
     "Read and verify the two files; nothing in them is executed."
     files = folder / "model.json", folder / "model.safetensors"
-    if not all(f.is_file() for f in files): raise BadInput(f"no pruned model at {folder}: expected model.json and model.safetensors, written by plan.save(folder) while the model is there")
+    if not all(f.is_file() for f in files):
+        raise BadInput(
+            f"no pruned model at {folder}: expected model.json and model.safetensors, written by plan.save(folder) while the model is there")
     try:
         about = json.loads(files[0].read_text())
         if about["format"] != "pruned.v1": raise ValueError(f"format {about['format']!r}")
         if file_sha256(files[1]) != about["sha256"]: raise ValueError("the weights do not match their digest")
         state = load_file(files[1])
         state |= {n: state[first] for n, first in about["tied"].items()}
-        if {n: list(t.shape) for n, t in state.items()} != about["tensors"]: raise ValueError("the tensors are not those of the list")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as e: raise BadInput(f"the model at {folder} was altered or cut short ({e}): get it again") from e
+        if {n: list(t.shape) for n, t in state.items()} != about["tensors"]:
+            raise ValueError("the tensors are not those of the list")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as e:
+        raise BadInput(f"the model at {folder} was altered or cut short ({e}): get it again") from e
     return about, state
 
 # %% ../../nbs/graph/43_saving.ipynb #0164e5bb
@@ -80,13 +88,19 @@ def base_model(base)->nn.Module: # of the vanilla class
         config = next((f for f in (Path(base), Path(base) / "config.json") if f.is_file()), None)
         about = json.loads(config.read_text()) if config else {}
         kind = about.get("_class_name") or next(iter(about.get("architectures") or []), None)
-        if kind is None: raise BadInput(f"no configuration at {base!r}: pass a model, its class, or a folder with a config.json that names its architecture")
+        if kind is None:
+            raise BadInput(
+                f"no configuration at {base!r}: pass a model, its class, or a folder with a config.json that names its architecture")
         library = importlib.import_module("diffusers" if "_class_name" in about else "transformers")
         made = getattr(library, kind)
-        return made.from_config(made.load_config(config.parent)) if "_class_name" in about else made(library.AutoConfig.from_pretrained(config.parent))
+        return made.from_config(made.load_config(config.parent)) if "_class_name" in about else made(
+            library.AutoConfig.from_pretrained(config.parent))
     try: made = base()
-    except TypeError as e: raise BadInput(f"{getattr(base, '__name__', base)!r} cannot make a model ({e}): pass a model, or a function without arguments such as lambda: Net(10)") from e
-    if not isinstance(made, nn.Module): raise BadInput(f"{getattr(base, '__name__', base)!r} made {type(made).__name__} instead of a model")
+    except TypeError as e:
+        raise BadInput(
+            f"{getattr(base, '__name__', base)!r} cannot make a model ({e}): pass a model, or a function without arguments such as lambda: Net(10)") from e
+    if not isinstance(made, nn.Module):
+        raise BadInput(f"{getattr(base, '__name__', base)!r} made {type(made).__name__} instead of a model")
     return made
 
 def rebuild_model(model, about:dict, state:dict, folder)->None: # changes the model
@@ -94,17 +108,22 @@ def rebuild_model(model, about:dict, state:dict, folder)->None: # changes the mo
     if about["about"].get("space") == "blocks": load_plan(folder).apply(model)
     masks = {n: t for n, t in state.items() if n.endswith("_mask") and n not in model.state_dict()}
     state = {n: t for n, t in state.items() if n not in masks}
-    if lost := sorted({*model.state_dict()} - {*state}): raise BadInput(f"these weights belong to another architecture: {type(model).__name__} needs {lost[0]!r}, and the file does not have it")
+    if lost := sorted({*model.state_dict()} - {*state}):
+        raise BadInput(
+            f"these weights belong to another architecture: {type(model).__name__} needs {lost[0]!r}, and the file does not have it")
     where = device_of(model)
     reshape_model(model, state)
     set_attributes(model, about)
-    for n, mask in masks.items(): attach_mask(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2].removesuffix("_mask"), mask.to(where))
+    for n, mask in masks.items():
+        attach_mask(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2].removesuffix("_mask"),
+                    mask.to(where))
     if masks: install_hooks(model, inside=True)
     model.load_state_dict({n: t.to(where) for n, t in state.items()}, strict=not masks, assign=True)
     for n, first in about["tied"].items(): tie_tensors(model, n, first)
     found = fingerprint(model, about["example"])
     if about["answer"] is not None and not matches(about["answer"], found, next(iter(model.parameters())).dtype):
-        raise BadInput(f"the model rebuilt from {folder} computes something else than the one that was saved: {type(model).__name__} differs from the {about['class']} it was pruned from, in its code or its settings")
+        raise BadInput(
+            f"the model rebuilt from {folder} computes something else than the one that was saved: {type(model).__name__} differs from the {about['class']} it was pruned from, in its code or its settings")
 
 # %% ../../nbs/graph/43_saving.ipynb #c94e1f2b
 def set_attributes(model:nn.Module, about:dict)->None: # changes the model
@@ -112,7 +131,8 @@ def set_attributes(model:nn.Module, about:dict)->None: # changes the model
     named = dict(model.named_modules())
     for n, values in about["modules"].items():
         for k, v in values.items():
-            if n in named and getattr(named[n], k, None) != v: setattr(named[n], k, tuple(v) if isinstance(getattr(named[n], k, None), tuple) else v)
+            if n in named and getattr(named[n], k, None) != v:
+                setattr(named[n], k, tuple(v) if isinstance(getattr(named[n], k, None), tuple) else v)
     config = getattr(model, "config", None)
     if config is not None and about["config"]:
         if hasattr(model, "register_to_config"): model.register_to_config(**about["config"])
@@ -132,10 +152,13 @@ def sync_optimizer(optimizer:torch.optim.Optimizer, # of the model's parameters
     "Prune inside the block; afterwards the optimiser holds the new tensors, and its memory of each is cut alike."
     old, kept = dict(model.named_parameters()), []
     yield kept   # append the plan, or a dict of slices
-    if not kept: raise BadInput("the optimiser does not know what was removed: append the plan to what `sync_optimizer` gives")
+    if not kept:
+        raise BadInput("the optimiser does not know what was removed: append the plan to what `sync_optimizer` gives")
     new = dict(model.named_parameters())
     for n, p in old.items():
         if n not in new or new[n] is p: continue
         dims = {d: i for d, i in getattr(kept[-1], "slices", kept[-1])[n].items()}
         for group in optimizer.param_groups: group["params"] = [new[n] if q is p else q for q in group["params"]]
-        if p in optimizer.state: optimizer.state[new[n]] = {k: index_dims(v, dims) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in optimizer.state.pop(p).items()}
+        if p in optimizer.state:
+            optimizer.state[new[n]] = {k: index_dims(v, dims) if isinstance(v, Tensor) and v.shape == p.shape else v
+                                       for k, v in optimizer.state.pop(p).items()}

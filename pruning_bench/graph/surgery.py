@@ -82,10 +82,12 @@ def removed_indices(groups:dict, kept:dict)->dict: # {(parameter, dimension): re
 
 def tensor_shapes(model:nn.Module)->dict: # {parameter, buffer or norm without weights: sizes}
     "Everything that can get narrower."
-    numbers = {n: (m.num_channels,) if isinstance(m, nn.GroupNorm) else m.normalized_shape for n, m in model.named_modules() if no_affine(m)}
+    numbers = {n: (m.num_channels,) if isinstance(m, nn.GroupNorm) else m.normalized_shape
+               for n, m in model.named_modules() if no_affine(m)}
     return {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]} | numbers
 
-def kept_slices(model:nn.Module, groups:dict, kept:dict)->dict: # {parameter: {dimension: kept indices}}, only what shrinks
+def kept_slices(model:nn.Module, groups:dict,
+                kept:dict)->dict: # {parameter: {dimension: kept indices}}, only what shrinks
     "What `prune_to_density` needs."
     shape, out = tensor_shapes(model), {}
     for (p, d), lost in removed_indices(groups, kept).items():
@@ -102,7 +104,9 @@ def mask_slices(model:nn.Module, slices:dict)->None:
         module, attr = homes[name]
         mask = mask_of(module, attr)
         mask = torch.ones_like(getattr(module, attr), dtype=torch.bool) if mask is None else mask
-        for d, kept in dims.items(): mask.index_fill_(d, torch.as_tensor(np.setdiff1d(np.arange(mask.shape[d]), kept), device=mask.device), False)
+        for d, kept in dims.items():
+            mask.index_fill_(d, torch.as_tensor(np.setdiff1d(np.arange(mask.shape[d]), kept), device=mask.device),
+                             False)
         attach_mask(module, attr, mask)
     install_hooks(model, inside=True)
 
@@ -113,12 +117,15 @@ def error_line(error:Exception)->str: # one line
 
 def example_outputs(model:nn.Module, run)->list: # `run()` -> outputs
     "Floating-point outputs on the example, in evaluation mode."
-    with seeded(0), in_mode(model, False), torch.no_grad(): return [t for t in tensors_in(run()) if t.is_floating_point()]
+    with seeded(0), in_mode(model, False), torch.no_grad():
+        return [t for t in tensors_in(run()) if t.is_floating_point()]
 
 def outputs_close(a:Tensor, b:Tensor)->bool: # equal up to rounding
     "Whether two outputs agree."
     eps = {torch.float64: 1e-6, torch.float32: 1e-3}.get(a.dtype, 5e-2)
-    return a.shape == b.shape and (a.numel() == 0 or torch.allclose(a, b, rtol=0, atol=eps * a.nan_to_num().abs().max().item(), equal_nan=True))
+    return a.shape == b.shape and (a.numel() == 0
+                                   or torch.allclose(a, b, rtol=0, atol=eps * a.nan_to_num().abs().max().item(),
+                                                     equal_nan=True))
 
 def same_shape(a:Tensor, b:Tensor)->bool:
     "What is left to check when removing is not the same as masking."
@@ -140,7 +147,8 @@ def subset(model:nn.Module, batch, run, n:int=2): # so many examples, or the bat
 # %% ../../nbs/graph/39_surgery.ipynb #4776fe97
 def module_state(model:nn.Module)->list: # [(module, its class, its attributes)]
     "What a cut may change, by reference."
-    return [(m, type(m), {**m.__dict__, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers)}) for m in model.modules()]
+    return [(m, type(m), {**m.__dict__, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers)})
+            for m in model.modules()]
 
 def restore_modules(state:list)->None:
     "Undo a cut."
@@ -155,11 +163,13 @@ def dry_run(model:nn.Module, batch, run, slices:dict)->None:
         cut(model, slices)
         with FastMetaNorms(): example_outputs(model, lambda: run(model, batch))
     except Exception as e:
-        raise BadInput(f"the code of {type(model).__name__} contains a width that its layers do not show ({error_line(e)}): name the layers concerned in skip=") from e
+        raise BadInput(
+            f"the code of {type(model).__name__} contains a width that its layers do not show ({error_line(e)}): name the layers concerned in skip=") from e
     finally: restore_modules(state)
 
 # %% ../../nbs/graph/39_surgery.ipynb #ba80406e
-def verify_groups(model:nn.Module, batch, run, found, groups:dict, trace_groups)->dict: # the groups that can be cut; `listen(model, batch, run)` found them
+def verify_groups(model:nn.Module, batch, run, found, groups:dict,
+                  trace_groups)->dict: # the groups that can be cut; `listen(model, batch, run)` found them
     "Cut one unit of every group of a ghost and run it; where the code may have been told a number, also listen again and compare; fix the groups that fail."
     on = [(model, batch)]
     if run is forward:
@@ -180,18 +190,24 @@ def verify_groups(model:nn.Module, batch, run, found, groups:dict, trace_groups)
     pairs = joint_pairs(groups, wrong, lambda pair: runs(left | pair, 1))
     left |= {a: groups[a].joined(groups[b]) for a, b in pairs}
     if wrong and (not left or runs(left)): raise next(iter(wrong.values()))
-    wrong |= bisect_failures({n: g for n, g in left.items() if g.guess}, lambda some: regroup_check(on[0][0], some, first(some), lambda: trace_groups(*on[0], run)))
-    doubtful = {n: g for n, g in left.items() if g.guess and g.exact and n not in wrong and not next(model.parameters()).is_meta}
+    wrong |= bisect_failures({n: g for n, g in left.items() if g.guess},
+                             lambda some: regroup_check(on[0][0], some, first(some), lambda: trace_groups(*on[0], run)))
+    doubtful = {n: g for n, g in left.items() if g.guess and g.exact and n not in wrong
+                and not next(model.parameters()).is_meta}
     wrong |= bisect_failures(doubtful, lambda some: masking_check(model, some, first(some), lambda: run(model, batch)))
     wrong |= {b: wrong[a] for a, b in pairs if a in wrong}
-    for n in wrong: found.frozen[groups[n].produces[0][0]] = (len(groups[n]), groups[n].guess or f"the code contains its width ({str(wrong[n].__cause__).splitlines()[0][:80]})")
+    for n in wrong:
+        found.frozen[groups[n].produces[0][0]] = (len(groups[n]),
+                                                  groups[n].guess
+                                                  or f"the code contains its width ({str(wrong[n].__cause__).splitlines()[0][:80]})")
     return {n: left[n] for n in groups if n in left and n not in wrong}
 
 def joint_pairs(groups:dict, wrong:dict, test)->list: # pairs of names, which leave `wrong`
     "Neighbours of one size that fail alone and run together: they must stay equally wide."
     names, found = [n for n in groups if n in wrong], []
     for a, b in ((a, b) for step in (1, 2, 3) for a, b in zip(names, names[step:])):
-        if a in wrong and b in wrong and len(groups[a]) == len(groups[b]) and test({n: groups[n] for n in (a, b)}) is None:
+        if a in wrong and b in wrong and len(groups[a]) == len(groups[b]) and test(
+            {n: groups[n] for n in (a, b)}) is None:
             found.append((a, b))
             del wrong[a], wrong[b]
     return found
@@ -200,12 +216,15 @@ def bisect_failures(some:dict, test)->dict: # {name: error}; `test(groups)` -> e
     "The groups that fail a test, by halving."
     error, names = test(some) if some else None, list(some)
     if error is None or len(names) == 1: return {n: error for n in names if error}
-    return bisect_failures({n: some[n] for n in names[::2]}, test) | bisect_failures({n: some[n] for n in names[1::2]}, test)
+    return bisect_failures({n: some[n] for n in names[::2]},
+                           test) | bisect_failures({n: some[n] for n in names[1::2]}, test)
 
 # %% ../../nbs/graph/39_surgery.ipynb #d9bea7d9
-def regroup_check(model:nn.Module, groups:dict, kept:dict, listen): # an error or None; `listen()` finds the groups of the model
+def regroup_check(model:nn.Module, groups:dict, kept:dict,
+                  listen): # an error or None; `listen()` finds the groups of the model
     "Whether a cut model consists of other units than those that stayed."
-    asked, state = {n: int(kept[n].sum()) for n in groups if kept[n].sum() > 1}, module_state(model)   # one unit alone cannot be told from its parts
+    # one unit alone cannot be told from its parts
+    asked, state = {n: int(kept[n].sum()) for n in groups if kept[n].sum() > 1}, module_state(model)
     made = lambda g: {key: i.shape[1] for key, i in g.members.items()}
     try:
         cut(model, kept_slices(model, groups, kept))
@@ -214,7 +233,8 @@ def regroup_check(model:nn.Module, groups:dict, kept:dict, listen): # an error o
     finally: restore_modules(state)
     for n, left in asked.items():
         now = again.get(groups[n].produces[0])
-        if now is None or len(now) != left or made(now) != made(groups[n]): return BadInput("its code divides what is left in another way")
+        if now is None or len(now) != left or made(now) != made(groups[n]):
+            return BadInput("its code divides what is left in another way")
 
 # %% ../../nbs/graph/39_surgery.ipynb #4c086dcb
 def masking_check(model:nn.Module, groups:dict, kept:dict, run): # an error or None
@@ -223,23 +243,28 @@ def masking_check(model:nn.Module, groups:dict, kept:dict, run): # an error or N
     lost = {key: i for key, i in removed_indices(groups, kept).items() if key in reads}
     kept_data = {p: model.get_parameter(p).data for p, _ in lost}
     try:
-        for (p, d), i in lost.items(): model.get_parameter(p).data = model.get_parameter(p).data.index_fill(d, torch.as_tensor(i, device=kept_data[p].device), 0)
+        for (p, d), i in lost.items():
+            model.get_parameter(p).data = model.get_parameter(p).data.index_fill(
+                d, torch.as_tensor(i, device=kept_data[p].device), 0)
         unread = example_outputs(model, run)
         for p, t in kept_data.items(): model.get_parameter(p).data = t
         cut(model, kept_slices(model, groups, kept))
-        if not all(map(outputs_close, unread, example_outputs(model, run))): return BadInput("its code reads other channels after a cut")
+        if not all(map(outputs_close, unread, example_outputs(model, run))):
+            return BadInput("its code reads other channels after a cut")
     except Exception as e: return e
     finally:
         restore_modules(state)
         for p, t in kept_data.items(): model.get_parameter(p).data = t
 
 # %% ../../nbs/graph/39_surgery.ipynb #fb39fcd2
-def cut_and_compare(model:nn.Module, slices:dict, run, exact:bool=True)->None: # `run()` -> outputs; what mixes channels can only be compared in shape
+def cut_and_compare(model:nn.Module, slices:dict, run,
+                    exact:bool=True)->None: # `run()` -> outputs; what mixes channels can only be compared in shape
     "Cut, and compare with the masked model; a difference undoes the cut and raises `BadInput`."
     before, state, same = example_outputs(model, run), module_state(model), False
     try:
         cut(model, slices)
-        same = all(map(outputs_close if exact and not any(t.isnan().any() for t in before) else same_shape, before, example_outputs(model, run)))
+        same = all(map(outputs_close if exact and not any(t.isnan().any() for t in before) else same_shape, before,
+                       example_outputs(model, run)))
     finally:
         if not same: restore_modules(state)
     if not same:
@@ -254,5 +279,7 @@ def cut_checked(model:nn.Module, slices:dict)->None:
     for n, dims in slices.items():
         if n not in shape: raise BadInput(f"this plan does not fit: {n!r} is no norm without weights here")
         for d, kept in dims.items():
-            if max(kept) >= shape[n][d]: raise BadInput(f"this plan does not fit: it keeps index {max(kept)} of {n!r}, which has {shape[n][d]} in dimension {d}")
+            if max(kept) >= shape[n][d]:
+                raise BadInput(
+                    f"this plan does not fit: it keeps index {max(kept)} of {n!r}, which has {shape[n][d]} in dimension {d}")
     cut(model, slices)

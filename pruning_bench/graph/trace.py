@@ -57,7 +57,9 @@ class TraceGraph:
         self.roles = {"produces": [], "consumes": [], "residual": [], "heads": []}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             self.places[name] = storage_key(t)
-            if storage_key(t) not in self.weights: self.weights[storage_key(t)] = [place_on_axis(self.fresh(name, d, n), d, t.dim()) for d, n in enumerate(t.shape) if n > 1]
+            if storage_key(t) not in self.weights:
+                self.weights[storage_key(t)] = [place_on_axis(self.fresh(name, d, n), d, t.dim())
+                                                for d, n in enumerate(t.shape) if n > 1]
 
     def fresh(self, name, dim, n): # n new atoms for one dimension of a parameter
         self.owner.append(np.full(n, len(self.dims))); self.dims.append((name, dim)); self.size += n
@@ -115,7 +117,8 @@ def without_axes(g:TraceGraph, t:Tensor, *dims)->list: # of arrays
     return [f for f in g.of(t) if all(f.shape[d] == 1 for d in dims)]
 
 # %% ../../nbs/graph/37_trace.ipynb #b7c53457
-OPERATION_RULES = Registry("operation rule", group="")   # operation -> function(graph, outputs, arguments) -> atoms of outputs
+# operation -> function(graph, outputs, arguments) -> atoms of outputs
+OPERATION_RULES = Registry("operation rule", group="")
 
 def operation_rule(*names,                # ATen names without overload and trailing underscore
          replaces:bool=False,   # whether the rule of another function may be replaced
@@ -130,11 +133,14 @@ def record_operation(g:TraceGraph, func, args, kwargs, out)->None:
     "Let the rule of one operation speak."
     names = [s.name for s in func._schema.arguments]
     op = func._schema.name.split("::")[1].rstrip("_")
-    known = OPERATION_RULES.get(op) or torch.Tag.pointwise in func.tags and OPERATION_RULES.get("pointwise") or OPERATION_RULES["unknown"]
+    known = OPERATION_RULES.get(op) or torch.Tag.pointwise in func.tags and OPERATION_RULES.get(
+        "pointwise") or OPERATION_RULES["unknown"]
     if func._schema.is_mutable and is_partial(args[0]):
-        elementwise = func._schema.name.endswith("_") and known in (OPERATION_RULES.get("pointwise"), OPERATION_RULES.get("add"))
+        elementwise = func._schema.name.endswith("_") and known in (OPERATION_RULES.get("pointwise"),
+                                                                    OPERATION_RULES.get("add"))
         known = OPERATION_RULES["piece" if elementwise else "into_part"]
-    apply_rule(g, known, op, {s.name: s.default_value for s in func._schema.arguments} | dict(zip(names, args)) | kwargs, out)
+    apply_rule(g, known, op, {s.name: s.default_value for s in func._schema.arguments} | dict(zip(names, args))
+               | kwargs, out)
 
 def apply_rule(g:TraceGraph, known, op:str, given:dict, out)->None:
     "Note who took part, and ask a rule for the atoms of the outputs, unless everything is constant."
@@ -160,7 +166,8 @@ def freeze_inputs(g, outs, inputs, why): # nothing of the outputs can be cut
 def unknown_rule(g, outs, a): return freeze_inputs(g, outs, tensors_in(vars(a)), f"no rule for `{g.op}`")
 
 @operation_rule("into_part")
-def into_part_rule(g, outs, a): return freeze_inputs(g, outs, tensors_in(vars(a)), f"`{g.op}` writes into a part of a tensor")
+def into_part_rule(g, outs, a):
+    return freeze_inputs(g, outs, tensors_in(vars(a)), f"`{g.op}` writes into a part of a tensor")
 
 # %% ../../nbs/graph/37_trace.ipynb #ea62da48
 NORM_OPS = {"aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"}
@@ -173,7 +180,8 @@ def run_operation(func, args, kwargs): # what the operation returns
 def norm_fits(x, *rest)->bool: # what comes after the input: layer norm's shape, weights, running statistics
     "Whether a norm is as wide as its input."
     over = x.shape[-len(rest[0]):] if isinstance(rest[0], (list, tuple)) else x.shape[1:2]
-    return all(tuple(a) == over if isinstance(a, (list, tuple)) else a.numel() == over.numel() for a in rest if isinstance(a, (list, tuple, Tensor)))
+    return all(tuple(a) == over if isinstance(a, (list, tuple)) else a.numel() == over.numel() for a in rest
+               if isinstance(a, (list, tuple, Tensor)))
 
 class FastMetaNorms(TorchDispatchMode):
     "Inside, norms of ghosts answer at once."
@@ -195,12 +203,14 @@ class CallRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, g = getattr(func, "__name__", ""), self.graph
-        if name not in ("__get__", "size", "dim"): g.call, g.sizes = name, [n for a in args[1:] for n in (a if isinstance(a, (tuple, list)) else [a])]
+        if name not in ("__get__", "size", "dim"):
+            g.call, g.sizes = name, [n for a in args[1:] for n in (a if isinstance(a, (tuple, list)) else [a])]
         if name not in WHOLE_FUNCTIONS or g.quiet: return func(*args, **(kwargs or {}))
         g.quiet = True
         try: out = func(*args, **(kwargs or {}))
         finally: g.quiet = False
-        apply_rule(g, OPERATION_RULES[WHOLE_FUNCTIONS[name][0]], WHOLE_FUNCTIONS[name][0], dict(zip(WHOLE_FUNCTIONS[name][1], args)) | (kwargs or {}), out)
+        apply_rule(g, OPERATION_RULES[WHOLE_FUNCTIONS[name][0]], WHOLE_FUNCTIONS[name][0],
+                   dict(zip(WHOLE_FUNCTIONS[name][1], args)) | (kwargs or {}), out)
         return out
 
 WHOLE_FUNCTIONS = {}   # function -> (rule, names of its arguments)
@@ -216,7 +226,8 @@ def no_affine(m:nn.Module)->bool:
 def track_norms(graph:TraceGraph, model:nn.Module):
     "Inside, the graph knows which of these norms is running."
     now = lambda name: lambda *_: setattr(graph, "bare", name)
-    hooks = [h for n, m in model.named_modules() if no_affine(m) for h in (m.register_forward_pre_hook(now(n)), m.register_forward_hook(now("")))]
+    hooks = [h for n, m in model.named_modules() if no_affine(m)
+             for h in (m.register_forward_pre_hook(now(n)), m.register_forward_hook(now("")))]
     try: yield
     finally:
         for h in hooks: h.remove()

@@ -25,11 +25,14 @@ def fastest(state, *works, repeats=3):
 
 def test_global_magnitude_takes_a_quarter_of_the_time_of_torch():
     model, plans = resnet50(), []
-    def theirs(m): torch_prune.global_unstructured([(l.module, "weight") for l in Weights(m).layers.values()], torch_prune.L1Unstructured, amount=.9)
+    def theirs(m):
+        torch_prune.global_unstructured([(l.module, "weight") for l in Weights(m).layers.values()],
+                                        torch_prune.L1Unstructured, amount=.9)
     def ours(m): plans.append(prune(m, "global-magnitude", .9))
     theirs(resnet50()); ours(resnet50())
     by_torch, by_library = fastest(model, theirs, ours)
-    print(f"\nResNet-50, global magnitude: {by_library:.2f} s, torch.nn.utils.prune {by_torch:.2f} s, ratio {by_library / by_torch:.3f}")
+    print(
+        f"\nResNet-50, global magnitude: {by_library:.2f} s, torch.nn.utils.prune {by_torch:.2f} s, ratio {by_library / by_torch:.3f}")
     units = sum(m.numel() for m in plans[0].masks.values())
     assert all(sum(int(m.sum()) for m in p.masks.values()) == round(.1 * units) for p in plans)   # fast and exact
     assert by_library <= .25 * by_torch
@@ -68,7 +71,8 @@ print(taken.bytes)
 def peak(what):
     "Bytes above the start in a process of its own, with the allocator as it comes; None where nobody can measure them."
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    out = subprocess.run([sys.executable, "-c", CHILD, what], env=env, capture_output=True, text=True, check=True).stdout.split()[-1]
+    out = subprocess.run([sys.executable, "-c", CHILD, what], env=env, capture_output=True, text=True,
+                         check=True).stdout.split()[-1]
     return None if out == "None" else int(out)
 
 @pytest.mark.timeout(1200)
@@ -76,5 +80,6 @@ def test_methods_before_training_fit_where_a_training_step_fits():
     step = peak("step")
     if step is None: pytest.skip("this system does not tell how much memory a process needed")
     found = {name: peak(name) / step for name in ("global-magnitude", "snip", "grasp", "synflow")}
-    print(f"\nResNet-50, 16 pictures: a training step (AdamW) takes {step / 2**20:.0f} MiB; as shares of it:", {n: round(r, 2) for n, r in found.items()})
+    print(f"\nResNet-50, 16 pictures: a training step (AdamW) takes {step / 2**20:.0f} MiB; as shares of it:",
+          {n: round(r, 2) for n, r in found.items()})
     assert max(found.values()) <= 1

@@ -10,15 +10,18 @@ from pruning_bench.structured.filters import member_sums
 from pruning_bench.graph.groups import dependency_groups
 from pruning_bench.graph.surgery import cut, kept_slices
 
-MODELS = {"ResNet-50": "resnet50", "ViT-B/16": "vit_b_16", "ConvNeXt-T": "convnext_tiny", "Swin-T": "swin_t", "DenseNet-121": "densenet121"}
+MODELS = {"ResNet-50": "resnet50", "ViT-B/16": "vit_b_16", "ConvNeXt-T": "convnext_tiny", "Swin-T": "swin_t",
+          "DenseNet-121": "densenet121"}
 
 def theirs(model, x):
     tp = pytest.importorskip("torch_pruning")
     heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000]
-    tp.pruner.MetaPruner(model, x, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=.5, ignored_layers=heads).step()
+    tp.pruner.MetaPruner(model, x, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=.5,
+                         ignored_layers=heads).step()
 
 def ours(model, x):
-    groups, weights = {g.name: g for g in dependency_groups(model, x).groups if len(g) > 1}, {n: p.detach().abs() for n, p in model.named_parameters()}
+    groups = {g.name: g for g in dependency_groups(model, x).groups if len(g) > 1}
+    weights = {n: p.detach().abs() for n, p in model.named_parameters()}
     score = {n: sum(member_sums(g, weights, g.produces).values()) for n, g in groups.items()}
     cut(model, kept_slices(model, groups, {n: s.argsort().argsort() >= len(s) // 2 for n, s in score.items()}))
 
@@ -53,13 +56,15 @@ def test_analysis_and_a_step_take_two_thirds_of_the_time_of_torch_pruning(name):
     model, x = getattr(torchvision.models, MODELS[name])(weights=None).eval(), torch.randn(1, 3, 224, 224)
     for work in (ours, careful): once(work, model, x)   # loads the code
     (step, wrong), (whole, broken), (opponent, failed) = in_turns([ours, careful, theirs], model, x)
-    print(f"\n{name}: {step:.2f} s, Torch-Pruning {opponent:.2f} s{failed and f' (ends in {failed})'}, ratio {step / opponent:.2f}; prune with its precautions {whole:.2f} s, ratio {whole / opponent:.2f}")
+    print(
+        f"\n{name}: {step:.2f} s, Torch-Pruning {opponent:.2f} s{failed and f' (ends in {failed})'}, ratio {step / opponent:.2f}; prune with its precautions {whole:.2f} s, ratio {whole / opponent:.2f}")
     assert not wrong and not broken and step <= .7 * opponent
 
 @pytest.mark.parametrize("layers", [2, 16])
 def test_llama_takes_less_than_two_seconds(layers):
     from transformers import LlamaConfig, LlamaForCausalLM
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4)).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256,
+                                         num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4)).eval()
     batch = {"input_ids": torch.arange(32).view(2, 16)}
     start = time.process_time()
     found = dependency_groups(model, batch)

@@ -36,7 +36,8 @@ def delivered(dense, request, batch):
     x = torch.randn(batch, 3, 224, 224, device=DEVICE)
     prune(model, "l1-filter", request, [x[:1]])
     found = compare_latency({"dense": dense, "pruned": model}, x, pairs=PAIRS, budget=60.)["models"]
-    return macs(dense, x[:1]) / macs(model, x[:1]), found["pruned"]["speedup"] if all(m["stable"] for m in found.values()) else None
+    return macs(dense, x[:1]) / macs(model, x[:1]), found["pruned"]["speedup"] if all(
+        m["stable"] for m in found.values()) else None
 
 
 @pytest.mark.timeout(1800)
@@ -45,9 +46,11 @@ def delivered(dense, request, batch):
 def test_half_of_the_multiplications_is_nearly_twice_as_fast(name, batch):
     dense = made(name)
     rows = {}
-    for label, request, memory in (("macs", {"macs": .5}, nullcontext), ("macs in steps of 32", REMEDY, nullcontext), ("macs in steps of 32, memory kept", REMEDY, reuse_malloc)):
+    for label, request, memory in (("macs", {"macs": .5}, nullcontext), ("macs in steps of 32", REMEDY, nullcontext),
+                                   ("macs in steps of 32, memory kept", REMEDY, reuse_malloc)):
         with memory(): promised, factor = rows[label] = delivered(dense, request, batch)
-        print(f"\n{name}, batch {batch}, {DEVICE}, {label}: promised {promised:.2f}, delivered {'unstable' if factor is None else f'{factor:.2f}, share {factor / promised:.2f}'}")
+        print(
+            f"\n{name}, batch {batch}, {DEVICE}, {label}: promised {promised:.2f}, delivered {'unstable' if factor is None else f'{factor:.2f}, share {factor / promised:.2f}'}")
         if factor is not None and factor >= PROMISE * promised: return
     if any(factor is None for _, factor in rows.values()): pytest.skip("the machine was too busy to say anything")
     assert max(factor / promised for promised, factor in rows.values()) >= PROMISE
@@ -59,8 +62,10 @@ def test_a_latency_budget_keeps_its_word():
     model, x = copy.deepcopy(dense), torch.randn(1, 3, 224, 224, device=DEVICE)
     plan = prune(model, "l1-filter", {"latency": .5, "pairs": PAIRS, "round_to": 16}, [x])
     again = compare_latency({"dense": dense, "pruned": model}, x, pairs=PAIRS, budget=60.)["models"]
-    print(f"\nResNet-50, half of the milliseconds: {plan.budget['candidates']} candidates, {1 - plan.budget['left']:.3f} removed; measured again: {1 - 1 / again['pruned']['speedup']:.3f}")
-    if not (plan.budget["stable"] and all(m["stable"] for m in again.values())): pytest.skip("the machine was too busy to say anything")
+    print(
+        f"\nResNet-50, half of the milliseconds: {plan.budget['candidates']} candidates, {1 - plan.budget['left']:.3f} removed; measured again: {1 - 1 / again['pruned']['speedup']:.3f}")
+    if not (plan.budget["stable"] and all(m["stable"] for m in again.values())):
+        pytest.skip("the machine was too busy to say anything")
     assert again["pruned"]["speedup"] >= 2 * .9
 
 

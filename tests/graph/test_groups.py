@@ -21,10 +21,15 @@ IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 class Residual(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.conv1, self.bn1, self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
+        self.bn2 = nn.BatchNorm2d(width)
     def forward(self, x): return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
-def cnn(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), Residual(8), Residual(8), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+def cnn():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), Residual(8), Residual(8),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
 
 def vision(name, **kw): return lambda: (getattr(torchvision.models, name)(weights=None, **kw), IMAGE)
 
@@ -32,27 +37,39 @@ def vit(): return torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128), IM
 
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     return LlamaForCausalLM(config), {"input_ids": torch.arange(24).view(2, 12)}
 
 def unet():
     from diffusers import UNet2DModel
-    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4, attention_head_dim=8,
-                        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+                        norm_num_groups=4, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                        up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     return model, {"sample": torch.randn(2, 1, 8, 8), "timestep": torch.tensor([3, 500])}
 
 def conditional():
     from diffusers import UNet2DConditionModel
-    model = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=2, cross_attention_dim=32, attention_head_dim=4,
-                                 norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    return model, {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 500]), "encoder_hidden_states": torch.randn(2, 7, 32)}
+    model = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64),
+                                 layers_per_block=2, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+                                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    return model, {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 500]),
+                   "encoder_hidden_states": torch.randn(2, 7, 32)}
 
 class Assorted(nn.Module):
     "What is rarer: circular padding, gates, shuffles, windows, spectra, cells, steps collected one by one."
     def __init__(self):
         super().__init__()
-        self.round, self.slope, self.gate, self.mid, self.wide = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.PReLU(8), nn.Conv2d(8, 12, 1), nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-        self.read, self.cell, self.second, self.out = nn.Conv1d(512, 6, 1), nn.LSTMCell(6, 5), nn.GRUCell(5, 4), nn.Linear(4, 2)
+        self.round = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+        self.slope = nn.PReLU(8)
+        self.gate = nn.Conv2d(8, 12, 1)
+        self.mid = nn.Conv2d(6, 8, 3, padding=1)
+        self.wide = nn.Conv2d(8, 8, 1)
+        self.read = nn.Conv1d(512, 6, 1)
+        self.cell = nn.LSTMCell(6, 5)
+        self.second = nn.GRUCell(5, 4)
+        self.out = nn.Linear(4, 2)
     def forward(self, x):
         h = self.wide(F.channel_shuffle(self.mid(F.glu(self.gate(self.slope(self.round(x))), 1)), 2))
         h = torch.fft.rfft(self.read(F.unfold(h, 8, stride=8))).abs()
@@ -64,13 +81,18 @@ class Assorted(nn.Module):
 
 def computed():
     from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-    return nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3, 2)), nn.ReLU(), weight_norm(nn.Conv2d(8, 8, 3, 2)), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+    return nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3, 2)), nn.ReLU(), weight_norm(nn.Conv2d(8, 8, 3, 2)), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
 
-SMALL = {"cnn": lambda: (cnn(), IMAGE), "assorted": lambda: (Assorted(), IMAGE), "resnet18": vision("resnet18"), "shufflenet": vision("shufflenet_v2_x0_5"),
-         "vit": vit, "llama": llama, "unet": unet}
-LARGE = {"mobilenet_v2": vision("mobilenet_v2"), "conditional unet": conditional, "vgg11_bn": vision("vgg11_bn"), "densenet121": vision("densenet121"), "efficientnet_b0": vision("efficientnet_b0"), "googlenet": vision("googlenet", init_weights=False),
-         "squeezenet": vision("squeezenet1_1"), "regnet": vision("regnet_y_400mf"), "convnext": vision("convnext_tiny"), "swin": vision("swin_t"), "vit_b_16": lambda: (torchvision.models.vit_b_16(weights=None, image_size=32), IMAGE)}
-models = [pytest.param(m, id=n) for n, m in SMALL.items()] + [pytest.param(m, id=n, marks=pytest.mark.slow) for n, m in LARGE.items()]
+SMALL = {"cnn": lambda: (cnn(), IMAGE), "assorted": lambda: (Assorted(), IMAGE), "resnet18": vision("resnet18"),
+         "shufflenet": vision("shufflenet_v2_x0_5"), "vit": vit, "llama": llama, "unet": unet}
+LARGE = {"mobilenet_v2": vision("mobilenet_v2"), "conditional unet": conditional, "vgg11_bn": vision("vgg11_bn"),
+         "densenet121": vision("densenet121"), "efficientnet_b0": vision("efficientnet_b0"),
+         "googlenet": vision("googlenet", init_weights=False), "squeezenet": vision("squeezenet1_1"),
+         "regnet": vision("regnet_y_400mf"), "convnext": vision("convnext_tiny"), "swin": vision("swin_t"),
+         "vit_b_16": lambda: (torchvision.models.vit_b_16(weights=None, image_size=32), IMAGE)}
+models = [pytest.param(m, id=n) for n, m in SMALL.items()] + [pytest.param(m, id=n, marks=pytest.mark.slow)
+                                                              for n, m in LARGE.items()]
 
 def ready(make):
     "In double precision and evaluation mode, with running statistics that are not the initial ones."
@@ -90,7 +112,8 @@ def count(model): return sum(p.numel() for p in model.parameters())
 def lottery(space, seed=1, exact=None): # half of every group, or of the exact (or the other) ones
     generator = torch.Generator().manual_seed(seed)
     draw = lambda g: torch.rand(len(g), generator=generator).argsort() < max(1, len(g) // 2)
-    return {n: (None, draw(g) if exact is None or g.exact == exact else torch.ones(len(g), dtype=torch.bool)) for n, g in space.groups.items()}
+    return {n: (None, draw(g) if exact is None or g.exact == exact else torch.ones(len(g), dtype=torch.bool))
+            for n, g in space.groups.items()}
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -102,7 +125,8 @@ def test_removed_equals_masked_equals_unread(make, residual):
     unread, dense, choice = copy.deepcopy(model), copy.deepcopy(model), lottery(space, exact=True)
     kept = {n: k for n, (_, k) in choice.items()}
     for (p, d), lost in removed_indices(space.groups, kept).items():
-        if any((p, d) in g.consumes for g in space.groups.values()): unread.get_parameter(p).data.index_fill_(d, torch.as_tensor(lost), 0)
+        if any((p, d) in g.consumes for g in space.groups.values()):
+            unread.get_parameter(p).data.index_fill_(d, torch.as_tensor(lost), 0)
     reference = out(unread, batch)
     scale = reference.abs().max()
     space.apply(choice)
@@ -112,12 +136,14 @@ def test_removed_equals_masked_equals_unread(make, residual):
     assert (out(model, batch) - reference).abs().max() <= 1e-10 * scale
     assert not masks_of(model)
     slices, shapes = space.slices(), {n: p.shape for n, p in dense.named_parameters()}
-    removed = sum(s.numel() - int(np.prod([len(slices[n].get(d, range(k))) for d, k in enumerate(s)])) for n, s in shapes.items() if n in slices)
+    removed = sum(s.numel() - int(np.prod([len(slices[n].get(d, range(k))) for d, k in enumerate(s)]))
+                  for n, s in shapes.items() if n in slices)
     assert count(model) == before - removed < before
     model.train()
     y = forward(model, batch)
     sum(t.square().mean() for t in tensors_in(y) if t.requires_grad).backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for n, p in model.named_parameters() if p.requires_grad and n in slices)
+    assert all(p.grad is not None and p.grad.shape == p.shape for n, p in model.named_parameters() if p.requires_grad
+               and n in slices)
 
 @pytest.mark.parametrize("make", models)
 def test_no_group_loses_everything_and_none_is_changed_by_nothing(make):
@@ -138,7 +164,8 @@ def test_a_plan_rebuilds_the_model(make, tmp_path):
     assert torch.equal(out(fresh, batch), out(model, batch))
     twin = copy.deepcopy(fresh)
     twin.load_state_dict(model.state_dict())
-    assert torch.equal(out(twin, batch), out(model, batch)) and {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert torch.equal(out(twin, batch), out(model, batch))
+    assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 def permuted(model, groups):
     "Units of every group in another order, in every tensor."
@@ -147,7 +174,8 @@ def permuted(model, groups):
         order = torch.randperm(len(g), generator=generator).numpy()
         for (p, d), index in g.members.items():
             source = named[p].data.clone()
-            named[p].data.index_copy_(d, torch.as_tensor(index.ravel()), source.index_select(d, torch.as_tensor(index[order].ravel())))
+            named[p].data.index_copy_(d, torch.as_tensor(index.ravel()),
+                                      source.index_select(d, torch.as_tensor(index[order].ravel())))
     return model
 
 @pytest.mark.parametrize("make", models)
@@ -158,8 +186,10 @@ def test_units_have_no_order(make):
     before = out(model, batch)   # norms of LLaMA compute in single precision whatever the model
     assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-5 * before.abs().max()
 
-@pytest.mark.parametrize("middle, why", [(nn.LayerNorm(8), "layer norm"), (nn.LayerNorm(8, elementwise_affine=False), "layer norm"), (nn.RMSNorm(8), "RMS norm"),
-                                         (nn.RMSNorm(8, elementwise_affine=False), "RMS norm"), (nn.Softmax(-1), "softmax")])
+@pytest.mark.parametrize("middle, why",
+                         [(nn.LayerNorm(8), "layer norm"), (nn.LayerNorm(8, elementwise_affine=False), "layer norm"),
+                          (nn.RMSNorm(8), "RMS norm"), (nn.RMSNorm(8, elementwise_affine=False), "RMS norm"),
+                          (nn.Softmax(-1), "softmax")])
 def test_what_mixes_channels_is_prunable_and_says_so(middle, why):
     model, x = nn.Sequential(nn.Linear(3, 8), middle, nn.Linear(8, 2)).double(), torch.randn(4, 3).double()
     [group] = dependency_groups(model, x).groups
@@ -174,23 +204,28 @@ class Bald(nn.Module): # a stream of 8 with norms whose width is a number, one o
         def forward(self, x): return F.layer_norm(x, self.normalized_shape, None, None, 1e-5)
     def __init__(self):
         super().__init__()
-        self.into, self.a, self.own, self.b, self.out = nn.Linear(3, 8), nn.Linear(8, 8), self.Own(), nn.GroupNorm(4, 8, affine=False), nn.Linear(8, 2)
+        self.into, self.a, self.own, self.b, self.out = nn.Linear(3, 8), nn.Linear(8, 8), self.Own(), nn.GroupNorm(
+            4, 8, affine=False), nn.Linear(8, 2)
     def forward(self, x): h = self.into(x); return self.out(self.b(h + self.a(self.own(h))))
 
 def test_norms_without_weights_follow_and_plans_remember(tmp_path):
     model, x = Bald().double(), torch.randn(4, 3).double()
     fresh = copy.deepcopy(model)
     [group] = dependency_groups(model, x).groups
-    assert len(group) == 4 and group.told.keys() == {("own", 0), ("b", 0)} and all(i.shape == (4, 2) for i in group.told.values()) and "carries own[i]" in repr(group)
+    assert len(group) == 4
+    assert group.told.keys() == {("own", 0), ("b", 0)}
+    assert all(i.shape == (4, 2) for i in group.told.values()) and "carries own[i]" in repr(group)
     plan = prune(model, "l1-filter", .5, data=[x], residual=True)
-    assert model.own.normalized_shape == (4,) and (model.b.num_groups, model.b.num_channels) == (2, 4) and {"own", "b"} < set(plan.slices)
+    assert model.own.normalized_shape == (4,)
+    assert (model.b.num_groups, model.b.num_channels) == (2, 4) and {"own", "b"} < set(plan.slices)
     plan.save(tmp_path / "half")
     again = copy.deepcopy(fresh)
     load_plan(tmp_path / "half").apply(again)
     assert torch.equal(again(x), model(x)) and torch.equal(load_pruned(tmp_path / "half", fresh)(x), model(x))
     other = Bald()
     other.own = nn.LayerNorm(8)
-    with pytest.raises(BadInput, match="this plan does not fit: 'own' is no norm without weights"): load_plan(tmp_path / "half").apply(other)
+    with pytest.raises(BadInput, match="this plan does not fit: 'own' is no norm without weights"):
+        load_plan(tmp_path / "half").apply(other)
     assert other.into.out_features == 8
 
 def test_a_norm_of_a_function_has_nobody_to_tell():
@@ -207,14 +242,22 @@ def test_group_norm(groups, units):
 
 def test_channel_shuffle_is_a_permutation():
     class Shuffle(nn.Module):
-        def forward(self, x): b, c, h, w = x.shape; return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
-    [group] = dependency_groups(nn.Sequential(nn.Conv2d(1, 6, 1), Shuffle(), nn.Conv2d(6, 1, 1)), torch.randn(2, 1, 4, 4)).groups
-    assert group.members["0.weight", 0].tolist() == [[0, 3], [1, 4], [2, 5]] and group.members["2.weight", 1].tolist() == [[0, 1], [2, 3], [4, 5]]
+        def forward(self, x):
+            b, c, h, w = x.shape
+            return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+    [group] = dependency_groups(nn.Sequential(nn.Conv2d(1, 6, 1), Shuffle(), nn.Conv2d(6, 1, 1)),
+                                torch.randn(2, 1, 4, 4)).groups
+    assert group.members["0.weight", 0].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert group.members["2.weight", 1].tolist() == [[0, 1], [2, 3], [4, 5]]
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_go_as_a_whole(cell):
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.cell, self.b = nn.Linear(3, 6), cell(6, 8, 2, bidirectional=True, batch_first=True), nn.Linear(16, 2)
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 6)
+            self.cell = cell(6, 8, 2, bidirectional=True, batch_first=True)
+            self.b = nn.Linear(16, 2)
         def forward(self, x): return self.b(self.cell(self.a(x))[0])
     torch.manual_seed(0)
     model, x = Net().double().eval(), torch.randn(2, 5, 3).double()
@@ -222,9 +265,11 @@ def test_recurrent_layers_go_as_a_whole(cell):
     assert sorted(len(g) for g in space.groups.values()) == [6, 8] and all(g.exact for g in space.groups.values())
     unread, choice = copy.deepcopy(model), lottery(space)
     for (p, d), lost in removed_indices(space.groups, {n: k for n, (_, k) in choice.items()}).items():
-        if any((p, d) in g.consumes for g in space.groups.values()): unread.get_parameter(p).data.index_fill_(d, torch.as_tensor(lost), 0)
+        if any((p, d) in g.consumes for g in space.groups.values()):
+            unread.get_parameter(p).data.index_fill_(d, torch.as_tensor(lost), 0)
     cut(model, kept_slices(model, space.groups, {n: k for n, (_, k) in choice.items()}))
-    assert torch.allclose(out(model, x), out(unread, x), atol=1e-12) and model.cell.hidden_size == 4 and model.cell.input_size == 3
+    assert torch.allclose(out(model, x), out(unread, x), atol=1e-12)
+    assert model.cell.hidden_size == 4 and model.cell.input_size == 3
 
 def test_every_parameter_is_accounted_for():
     for make in (SMALL["resnet18"], SMALL["unet"], SMALL["vit"]):
@@ -243,7 +288,8 @@ def test_attributes_follow():
 
 def test_whole_norm_groups():
     model, batch = ready(SMALL["unet"])
-    group = next(g for g in Channels(model, [batch]).groups.values() if g.name == "down_blocks.0.resnets.0.conv1.weight")
+    group = next(g for g in Channels(model, [batch]).groups.values()
+                 if g.name == "down_blocks.0.resnets.0.conv1.weight")
     assert len(group) == 4 and (group.members[group.name, 0] == np.arange(16).reshape(4, 4)).all()
     prune(model, "l1-filter", .5, data=[batch])
     norm = model.down_blocks[0].resnets[0].norm2
@@ -277,11 +323,14 @@ def test_tied_weights_are_cut_once():
     space.apply({n: (None, torch.arange(6) < 2) for n in space.names()})
     masked = out(model, batch)
     space.remove()
-    assert torch.allclose(out(model, batch), masked) and model.b.weight is model.a.weight and model.a.weight.shape == (2, 4)
+    assert torch.allclose(out(model, batch), masked)
+    assert model.b.weight is model.a.weight and model.a.weight.shape == (2, 4)
 
 def test_auxiliary_heads_are_heard_in_training_mode():
     class Aux(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.aux = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.aux = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
         def forward(self, x): h = self.a(x).relu(); return (self.b(h), self.aux(h)) if self.training else self.b(h)
     model = Aux()
     prune(model.eval(), "l1-filter", .5, data=[torch.randn(3, 4)])
@@ -290,10 +339,14 @@ def test_auxiliary_heads_are_heard_in_training_mode():
 @pytest.mark.parametrize("shortcut", [lambda a, b: a + b, lambda a, b: b + a, lambda a, b: nn.Identity()(a) + b])
 def test_writing_the_sum_differently_changes_no_unit(shortcut):
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
         def forward(self, x): h = self.a(x); return self.c(shortcut(h, self.b(h)))
     [group] = dependency_groups(Net(), torch.randn(4, 3)).groups
-    assert group.residual and set(group.members) == {("a.weight", 0), ("a.bias", 0), ("b.weight", 0), ("b.weight", 1), ("b.bias", 0), ("c.weight", 1)}
+    assert group.residual
+    assert set(group.members) == {("a.weight", 0), ("a.bias", 0), ("b.weight", 0), ("b.weight", 1), ("b.bias", 0),
+                                  ("c.weight", 1)}
 
 def test_unknown_operations_freeze():
     class Odd(nn.Module):
@@ -323,14 +376,17 @@ def test_a_baked_width_is_noticed_and_undone():
 
 def test_code_that_asks_for_values_is_rehearsed_on_the_model_itself():
     class Asks(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
         def forward(self, x):
             h = self.a(x).relu()
             if not h.isfinite().all(): raise ValueError
             return self.c(self.b(h).view(-1, 6))
     model, x = Asks(), torch.randn(4, 3)
     space = Channels(model, [x])
-    assert space.names() == ["a.weight"] and "its width" in space.coupling.frozen["b.weight"][1] and model.a.out_features == 8
+    assert space.names() == ["a.weight"]
+    assert "its width" in space.coupling.frozen["b.weight"][1] and model.a.out_features == 8
 
 def test_a_cut_that_changes_the_function_is_undone():
     class Counts(nn.Module):
@@ -340,7 +396,8 @@ def test_a_cut_that_changes_the_function_is_undone():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(BadInput, match="changes what masking them computes"): prune(model, "l1-filter", .5, data=[x])
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and not masks_of(model)
-    with pytest.raises(BadInput, match="changes what masking them computes"): prune(model, "l1-filter", .5, data=[x], restore=False)
+    with pytest.raises(BadInput, match="changes what masking them computes"):
+        prune(model, "l1-filter", .5, data=[x], restore=False)
     assert model.a.weight.shape == (8, 4) and (model.a.weight == 0).all(1).sum() == 4 and model(x).shape == (3, 2)
 
 def test_earlier_masks_survive():
@@ -402,9 +459,12 @@ def test_groups_agree_with_torch_pruning():
     groups = dependency_groups(model, IMAGE).groups
     assert len(groups) == 12
     for group in groups:
-        theirs = graph.get_pruning_group(model.get_submodule(group.name.removesuffix(".weight")), tp.prune_conv_out_channels, [0])
-        layers = {(name[d.target.module], d.handler.__name__) for d, _ in theirs if isinstance(d.target.module, (nn.Conv2d, nn.Linear))}
-        assert layers == {(p.removesuffix(".weight"), f"prune_{'out' if d == 0 else 'in'}_channels") for p, d in group.produces + group.consumes}
+        theirs = graph.get_pruning_group(model.get_submodule(group.name.removesuffix(".weight")),
+                                         tp.prune_conv_out_channels, [0])
+        layers = {(name[d.target.module], d.handler.__name__) for d, _ in theirs
+                  if isinstance(d.target.module, (nn.Conv2d, nn.Linear))}
+        assert layers == {(p.removesuffix(".weight"), f"prune_{'out' if d == 0 else 'in'}_channels")
+                          for p, d in group.produces + group.consumes}
 
 class Sphere(nn.Module):
     "Features over their own norm, which is expanded to their shape."
@@ -427,10 +487,13 @@ def test_a_constant_that_is_not_expanded_still_pins():
 
 class Gathers(nn.Module):
     "A box of each of two maps, gathered in one tensor as detectors do."
-    def __init__(self): super().__init__(); self.one, self.two, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 4, 1)
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 4, 1)
     def forward(self, x):
         seen, boxes = torch.zeros(2, self.one.out_channels, 3, 3, dtype=x.dtype), x.new_tensor([[0, 0, 0, 9, 9]])
-        for i, at in enumerate((self.one(x), self.two(x))): seen[torch.tensor([1 - i])] = torchvision.ops.roi_align(at, boxes, 3)
+        for i, at in enumerate((self.one(x), self.two(x))):
+            seen[torch.tensor([1 - i])] = torchvision.ops.roi_align(at, boxes, 3)
         return self.out(seen)
 
 def test_boxes_of_two_maps_share_their_channels():
@@ -438,15 +501,20 @@ def test_boxes_of_two_maps_share_their_channels():
     model = Gathers().double()
     found = dependency_groups(model, IMAGE.double())
     [group] = found.groups
-    assert group.exact and len(group) == 8 and {p for p, _ in group.produces} == {"one.weight", "two.weight"} and group.consumes == [("out.weight", 1)]
+    assert group.exact
+    assert len(group) == 8
+    assert {p for p, _ in group.produces} == {"one.weight", "two.weight"} and group.consumes == [("out.weight", 1)]
     deaf = copy.deepcopy(model)
     deaf.out.weight.data[:, :3] = 0
     cut(model, kept_slices(model, {group.name: group}, {group.name: torch.arange(8) >= 3}))
-    assert model.out.in_channels == 5 and torch.allclose(model(IMAGE.double()), deaf(IMAGE.double()), rtol=0, atol=1e-12)
+    assert model.out.in_channels == 5
+    assert torch.allclose(model(IMAGE.double()), deaf(IMAGE.double()), rtol=0, atol=1e-12)
 
 def test_rows_written_into_an_input_are_found_by_the_rehearsal():
     class Overwrites(nn.Module):
-        def __init__(self): super().__init__(); self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
         def forward(self, x):
             y = self.one(x[:2]); x = x.clone(); x[torch.tensor([0, 1])] = y
             return self.three(self.two(x))
@@ -458,7 +526,8 @@ def test_maps_of_one_channel_are_joined_like_others(outputs):
     class Heads(nn.Module):
         "Scores of two scales in one tensor, as dense detectors do."
         def __init__(self): super().__init__(); self.body, self.score = nn.Conv2d(3, 8, 1), nn.Conv2d(8, outputs, 1)
-        def forward(self, x): return torch.cat([self.score(self.body(y).relu()).sigmoid().flatten(2) for y in (x, x[..., ::2, ::2])], 2)
+        def forward(self, x):
+            return torch.cat([self.score(self.body(y).relu()).sigmoid().flatten(2) for y in (x, x[..., ::2, ::2])], 2)
     [group] = dependency_groups(Heads(), IMAGE).groups
     assert group.name == "body.weight" and len(group) == 8 and group.exact and group.consumes == [("score.weight", 1)]
 
@@ -469,25 +538,37 @@ def test_the_drawing_shows_every_member():
     for g in found.groups:
         hub = ("group", g.name)
         writers, readers = ({home(p) for p, _ in keys} for keys in (g.produces, g.consumes))
-        assert writers == {a for a, _, r in net.in_edges(hub, data="role")} and readers == {b for _, b, r in net.out_edges(hub, data="role") if r == "reads"}
-        assert {home(p) for p, _ in g.members} == {*net.predecessors(hub), *net.successors(hub)} and net.nodes[hub] == {"units": len(g), "residual": g.residual}
+        assert writers == {a for a, _, r in net.in_edges(hub, data="role")}
+        assert readers == {b for _, b, r in net.out_edges(hub, data="role") if r == "reads"}
+        assert {home(p) for p, _ in g.members} == {*net.predecessors(hub), *net.successors(hub)}
+        assert net.nodes[hub] == {"units": len(g), "residual": g.residual}
     at = node_positions(net, found.modules)
-    assert len(set(at.values())) == len(at) == len(net) and at["module", "conv1"][1] > at["module", "layer1.0.conv1"][1] > at["module", "fc"][1]
+    assert len(set(at.values())) == len(at) == len(net)
+    assert at["module", "conv1"][1] > at["module", "layer1.0.conv1"][1] > at["module", "fc"][1]
 
 def test_a_norm_that_does_not_fit_is_found_out():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(9), nn.Conv2d(8, 4, 3)).eval()
-    with pytest.raises(BadInput, match="does not run on the first batch of data: RuntimeError: running_mean should contain 8 elements not 9"): prune(model, "l1-filter", .5, data=[torch.randn(2, 3, 8, 8)])
+    with pytest.raises(BadInput,
+                       match="does not run on the first batch of data: RuntimeError: running_mean should contain 8 elements not 9"):
+        prune(model, "l1-filter", .5, data=[torch.randn(2, 3, 8, 8)])
 
 def test_one_norm_group_for_all_channels_is_cut_channel_by_channel():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(2, 3, 8, 8)
     plan = prune(model, "l1-filter", .5, data=[x])
-    assert model[1].num_groups == 1 and model[1].num_channels == model[3].in_channels == 4 and model(x).shape == (2, 4, 4, 4) and int(plan.masks["0.weight"].sum()) == 4
+    assert model[1].num_groups == 1
+    assert model[1].num_channels == model[3].in_channels == 4
+    assert model(x).shape == (2, 4, 4, 4) and int(plan.masks["0.weight"].sum()) == 4
 
 class Picks(nn.Module):
     "Words at places that the data tells, one for each sentence."
-    def __init__(self): super().__init__(); self.embed, self.inner, self.head = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 3)
-    def forward(self, ids): return self.head((self.embed(ids) + self.inner(self.embed(ids)))[torch.arange(len(ids), device=ids.device), ids.argmax(1)])
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+    def forward(self, ids):
+        return self.head((self.embed(ids)
+                          + self.inner(self.embed(ids)))[torch.arange(len(ids), device=ids.device), ids.argmax(1)])
 
 def test_picks_from_two_axes_let_the_others_follow():
     torch.manual_seed(0)
@@ -511,8 +592,11 @@ def test_index_puts_what_lies_apart_first():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("method", ["magnitude", "l1-filter"])
-@pytest.mark.parametrize("wrong, why", [("resnet18", "not str: pass the module itself"), (None, "not NoneType"), ([nn.Linear(2, 2)], "not list"), (nn.Linear, "Linear is a class: pass a network"),
-                                        (lambda: torch.jit.script(torchvision.models.resnet18(weights=None)), "was compiled by TorchScript")])
+@pytest.mark.parametrize("wrong, why",
+                         [("resnet18", "not str: pass the module itself"), (None, "not NoneType"),
+                          ([nn.Linear(2, 2)], "not list"), (nn.Linear, "Linear is a class: pass a network"),
+                          (lambda: torch.jit.script(torchvision.models.resnet18(weights=None)),
+                           "was compiled by TorchScript")])
 def test_what_is_not_a_network_is_refused(wrong, why, method):
     if why.startswith("was"): wrong = wrong()
     with pytest.raises(BadInput, match=why): prune(wrong, method, .5, data=[torch.randn(2, 3, 64, 64)])
@@ -523,18 +607,24 @@ def test_an_interrupted_cut_is_put_back():
         asked.append(model[0].out_features)
         if len(asked) == 2: raise KeyboardInterrupt
         return model(x)
-    with pytest.raises(KeyboardInterrupt): cut_and_compare(model, {"0.weight": {0: [0]}, "0.bias": {0: [0]}, "2.weight": {1: [0]}}, run)
+    with pytest.raises(KeyboardInterrupt):
+        cut_and_compare(model, {"0.weight": {0: [0]}, "0.bias": {0: [0]}, "2.weight": {1: [0]}}, run)
     assert asked == [8, 1] and model[0].out_features == model[2].in_features == 8 and model(x).shape == (4, 2)
 
 def test_the_rarer_layers_are_all_understood():
     found = dependency_groups(Assorted(), IMAGE)
-    assert {n: len(g) for n, g in ((g.name, g) for g in found.groups)} == {"round.weight": 8, "gate.weight": 6, "mid.weight": 4, "wide.weight": 8, "read.weight": 6, "cell.weight_ih": 5, "second.weight_ih": 4}
+    assert {n: len(g) for n, g in ((g.name, g) for g in found.groups)} == {"round.weight": 8, "gate.weight": 6,
+                                                                           "mid.weight": 4, "wide.weight": 8,
+                                                                           "read.weight": 6, "cell.weight_ih": 5,
+                                                                           "second.weight_ih": 4}
     assert set(found.frozen) == {"out.weight"} and not found.silent
 
 @pytest.mark.parametrize("budget", [.5, {"macs": .5}, {"params": .5}])
 def test_weights_that_are_computed_from_others(budget, tmp_path):
     model, batch = ready(lambda: (computed(), IMAGE))
-    assert {g.name: g.why for g in dependency_groups(model, batch).groups} == {"0.parametrizations.weight.original": "a product with a vector", "2.parametrizations.weight.original1": "weight norm"}
+    assert {g.name: g.why for g in dependency_groups(model,
+                                                     batch).groups} == {
+                                                         "0.parametrizations.weight.original": "a product with a vector", "2.parametrizations.weight.original1": "weight norm"}
     before, groups = out(model, batch), Channels(model, [batch], residual=True).groups.values()
     assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-5 * before.abs().max()
     fresh = copy.deepcopy(model)
@@ -550,12 +640,14 @@ def test_weights_that_are_computed_from_others(budget, tmp_path):
 
 def test_masks_of_torch_are_cut_with_their_weights():
     from torch.nn.utils import prune as masks
-    model = nn.Sequential(masks.random_unstructured(nn.Conv2d(3, 8, 3), "weight", .3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+    model = nn.Sequential(masks.random_unstructured(nn.Conv2d(3, 8, 3), "weight", .3), nn.ReLU(),
+                          nn.Conv2d(8, 2, 3)).eval()
     first = dependency_groups(model, IMAGE).groups[0]
     assert first.produces == [("0.weight_orig", 0)] and ("0.weight_mask", 0) in first.members
     zeros = (model[0].weight_mask == 0).flatten(1).sum(1)
     plan = prune(model, "l1-filter", .5, data=[IMAGE])
-    assert model[0].weight_mask.shape == model[0].weight_orig.shape == (4, 3, 3, 3) and model(IMAGE).shape == (2, 2, 28, 28)
+    assert model[0].weight_mask.shape == model[0].weight_orig.shape == (4, 3, 3, 3)
+    assert model(IMAGE).shape == (2, 2, 28, 28)
     assert torch.equal((model[0].weight_mask == 0).flatten(1).sum(1), zeros[plan.masks[first.name]])
 
 def test_weights_of_a_fixed_frame_stay():
@@ -565,19 +657,27 @@ def test_weights_of_a_fixed_frame_stay():
 
 def test_partners_by_number_stay_equally_wide():
     class Believes(nn.Module): # the width of one layer is asked of another one
-        def __init__(self): super().__init__(); self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
         def forward(self, x): h = self.a(x); return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1])).relu())
     model, x = Believes().double(), torch.randn(4, 3).double()
     space = Channels(model, [x])
-    assert len(space.coupling.groups) == 3 and space.groups.keys() == {"a.weight", "c.weight"} and set(space.groups["a.weight"].produces) == {("a.weight", 0), ("b.weight", 0)}
+    assert len(space.coupling.groups) == 3
+    assert space.groups.keys() == {"a.weight", "c.weight"}
+    assert set(space.groups["a.weight"].produces) == {("a.weight", 0), ("b.weight", 0)}
     nn.init.constant_(model.b.weight, 1e-3)   # a global ranking would take more of b than of a
     plan = prune(model, "l1-filter", .5, data=[x], allocate="global")
     assert model.a.out_features == model.b.out_features == plan.masks["a.weight"].sum() and model(x).shape == (4, 2)
 
 def test_a_width_that_is_asked_twice_and_told_once_stays():
     class Told(nn.Module): # one of the partners is also known by heart
-        def __init__(self): super().__init__(); self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 2)
-        def forward(self, x): h = self.a(x); return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1]).view(-1, 8)).relu())
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        def forward(self, x):
+            h = self.a(x)
+            return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1]).view(-1, 8)).relu())
     space = Channels(Told(), [torch.randn(4, 3)])
     assert space.groups.keys() == {"c.weight"} and {"a.weight", "b.weight"} < set(space.coupling.frozen)
 
@@ -594,7 +694,8 @@ class Strided(nn.Module):
 @pytest.mark.parametrize("read, columns, indices", [
     (lambda h: h.as_strided((len(h), h[0].numel()), (h[0].numel(), 1)), 128, [*range(16, 32)]),   # a view
     (lambda h: h.as_strided((*h.shape[:3], 2), (*h.stride()[:3], 2)), 64, [*range(8, 16)]),       # every second column
-    (lambda h: h.as_strided((*h.shape[:2], 3, 4), h.stride(), h.stride(2)), 96, [*range(12, 24)]),   # without the first row
+    # without the first row
+    (lambda h: h.as_strided((*h.shape[:2], 3, 4), h.stride(), h.stride(2)), 96, [*range(12, 24)]),
     (lambda h: h[..., :3].as_strided((*h.shape[:3], 2), (*h.stride()[:3], 2)), 64, [*range(8, 16)]),   # of a piece
 ])
 def test_strided_reads_that_keep_channels_apart_can_be_cut(read, columns, indices):
@@ -621,5 +722,6 @@ def test_an_operation_has_one_rule():
     assert OPERATION_RULES["as_strided"].__module__ == "pruning_bench.graph.rules"
     assert OPERATION_RULES["_scaled_dot_product_attention_math"].__module__ == "pruning_bench.graph.attention"
     def other(g, outs, a): return [[] for _ in outs]
-    with pytest.raises(BadInput, match="operation rule 'as_strided' is already registered"): operation_rule("as_strided")(other)
+    with pytest.raises(BadInput, match="operation rule 'as_strided' is already registered"):
+        operation_rule("as_strided")(other)
     assert OPERATION_RULES["as_strided"] is not other

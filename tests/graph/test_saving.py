@@ -23,29 +23,35 @@ IDS = {"input_ids": torch.arange(24).view(2, 12)}
 
 
 def cnn():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2), nn.GroupNorm(4, 8),
-                         nn.ConvTranspose2d(8, 6, 2, 2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)).eval()
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
+                         nn.Conv2d(8, 8, 3, groups=2), nn.GroupNorm(4, 8), nn.ConvTranspose2d(8, 6, 2, 2),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)).eval()
 
 
 def vit():
     model = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128).eval()
-    nn.init.normal_(model.heads.head.weight, generator=torch.Generator().manual_seed(0))   # torchvision starts with a head of zeros
+    # torchvision starts with a head of zeros
+    nn.init.normal_(model.heads.head.weight, generator=torch.Generator().manual_seed(0))
     return model
 
 
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)).eval()
 
 
 def unet():
     from diffusers import UNet2DModel
-    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4, attention_head_dim=8,
-                       down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")).eval()
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+                       norm_num_groups=4, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D")).eval()
 
 
-NOISE = {"sample": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), "timestep": torch.tensor([3, 500])}
-MODELS = {"cnn": (cnn, IMAGE), "resnet18": (lambda: torchvision.models.resnet18(weights=None).eval(), IMAGE), "vit": (vit, IMAGE), "llama": (llama, IDS), "unet": (unet, NOISE)}
+NOISE = {"sample": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+         "timestep": torch.tensor([3, 500])}
+MODELS = {"cnn": (cnn, IMAGE), "resnet18": (lambda: torchvision.models.resnet18(weights=None).eval(), IMAGE),
+          "vit": (vit, IMAGE), "llama": (llama, IDS), "unet": (unet, NOISE)}
 
 
 def made(name):
@@ -66,18 +72,24 @@ def test_what_is_saved_comes_back(name, tmp_path):
     plan = prune(model, "l1-filter", .5, [batch], residual=name != "unet")
     with torch.no_grad():
         for b in model.buffers():
-            if b.is_floating_point() and b.dim() == 1 and name in ("cnn", "resnet18"): b.add_(.1)   # what training leaves in batch norms
+            # what training leaves in batch norms
+            if b.is_floating_point() and b.dim() == 1 and name in ("cnn", "resnet18"): b.add_(.1)
     plan.save(tmp_path / "half")
     torch.manual_seed(1)   # another network of the class
     base = MODELS[name][0]()
     back = load_pruned(tmp_path / "half", base)
     assert back is base and sum(p.numel() for p in back.parameters()) < dense
     assert torch.equal(out(back, batch), out(model, batch))
-    assert back.state_dict().keys() == model.state_dict().keys() and all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
-    assert snapshot(back)["modules"] == snapshot(model)["modules"] and snapshot(back)["config"] == snapshot(model)["config"]
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
+    assert snapshot(back)["modules"] == snapshot(model)["modules"]
+    assert snapshot(back)["config"] == snapshot(model)["config"]
     about = json.loads((tmp_path / "half" / "model.json").read_text())
-    assert about["answer"] and about["about"]["method"] == "l1-filter" and about["about"]["seed"] == 0 and about["versions"]["torch"] == torch.__version__
-    assert all(old != new for old, new in about["shapes"].values()) and load_plan(tmp_path / "half").slices == plan.slices
+    assert about["answer"]
+    assert about["about"]["method"] == "l1-filter"
+    assert about["about"]["seed"] == 0 and about["versions"]["torch"] == torch.__version__
+    assert all(old != new for old, new in about["shapes"].values())
+    assert load_plan(tmp_path / "half").slices == plan.slices
     assert not [f for f in tmp_path.iterdir() if f.name != "half"]
 
 
@@ -123,7 +135,8 @@ def test_blocks_come_back(tmp_path):
     model, batch = made("llama")
     prune(model, "block-influence", .5, [batch]).save(tmp_path / "half")
     back = load_pruned(tmp_path / "half", llama())
-    assert len(back.model.layers) == 1 == back.config.num_hidden_layers and torch.equal(out(back, batch), out(model, batch))
+    assert len(back.model.layers) == 1 == back.config.num_hidden_layers
+    assert torch.equal(out(back, batch), out(model, batch))
 
 
 def test_twice_pruned_is_one_folder(tmp_path):
@@ -168,7 +181,8 @@ x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 with torch.no_grad(): print(*model(x)[:, :3].flatten().tolist())
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert torch.allclose(torch.tensor([float(s) for s in said]), out(model, IMAGE)[:, :3].flatten(), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(torch.tensor([float(s) for s in said]), out(model, IMAGE)[:, :3].flatten(), rtol=1e-4,
+                          atol=1e-6)
 
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
@@ -180,7 +194,8 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(name, full)
             with pytest.raises(OSError): plan.save(tmp_path / "half")
-        assert os.listdir(tmp_path) == ["half"] and torch.equal(out(load_pruned(tmp_path / "half", cnn), batch), out(model, batch))
+        assert os.listdir(tmp_path) == ["half"]
+        assert torch.equal(out(load_pruned(tmp_path / "half", cnn), batch), out(model, batch))
 
 
 def test_files_that_cannot_be_meant_are_refused_and_the_base_is_untouched(tmp_path):
@@ -197,14 +212,19 @@ def test_files_that_cannot_be_meant_are_refused_and_the_base_is_untouched(tmp_pa
         def forward(self, x): return 2 * super().forward(x)
     smaller = cnn()
     smaller[0] = nn.Conv2d(3, 2, 3)
-    tries = [(damaged("cut", model_safetensors=lambda b: b[:-8]), cnn(), "cut short"), (damaged("bit", model_safetensors=lambda b: b[:-1] + bytes([b[-1] ^ 1])), cnn(), "altered"),
-             (damaged("header", model_json=lambda b: b[:40]), cnn(), "altered"), (damaged("list", model_json=lambda b: b"[]"), cnn(), "altered"),
-             (tmp_path / "nowhere", cnn(), "no pruned model at"), (tmp_path / "half", torchvision.models.resnet18(weights=None), "another architecture"),
-             (tmp_path / "half", smaller, "the vanilla class has"), (tmp_path / "half", Louder(*cnn()), "computes something else")]
+    tries = [(damaged("cut", model_safetensors=lambda b: b[:-8]), cnn(), "cut short"),
+             (damaged("bit", model_safetensors=lambda b: b[:-1] + bytes([b[-1] ^ 1])), cnn(), "altered"),
+             (damaged("header", model_json=lambda b: b[:40]), cnn(), "altered"),
+             (damaged("list", model_json=lambda b: b"[]"), cnn(), "altered"),
+             (tmp_path / "nowhere", cnn(), "no pruned model at"),
+             (tmp_path / "half", torchvision.models.resnet18(weights=None), "another architecture"),
+             (tmp_path / "half", smaller, "the vanilla class has"),
+             (tmp_path / "half", Louder(*cnn()), "computes something else")]
     for folder, base, said in tries:
         before, attributes = {n: t.clone() for n, t in base.state_dict().items()}, snapshot(base)
         with pytest.raises(BadInput, match=said) as refused: load_pruned(folder, base)
-        assert "\n" not in str(refused.value) and snapshot(base) == attributes and all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+        assert "\n" not in str(refused.value)
+        assert snapshot(base) == attributes and all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
     for base in (dict, nn.Linear, 3):
         with pytest.raises(BadInput): load_pruned(tmp_path / "half", base)
 
@@ -215,26 +235,33 @@ def test_changes_add_up():
     prune(model, "l1-filter", .25, [batch])
     middle = snapshot(model)
     prune(model, "l1-filter", .5, [batch])
-    whole, sum_of = diff_snapshots(start, snapshot(model)), compose_changes(diff_snapshots(start, middle), diff_snapshots(middle, snapshot(model)))
-    assert whole["shapes"] == sum_of["shapes"] and all(whole["modules"][n].items() <= sum_of["modules"][n].items() for n in whole["modules"])
+    whole = diff_snapshots(start, snapshot(model))
+    sum_of = compose_changes(diff_snapshots(start, middle), diff_snapshots(middle, snapshot(model)))
+    assert whole["shapes"] == sum_of["shapes"]
+    assert all(whole["modules"][n].items() <= sum_of["modules"][n].items() for n in whole["modules"])
 
 
 def test_examples_are_invented_and_answers_compared():
     batch = {"ids": torch.tensor([[5, 2]]), "x": [torch.ones(1, 3), torch.ones(1, dtype=torch.bool)], "n": 3}
     again = batch_from_spec(json.loads(json.dumps(batch_spec(batch))))
-    assert again["ids"].max() <= 5 and again["n"] == 3 and again["x"][0].shape == (1, 3) and again["x"][1].dtype == torch.bool
+    assert again["ids"].max() <= 5
+    assert again["n"] == 3 and again["x"][0].shape == (1, 3) and again["x"][1].dtype == torch.bool
     assert batch_spec(torch.zeros(2, 3))["high"] is None and batch_spec([object()]) is None
     net = nn.Linear(3, 2)
     one = fingerprint(net, batch_spec(torch.zeros(4, 3)))
     net.weight.data[0, 0] += 1
-    assert one["shape"] == [4, 2] and not matches(one, fingerprint(net, batch_spec(torch.zeros(4, 3))), torch.float32) and not matches(one, None, torch.float32)
+    assert one["shape"] == [4, 2]
+    assert not matches(one, fingerprint(net, batch_spec(torch.zeros(4, 3))), torch.float32)
+    assert not matches(one, None, torch.float32)
     assert fingerprint(lambda x: x, None) is None
 
 
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, .1, momentum=.9), lambda p: torch.optim.AdamW(p, 1e-2)])
 def test_the_optimiser_goes_on_as_if_the_network_had_always_been_small(make):
     torch.manual_seed(0)
-    net, x, y = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)), torch.randn(16, 6), torch.randint(0, 3, (16,))
+    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+    x = torch.randn(16, 6)
+    y = torch.randint(0, 3, (16,))
     net[2].weight.data[:, ::2] = 0   # five units that nobody hears: removing them changes nothing
     net[0].weight.data[::2] *= 1e-3
     def step(model, optimizer):
@@ -247,10 +274,12 @@ def test_the_optimiser_goes_on_as_if_the_network_had_always_been_small(make):
         optimizer.step()
         return loss.item()
     def silent(model): return slice(0, None, 2) if len(model[0].weight) == 10 else slice(0, 0)
-    optimizer = make([{"params": net[0].parameters(), "weight_decay": 0.}, {"params": net[2].parameters(), "weight_decay": 0.}])
+    optimizer = make([{"params": net[0].parameters(), "weight_decay": 0.},
+                      {"params": net[2].parameters(), "weight_decay": 0.}])
     for _ in range(3): step(net, optimizer)
     twin = copy.deepcopy(net)
-    other = make([{"params": twin[0].parameters(), "weight_decay": 0.}, {"params": twin[2].parameters(), "weight_decay": 0.}])
+    other = make([{"params": twin[0].parameters(), "weight_decay": 0.},
+                  {"params": twin[2].parameters(), "weight_decay": 0.}])
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with sync_optimizer(optimizer, net) as kept: kept.append(prune(net, "l1-filter", .5, x))
     assert kept[0].slices["0.weight"][0] == [1, 3, 5, 7, 9] and len(optimizer.param_groups) == 2
@@ -268,7 +297,8 @@ def test_pruned_models_compile_and_export(name):
     assert torch.allclose(program(batch), here, atol=1e-5 * here.abs().max().item())
     if name == "vit": return
     torch._dynamo.reset()
-    assert torch.allclose(out(torch.compile(model, backend="aot_eager"), batch), here, atol=1e-5 * here.abs().max().item())
+    assert torch.allclose(out(torch.compile(model, backend="aot_eager"), batch), here,
+                          atol=1e-5 * here.abs().max().item())
 
 
 @pytest.mark.slow
