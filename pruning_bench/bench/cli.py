@@ -21,7 +21,7 @@ from . import board as boards, runner
 from .entry import code_digest, entry_path, write_json
 from .run import NON_METHOD_SETTINGS, METHOD_PARTS, budget_of, runs_frame, resolve_method
 from .suites import SUITES, with_controls
-from .task import cache_folder, describe_task, find_task as find_task, tasks_table as list_tasks
+from .task import cache_folder, describe_task, find_task, tasks_table as list_tasks
 
 # %% ../../nbs/bench/97_cli.ipynb #df2f1360
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,

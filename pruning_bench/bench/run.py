@@ -58,7 +58,7 @@ def resolve_method(task:Task, method:str, settings:dict)->tuple: # (Method, reci
     return record, recipe, record.recover.steps > 0
 
 def budget_of(sparsity:float, # of the run
-              settings:dict,  # of the run; `resource` is a resource, or a mapping {"of": resource, bounds ...}
+              settings:dict,  # of the run; `budget` is a resource, or a mapping {"of": resource, bounds ...}
     )->Budget:
     "What a run asks for: a fraction of units, or of the resource that the settings name; raises `BadInput` for others."
     named = settings.get("budget")
@@ -101,7 +101,7 @@ def shuffled_control(task, method, sparsity, seed, settings, device)->tuple: # a
     _, plan, _, _ = method_arm(task, method, sparsity, seed, settings, device)
     if plan.space != "weights":
         raise BadInput(f"control 'shuffled' is for weights, and {method!r} chooses {plan.space}: "
-                       "use control 'random', which is the same lottery there")
+                       "use control 'random', which is the same there")
     model = starting_model(task, method, seed, device)
     mixed = shuffle_masks(plan, seed)
     mixed.apply(model)
@@ -149,7 +149,7 @@ def model_run(task:Task,       # the world
               method:str,      # registered name
               sparsity:float,  # fraction to remove
               seed:int,        # picks the dense model, the calibration draw and every random choice
-              settings:dict=NO_SETTINGS, # of the method, replaced parts ({"pattern": "2:4"}), `skip`, `resource`, `control`
+              settings:dict=NO_SETTINGS, # of the method, replaced parts ({"pattern": "2:4"}), `skip`, `budget`, `control`
               device:str="cpu",
     )->tuple: # (run of an entry, pruned model, plan)
     "Prune a network, measure it, retrain it within the task's budget, measure again."

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import pruning_bench
 from ..core.inputs import BadInput
 from .entry import code_digest, notebook_digest, validate, write_json
-from .task import cache_folder, model_seed, slug, find_task as find_task
+from .task import cache_folder, model_seed, slug, find_task
 
 # %% ../../nbs/bench/95_runner.ipynb #9ee12196
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 # %% ../../nbs/bench/98_worker.ipynb #0a424ba7
 def parameter_names(path)->set: # parameter names
-    "Names assigned in the cell tagged `count_parameters`."
+    "Names assigned in the cell tagged `parameters`."
     cells = json.loads(Path(path).read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
     return {t.id for node in ast.parse(code).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
@@ -39,7 +39,7 @@ def run_worker(spec:str)->None: # path of a job file: {"kind": "job" | "dense", 
     signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))
     todo = json.loads(Path(spec).read_text())
     exit_with_parent(todo["parent"])
-    if todo["kind"] == "dense": return print(importlib.import_module("pruning_bench.bench.task").task(todo["task"]).record(todo["seed"]))
+    if todo["kind"] == "dense": return print(importlib.import_module("pruning_bench.bench.task").find_task(todo["task"]).record(todo["seed"]))
     folder = Path(todo["folder"])
     with FileLock(f"{folder}.lock"):
         if not (folder / "result.json").exists(): execute_notebook(todo["template"], folder, {**todo["parameters"], "out": str(folder / "result.json")})

@@ -9,7 +9,7 @@ from torch import nn
 
 from pruning_bench.bench.measure import latency
 from pruning_bench.core.memory import peak_memory
-from pruning_bench.bench.measure.latency import EnergyCounter, measure_energy, gpu_joules, in_turns, compare_latency, energy_counters, latency_table, steady, stopwatch, latency_summary
+from pruning_bench.bench.measure.latency import EnergyCounter, measure_energy, gpu_joules, interleaved_timing, compare_latency, energy_counters, latency_table, is_stable, stopwatch, latency_summary
 from pruning_bench.core import memory
 from pruning_bench.core.inputs import BadInput
 from pruning_bench.core.driver import prune
@@ -46,14 +46,14 @@ def test_the_interval_covers_the_truth():
 
 @pytest.mark.parametrize("times,calm", [([1.] * 20, True), ([1.] * 4, False), ([1.] * 17 + [2.] * 3, False), ([1.] * 19 + [2.], True),
                                         (np.linspace(1, 1.3, 20), False), (np.linspace(1.3, 1, 20), False), (np.linspace(1, 1.1, 20), True)])
-def test_steady(times, calm): assert steady(times) == calm
+def test_steady(times, calm): assert is_stable(times) == calm
 
 
 # clocks
 
 def test_rounds_go_back_and_forth():
     order = []
-    times = in_turns({n: lambda n=n: order.append(n) for n in "abc"}, lambda run: (run(), 1.)[1], pairs=6, floor=.1)
+    times = interleaved_timing({n: lambda n=n: order.append(n) for n in "abc"}, lambda run: (run(), 1.)[1], pairs=6, floor=.1)
     assert "".join(order) == "aaabbbccc" + "abccba" * 3 and all(t == [1.] * 6 for t in times.values())
 
 def test_short_runs_are_repeated_and_divided():
@@ -61,11 +61,11 @@ def test_short_runs_are_repeated_and_divided():
     def timer(run):
         before = len(calls); run()
         return (len(calls) - before) * 1e-4
-    times = in_turns({"short": lambda: calls.append(1)}, timer, pairs=5, floor=.001)
+    times = interleaved_timing({"short": lambda: calls.append(1)}, timer, pairs=5, floor=.001)
     assert len(calls) == 3 + 5 * 10 and times["short"] == pytest.approx([1e-4] * 5)
 
 def test_the_budget_ends_the_rounds_but_not_before_five():
-    times = in_turns({"a": lambda: time.sleep(.002)}, stopwatch(CPU), pairs=10_000, budget=0.)
+    times = interleaved_timing({"a": lambda: time.sleep(.002)}, stopwatch(CPU), pairs=10_000, budget=0.)
     assert len(times["a"]) == 5
 
 class Nap(nn.Module):
@@ -219,7 +219,7 @@ def test_a_long_block_is_followed_through_several_wraps(tmp_path):
             self.file.write_text(str(next(steps, 0)))
             super().tick()
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(latency, "packages", lambda folder: [Slow(tmp_path/"intel-rapl:0")])
+        m.setattr(latency, "energy_counters", lambda folder: [Slow(tmp_path/"intel-rapl:0")])
         with measure_energy(folder=tmp_path, interval=.01) as used:
             end = time.time() + 5
             while next_left(steps) and time.time() < end: time.sleep(.005)

@@ -44,7 +44,7 @@ def test_metrics_by_name_and_own_fields(net):
     assert own.metric == "loss" and own.accepts(own.evaluate(own.dense())["loss"]) and describe_task(own)["metric"] == "loss (low is good)"
 
 def test_a_function_makes_a_task_that_can_train():
-    own = Task.from_parts(lambda: nn.Linear(6, 2), DATA, TEST, F.cross_entropy, right, fit=finetune(100, lr=.05), recover=finetune(10))
+    own = Task.from_parts(lambda: nn.Linear(6, 2), DATA, TEST, F.cross_entropy, right, dense_training=finetune(100, lr=.05), recover=finetune(10))
     assert own.evaluate(own.trained(0))["right"] > own.evaluate(own.initial(0))["right"] and own.batches(0).steps == 100
 
 def test_data_of_dicts_and_the_models_own_loss():

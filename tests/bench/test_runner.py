@@ -29,8 +29,8 @@ def notebook(tmp_path, monkeypatch):
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("task = method = variant = device = ''\nsparsities = seeds = []\nsettings = {}\nout = ''"), nbformat.v4.new_code_cell(code)])
         nb.cells[0].metadata["tags"] = ["parameters"]
         nbformat.write(nb, tmp_path / "template.ipynb")
-        monkeypatch.setattr(runner, "template", lambda job: tmp_path / "template.ipynb")
-        monkeypatch.setattr(runner, "steps_of", lambda jobs, original=runner.plan_steps: [s for s in original(jobs) if s.job and not setattr(s, "needs", frozenset())])
+        monkeypatch.setattr(runner, "template_notebook", lambda job: tmp_path / "template.ipynb")
+        monkeypatch.setattr(runner, "plan_steps", lambda jobs, original=runner.plan_steps: [s for s in original(jobs) if s.job and not setattr(s, "needs", frozenset())])
     return make
 
 

@@ -125,9 +125,9 @@ def test_obeyed_counts_what_the_judge_sees(monkeypatch):
     class Always(torch.nn.Module): # sees class 3 everywhere
         def features(self, x): return x.flatten(1)[:, :4]
         def forward(self, x): return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10) * 50.
-    monkeypatch.setattr(t2i, "judge", lambda name: Always())
-    monkeypatch.setattr(t2i, "phi", lambda images, name: images.flatten(1)[:, :4])
-    monkeypatch.setattr(t2i, "real_phi", lambda name, split: torch.rand(20, 4, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(t2i, "evaluator", lambda name: Always())
+    monkeypatch.setattr(t2i, "evaluator_features", lambda images, name: images.flatten(1)[:, :4])
+    monkeypatch.setattr(t2i, "real_features", lambda name, split: torch.rand(20, 4, generator=torch.Generator().manual_seed(0)))
     made = {"images": torch.rand(20, 1, 28, 28), "eps-mse": torch.tensor([1., 3.])}
     got = t2i.t2i_metrics(made, "test")
     assert got["prompted"] == pytest.approx(.1) and got["confidence"] == pytest.approx(.1) and got["eps-mse"] == 2
