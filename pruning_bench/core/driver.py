@@ -294,7 +294,7 @@ def prune(model:nn.Module,   # pruned in place; None for methods that choose exa
           pattern=None,      # which ones: "2:4", "4x4", a name, a `Pattern`, or (scores, fraction) -> bool mask
           solve=None,        # weight update: a name, a `Solver`, or (w, stats, scores, fraction, pattern) -> (w, mask)
           schedule=None,     # when: a name, a `Schedule`, a list of fractions to keep, or a function keep -> list
-          rule=None,         # what happens at every training step: a `RelevanceFunction`, or a function (method, keep) -> Rule
+          rule=None,         # what happens at every training step: a `Rule`, or a function (method, keep) -> Rule
           stages=None,       # the network at once ("whole"), or `block_by_block(...)`; None = whole where it fits
           recover=None,      # retraining: a name, a `Recovery`, or a function (model, data, loss, part)
           space=None,        # what is a unit: "weights", "channels", "heads", "blocks", "examples", ...

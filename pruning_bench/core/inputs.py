@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'choose', 'as_batches', 'is_pair', 'seeded', 'first_batch', 'as_dataset', 'to_device', 'device_of',
-           'forward', 'slice_batch', 'size_of', 'BatchLoss', 'batch_loss', 'select_forward', 'as_loss', 'model_loss',
-           'in_mode']
+           'forward', 'output_tensor', 'slice_batch', 'size_of', 'BatchLoss', 'batch_loss', 'select_forward', 'as_loss',
+           'model_loss', 'in_mode']
 
 # %% ../../nbs/core/00_inputs.ipynb #3efcb091
 import difflib, random
@@ -96,6 +96,13 @@ def forward(model:nn.Module, # any network
     batch = to_device(batch, device_of(model))
     inputs = batch[0] if isinstance(batch, tuple) else batch
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+def output_tensor(model:nn.Module, # any network
+                  batch,           # as for `forward`
+    )->Tensor: # float32
+    "The output of a model as one tensor: its logits where it returns several values."
+    out = forward(model, batch)
+    return (out if isinstance(out, Tensor) else getattr(out, "logits", out[0])).float()
 
 def slice_batch(batch, where:slice): # any nesting of tensors -> the same nesting
     "Some examples of a batch."

@@ -46,7 +46,7 @@ class Plan:
     def __eq__(self, other): return isinstance(other, Plan) and self.digest == other.digest
     def __hash__(self): return hash(self.digest)
     def __getstate__(self): return {**self.__dict__, "model": None}   # copies and pickles travel without the model
-    def __repr__(self): return f"Plan({self.recipe.get('method', 'custom')}, {self.space}: {request_summary(self)}{self.density:.4f} kept, {len(self.masks)} groups, {self.digest[:12]})"
+    def __repr__(self): return f"Plan({self.provenance.get('method', 'custom')}, {self.space}: {request_summary(self)}{self.density:.4f} kept, {len(self.masks)} groups, {self.digest[:12]})"
     def table(self): return plan_table(self)
     def plot(self, ax=None): return plot_plan(self, ax)
     def _repr_html_(self): return plan_html(self)
@@ -132,7 +132,7 @@ def write_plan(plan, part:Path)->None: # into an existing folder
     bits = {f"mask:{n}": pack_bits(m) for n, m in plan.masks.items()}
     bits |= {f"slice:{p}:{d}": np.asarray(i, dtype=np.int64) for p, dims in plan.slices.items() for d, i in dims.items()}
     save_file(bits, part / "plan.safetensors")
-    about = dict(format="plan.v1", space=plan.space, digest=plan.digest, recipe=plan.provenance, requested=plan.requested, density=plan.density,
+    about = dict(format="plan.v1", space=plan.space, digest=plan.digest, provenance=plan.provenance, requested=plan.requested, density=plan.density,
                  cost=plan.cost, budget=plan.budget, build=plan.build, shapes={n: list(m.shape) for n, m in plan.masks.items()})
     (part / "plan.json").write_text(json.dumps(about, indent=1))
 
@@ -146,7 +146,7 @@ def load_plan(folder)->Plan:
     for key in (k for k in bits if k.startswith("slice:")):
         _, param, dim = key.split(":")
         slices.setdefault(param, {})[int(dim)] = bits[key].tolist()
-    plan = Plan(about["space"], masks, about["recipe"], about["requested"], about["cost"], slices, about.get("budget", {}), about.get("build", {}))
+    plan = Plan(about["space"], masks, about["provenance"], about["requested"], about["cost"], slices, about.get("budget", {}), about.get("build", {}))
     if plan.digest != about["digest"]: raise BadInput(f"the plan at {folder} does not match its digest: it was altered or cut short")
     return plan
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'MatmulRecorder', 'unfold_inputs', 'dilate', 'Provider', 'provider', 'unfused_layers',
            'record_inputs', 'act_norm', 'gram_size', 'gram', 'mean_gradient', 'grad', 'temporary_train_mode',
-           'init_grad', 'sample_gradients', 'UndeclaredStatistic', 'Stats', 'collect']
+           'init_grad', 'calibration_batches', 'sample_gradients', 'UndeclaredStatistic', 'Stats', 'collect']
 
 # %% ../../nbs/core/03_stats.ipynb #e39702cf
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from .inputs import BadInput, as_loss, in_mode, select_forward, size_of, slice_batch
+from .inputs import BadInput, BatchLoss, as_loss, in_mode, select_forward, size_of, slice_batch
 from .mask import mask_gradients
 from .part import Part
 from .registry import Registry
@@ -168,6 +168,15 @@ def temporary_train_mode(model:nn.Module): # yields nothing
 def init_grad(space, batches, loss=None)->dict: # {layer: (rows, columns)}
     "Mean gradient of an untrained network, in training mode."
     with temporary_train_mode(space.model): return mean_gradient(space, batches, loss)
+
+# %% ../../nbs/core/03_stats.ipynb #f2b8d1e3
+@provider()
+def calibration_batches(space, batches, loss=None)->dict: # {layer: list of batches}
+    "The calibration batches themselves, for parts that run the network on their own; raises `BadInput` for a `batch_loss`."
+    if isinstance(loss, BatchLoss):
+        raise BadInput("this method compares outputs of the model on data=, but the loss runs the model itself: "
+                       "choose another allocation, for instance 'lamp'")
+    return dict.fromkeys(space.layers, list(batches))
 
 # %% ../../nbs/core/03_stats.ipynb #82182e6a
 def sample_gradients(model:nn.Module, params:dict, # {name: parameter}

@@ -42,12 +42,12 @@ def taylor_filter(residual:bool=False): # stream = also cut the channels of resi
 # %% ../../nbs/structured/47_criteria.ipynb #039b8ba8
 @criterion(reads_loss=True)
 def gate_taylor(space, batches, loss=None, # as every statistic
-                each:int=1,                # examples per gradient
+                examples_per_grad:int=1, # examples per gradient
     )->dict: # {group: (units,)}
     "Mean square of the slope along a factor on every channel (Molchanov et al., 2019)."
     readers, total, count = {p for g in space.groups.values() for p, _ in g.consumes}, {}, 0
     params = {n: p for n, p in member_params(space).items() if n in readers}
-    for found in sample_gradients(space.model, params, batches, loss, each):
+    for found in sample_gradients(space.model, params, batches, loss, examples_per_grad):
         slope = reduce_members(space, {n: at_least_float32(p) * at_least_float32(found[n]) for n, p in params.items()}, members_of=lambda g: g.consumes)
         total, count = {n: total.get(n, 0) + s.square() for n, s in slope.items()}, count + 1
     return {n: t / count for n, t in total.items()}
@@ -58,7 +58,7 @@ def taylor_gate(examples_per_grad:int=1,        # examples per gradient
     ):
     "Channels whose gates would change the loss least, to first order, are removed, in one ranking of all groups."
     return Method(space="channels", score=gate_taylor, allocate=global_, options={"residual": residual},
-                  readings={"gate_taylor": dict(each=examples_per_grad)})
+                  readings={"gate_taylor": dict(examples_per_grad=examples_per_grad)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #a4ec4cb1
 @criterion(reads_loss=True)
@@ -91,7 +91,7 @@ def sample_labels(model:nn.Module, batches,
         with in_mode(model, False), torch.no_grad(): out = forward(model, batch)
         out = getattr(out, "logits", out)
         if not isinstance(y, Tensor) or y.is_floating_point() or not isinstance(out, Tensor) or out.shape[:1] + out.shape[2:] != y.shape:
-            raise BadInput("labels can be drawn from a model that predicts classes, on batches of (inputs, class labels): set draws=0 to take the data as it is")
+            raise BadInput("labels can be drawn from a model that predicts classes, on batches of (inputs, class labels): set label_samples=0 to take the data as it is")
         chance = out.float().movedim(1, -1).softmax(-1).cpu()
         for _ in range(label_samples): yield x, torch.multinomial(chance.flatten(0, -2), 1).view(y.shape).to(y)
 
@@ -261,7 +261,7 @@ def betarank_(exponent:int=1,       # of the ratio: 1 as in the paper, -1 as in 
               residual:bool=False, # also cut the channels of residual streams
     ):
     "Filters are ranked by their weights times the spread of what they read over the spread of what they write."
-    if exponent not in (1, -1): raise BadInput(f"power={exponent} is neither 1, the paper's ratio, nor -1, that of the released code")
+    if exponent not in (1, -1): raise BadInput(f"exponent={exponent} is neither 1, the paper's ratio, nor -1, that of the released code")
     return Method(space="channels", score=betarank, options={"residual": residual}, readings={"betarank": dict(exponent=exponent)})
 
 # %% ../../nbs/structured/47_criteria.ipynb #d2004408

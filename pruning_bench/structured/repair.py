@@ -116,7 +116,7 @@ def damped_cholesky(gram:Tensor, # (g, columns, columns)
     h = gram + loud[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     def root(keep=slice(None)):
         r, failed = torch.linalg.cholesky_ex(h[:, keep][..., keep])
-        if failed.any(): raise BadInput(f"the inputs of a layer are too few or too dependent for damp={damping:g}: calibrate on more data or raise damp")
+        if failed.any(): raise BadInput(f"the inputs of a layer are too few or too dependent for damping={damping:g}: calibrate on more data or raise damping")
         return r
     return h, root
 

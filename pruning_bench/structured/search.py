@@ -18,16 +18,14 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from ..core.allocate import allocator, allocator_factory
-from ..core.inputs import BadInput, first_batch, forward, in_mode, select_forward, seeded
+from ..core.inputs import BadInput, first_batch, forward, in_mode, output_tensor, select_forward, seeded
 from ..core.method import Method, register
 from ..core.schedule import linear
-from ..core.score import magnitude, random, score
+from ..core.score import magnitude, random, score, snip
 from ..core.space import drop_blocks, name_matches, matrix_permutations, group_pairs, passthrough, prunable_layers, space
 from ..core.stats import provider, temporary_train_mode
 from .blocks import hook_blocks
 from ..graph.surgery import error_line
-from ..weight.allocation import output_tensor
-from ..weight.at_init import snip
 
 # %% ../../nbs/structured/50_search.ipynb #19aa71a9
 def layer_groups(space)->dict: # {layer: (number of weights, groups at its ends)}

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from ..core.allocate import global_
 from ..core.method import Method, register
+from ..core.pattern import magnitude_threshold
 from ..core.recovery import finetune
-from ..core.rule import rule_maker
-from ..core.schedule import polynomial_decay
+from ..core.rule import masks_from_scores, rule_maker
+from ..core.schedule import polynomial_decay, ramped_density
 from ..core.stats import PROVIDERS
 from . import filters   # registers the statistic `fpgm`
 from .sparse_training import group_norms, select_channels, penalty_rule
-from ..weight.learned_masks import masks_from_scores, ramped_density, magnitude_threshold
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #d0981cee
 @torch.no_grad()

@@ -14,10 +14,9 @@ from ..core.allocate import global_
 from ..core.inputs import BadInput
 from ..core.method import Method, register
 from ..core.recovery import finetune
-from ..core.rule import Rule, rule_maker
+from ..core.rule import Rule, layer_fractions, masks_from_scores, rule_maker
 from ..core.stats import PROVIDERS
-from . import filters   # registers the statistics `bn_scale` and `group_norm`
-from ..weight.learned_masks import masks_from_scores, layer_fractions
+from . import filters   # registers the statistics `bn_scale` and `group_magnitude`
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #b96b73bb
 def penalty_share(training, prune_at:float, # fraction of the training under pressure
@@ -159,7 +158,7 @@ def scale_members(space, factors:dict)->None: # {group: (units,)}
 
 def group_norms(space, normalise:str="none")->dict: # {group: (units,)}
     "The norm of everything that goes with a channel, divided by one of `join_grouped.NORMALISERS`."
-    return {n: s.sqrt() for n, s in PROVIDERS["group_norm"](space, reduce="sum", normalise=normalise).items()}
+    return {n: s.sqrt() for n, s in PROVIDERS["group_magnitude"](space, reduce="sum", normalise=normalise).items()}
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #6f76be9a
 @rule_maker("allocate", "pattern")

@@ -105,7 +105,7 @@ def evolutionary_search(generations:int=6,  # generations
     "Of all widths with the right sum, the one whose network has the smallest loss, by mutation and selection."
     def search(scores, keep, space, stats):
         size, total = width_budget(scores, keep, space, "evolutionary_search")
-        batches, loss = next(iter(stats.values())).trial
+        batches, loss = next(iter(stats.values())).loss_on_batches
         place, known = unit_ranks(scores), cached_search(space, scores, dict)   # losses of the widths tried
         with torch.no_grad(), gated_weights(space) as gates, batch_statistics(space.model):
             def cost(count):

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.allocate import allocator_factory, global_, topk_mask
-from ..core.inputs import BadInput, BatchLoss, batch_loss, forward, in_mode
+from ..core.inputs import BadInput, BatchLoss, batch_loss, forward, in_mode, output_tensor
 from ..core.method import Method, register
 from ..core.pattern import Pattern, count_to_keep, pattern
-from ..core.score import magnitude, score
+from ..core.score import lamp, magnitude, score
 from ..core.space import block_list
 from ..core.stats import mean_gradient, provider
 from ..graph.surgery import cut
-from ..weight.allocation import output_tensor, lamp
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #e8cad447
 MODULE_WORDS = ("attn", "attention", "self_attn", "self_attention", "mlp", "intermediate", "output", "ffn")

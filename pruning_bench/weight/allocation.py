@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['layer_floors', 'global_with_floor', 'global_mp', 'rescale_to_budget', 'global_rescaled_floor', 'weight_shapes',
-           'uniform_plus', 'er', 'random_erk', 'lamp', 'lamp_', 'calibration_batches', 'output_tensor',
-           'output_distortion', 'knapsack', 'candidate_counts', 'rd_fractions', 'fill_to_total', 'rd', 'rd_']
+           'uniform_plus', 'er', 'random_erk', 'lamp_', 'output_distortion', 'knapsack', 'candidate_counts',
+           'rd_fractions', 'fill_to_total', 'rd', 'rd_']
 
 # %% ../../nbs/weight/24_allocation.ipynb #230c6329
 import numpy as np
 import torch
 from torch import Tensor
 from ..core.allocate import Allocator, allocator, allocator_factory, erk, global_, proportional_densities, topk_mask
-from ..core.inputs import BadInput, BatchLoss, forward, in_mode
+from ..core.inputs import BadInput, in_mode, output_tensor
 from ..core.method import Method, register
 from ..core.part import part_factory
-from ..core.score import magnitude, random, score
-from ..core.stats import provider
+from ..core.score import lamp, magnitude, random
 
 # %% ../../nbs/weight/24_allocation.ipynb #b89d16c6
 def layer_floors(least:float,  # weights per layer, or below 1 a share of all weights
@@ -103,34 +102,12 @@ def random_erk():
     return Method(score=random, allocate=erk)
 
 # %% ../../nbs/weight/24_allocation.ipynb #52688b86
-@score()
-def lamp(w:Tensor, # (rows, columns)
-         stats,    # unused
-    )->Tensor: # like w, float64
-    "Squared weight over the sum of the squares in its layer that are at least as large (Lee et al., 2021)."
-    square, order = w.double().square().flatten().sort(descending=True, stable=True)
-    share = square / square.cumsum(0).clamp_min(torch.finfo(torch.double).tiny)
-    return torch.zeros_like(share).scatter(0, order, share).view_as(w)
-
 @register("Layer-adaptive Sparsity for the Magnitude-based Pruning", "arXiv:2010.07611", 2021, "weight")
 def lamp_():
     "The weights that carry the smallest part of what is left of their layer go, wherever they are."
     return Method(score=lamp, allocate=global_)
 
 # %% ../../nbs/weight/24_allocation.ipynb #33119192
-@provider()
-def calibration_batches(space, batches, loss=None)->dict: # {layer: list of batches}
-    "The calibration batches themselves, for parts that run the network on their own."
-    if isinstance(loss, BatchLoss):
-        raise BadInput("this method compares outputs of the model on data=, but the loss runs the model itself: "
-                       "choose another allocation, for instance 'lamp'")
-    return dict.fromkeys(space.layers, list(batches))
-
-def output_tensor(model, batch)->Tensor: # float32
-    "The output of a model as one tensor."
-    out = forward(model, batch)
-    return (out if isinstance(out, Tensor) else getattr(out, "logits", out[0])).float()
-
 @torch.no_grad()
 def output_distortion(space, scores:dict, batches,
                counts:dict, # {layer: numbers of weights to try}

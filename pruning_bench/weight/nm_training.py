@@ -20,8 +20,7 @@ from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.pattern import n_m, topk_per_row
 from ..core.recovery import finetune
-from ..core.rule import Rule, rule_maker
-from .learned_masks import masks_from_scores, layer_fractions
+from ..core.rule import Rule, layer_fractions, masks_from_scores, rule_maker
 
 # %% ../../nbs/weight/31_nm_training.ipynb #86408911
 class MaskedSTE(torch.autograd.Function):

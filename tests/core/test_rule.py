@@ -435,7 +435,7 @@ def toward(method, keep): # magnitude along a cubic, every second step: the reco
 RULES = {"finish": MAGNITUDE, "view": DIM, "gradual": toward}
 
 
-def recipe(rule, steps=20, uses=()): # of a `RelevanceFunction`, or of a function (method, keep) -> Rule
+def recipe(rule, steps=20, uses=()): # of a `Rule`, or of a function (method, keep) -> Rule
     made = RuleMaker((lambda method, keep: rule) if isinstance(rule, Rule) else rule, "under_test", uses=uses)
     return Method(rule=made, recover=finetune(steps, lr=1e-2))
 

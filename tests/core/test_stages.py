@@ -441,9 +441,9 @@ def test_no_activations_are_kept_but_those_between_two_blocks():
 
 def test_block_by_block_is_the_default_where_the_second_moments_do_not_fit(monkeypatch):
     need = 4 * sum(l.read().shape[1]**2 for l in Weights(llama()).layers.values())
-    monkeypatch.setattr(driver, "available", lambda device: need)
+    monkeypatch.setattr(driver, "available_bytes", lambda device: need)
     assert prune(llama(), data=TEXT, **SPARSEGPT).provenance["stages"] == "whole"
-    monkeypatch.setattr(driver, "available", lambda device: need - 1)
+    monkeypatch.setattr(driver, "available_bytes", lambda device: need - 1)
     chosen, asked = llama(), llama()
     with pytest.warns(UserWarning, match=f"need {need:,} bytes and {need - 1:,} are available"):
         plan = prune(chosen, data=TEXT, **SPARSEGPT)

@@ -218,7 +218,7 @@ def test_a_federation_keeps_its_number_of_weights_and_learns():
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
-@pytest.mark.parametrize("more, moved", [(dict(every=0), 0), (dict(choices=1), None)])
+@pytest.mark.parametrize("more, moved", [(dict(exchange_every=0), 0), (dict(num_candidates=1), None)])
 def test_parts_of_the_federation_can_be_left_out(more, moved):
     log = fedtiny(copy.deepcopy(small()), homes(), F.cross_entropy, keep=.3, rounds=4, local_steps=1, **more)
     assert moved is None or sum(k for _, k in log) == moved

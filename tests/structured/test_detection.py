@@ -136,7 +136,7 @@ def test_the_penalty_travels_as_far_as_it_says(name):
             return self.out(self.part(x)) * 0
     model = Spy()
     with torch.no_grad(): model.part[1].weight.copy_(torch.linspace(1, 2, 20))
-    prune(model, name, .5, data=[(torch.rand(4, 1, 4, 4), torch.zeros(4, 2, 4, 4))] * 2, loss=F.mse_loss, travel=.4, end=.5, recover=finetune(41, 1e-12))
+    prune(model, name, .5, data=[(torch.rand(4, 1, 4, 4), torch.zeros(4, 2, 4, 4))] * 2, loss=F.mse_loss, total_shrinkage=.4, prune_at=.5, recover=finetune(41, 1e-12))
     moved = torch.linspace(1, 2, 20) - seen[20]
     assert torch.allclose(moved[:10], torch.full((10,), .4 * 20 / 20.5), rtol=.08)
     if name == "gcp-yolov4": assert (moved[-5:] < .85 * moved[0]).all()

@@ -59,7 +59,7 @@ def test_group_norm_is_the_sum_over_members():
 def test_a_flattened_channel_owns_all_its_columns():
     net, batches = chain()
     by_hand = net[3].weight.square().sum((1, 2, 3)) + net[5].weight.view(3, 4, 16).square().sum((0, 2))
-    assert torch.allclose(PROVIDERS["group_norm"](Channels(net, batches), reduce="sum")["3.weight"], by_hand.detach())
+    assert torch.allclose(PROVIDERS["group_magnitude"](Channels(net, batches), reduce="sum")["3.weight"], by_hand.detach())
 
 def test_l1_and_l2_of_a_hand_filled_layer():
     net, _ = perceptron()
@@ -70,10 +70,10 @@ def test_l1_and_l2_of_a_hand_filled_layer():
 def test_normalisers_divide_by_what_is_alive():
     net, batches = chain()
     space = Channels(net, batches)
-    raw = PROVIDERS["group_norm"](space)["0.weight"]
-    for how in NORMALISERS: assert torch.allclose(PROVIDERS["group_norm"](space, normalise=how)["0.weight"] * NORMALISERS[how](raw), raw)
+    raw = PROVIDERS["group_magnitude"](space)["0.weight"]
+    for how in NORMALISERS: assert torch.allclose(PROVIDERS["group_magnitude"](space, normalise=how)["0.weight"] * NORMALISERS[how](raw), raw)
     space.kept["0.weight"][0] = False
-    assert torch.allclose(PROVIDERS["group_norm"](space, normalise="mean")["0.weight"] * raw[1:].mean(), raw)
+    assert torch.allclose(PROVIDERS["group_magnitude"](space, normalise="mean")["0.weight"] * raw[1:].mean(), raw)
 
 def test_median_of_five_points_and_a_translation():
     net = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -150,14 +150,14 @@ def test_scopes_are_parts_of_any_method():
     assert "isomorphic" in ALLOCATORS
     with pytest.raises(BadInput, match="use 'uniform' or 'global'"): prune(copy.deepcopy(net), "magnitude", .5, allocate="isomorphic")
 
-@pytest.mark.parametrize("score", ["group_norm", "fpgm", "gate_taylor", "hrank", "filter_obs", "relevance"])
+@pytest.mark.parametrize("score", ["group_magnitude", "fpgm", "gate_taylor", "hrank", "filter_obs", "relevance"])
 def test_whole_units_are_not_single_weights(score):
     net, batches = perceptron()
     with pytest.raises(BadInput, match="space='channels'|ranks channels"): prune(net, score=score, sparsity=.5, data=batches, loss=F.cross_entropy)
 
 def test_bad_settings_are_named():
     net, batches = perceptron()
-    for method, setting in (("depgraph", dict(reduce="men")), ("depgraph", dict(normalise="median")), ("betarank", dict(power=2))):
+    for method, setting in (("depgraph", dict(reduce="men")), ("depgraph", dict(normalise="median")), ("betarank", dict(exponent=2))):
         with pytest.raises(BadInput): prune(net, method, .5, batches, F.cross_entropy, **setting)
     with pytest.raises(BadInput, match="did you mean mean"): prune(net, "depgraph", .5, batches, reduce="meam")
     assert set(REDUCTIONS) == {"sum", "mean", "max", "first"}
@@ -180,7 +180,7 @@ def test_gate_is_norm_is_columns(training):
     wg = product(net, F.cross_entropy(net(x), y))
     assert torch.allclose(slope.flatten(), wg["1.weight"] + wg["1.bias"], atol=1e-12) and torch.allclose(slope.flatten(), wg["3.weight"].sum((0, 2, 3)), atol=1e-12)
     if not training:
-        assert torch.allclose(read(gate_taylor, net, [(x, y)], each=12), slope.flatten().square(), atol=1e-15)
+        assert torch.allclose(read(gate_taylor, net, [(x, y)], examples_per_grad=12), slope.flatten().square(), atol=1e-15)
         single = [torch.autograd.grad(F.cross_entropy(net[2:](net[:2](x[i:i + 1]) * one), y[i:i + 1]), one)[0] for i in range(12)]
         assert torch.allclose(read(gate_taylor, net, [(x, y)]), torch.stack(single).square().mean(0).flatten())
 
@@ -201,9 +201,9 @@ def test_rescaling_changes_norms_and_no_criterion_from_data():
     with torch.no_grad(): twin[0].weight *= scale[:, None]; twin[0].bias *= scale; twin[2].weight /= scale
     order = lambda score, model, **s: read(score, model, batches, **s).argsort().tolist()
     for score in (group_magnitude, fpgm): assert order(score, net) != order(score, twin)
-    for score, settings in ((gate_taylor, {}), (group_taylor, {}), (filter_obd, {"draws": 0}), (betarank, {}), (relevance, {})):
+    for score, settings in ((gate_taylor, {}), (group_taylor, {}), (filter_obd, {"label_samples": 0}), (betarank, {}), (relevance, {})):
         assert torch.allclose(read(score, net, batches, **settings), read(score, twin, batches, **settings), rtol=1e-4 if score is betarank else 1e-9), score.name
-    price = [filter_obs(space.w("0.weight"), collect(space, batches, {"kronecker_factors"}, F.cross_entropy, {"kronecker_factors": {"draws": 0}})["0.weight"]) for space in (Channels(net, batches), Channels(twin, batches))]
+    price = [filter_obs(space.w("0.weight"), collect(space, batches, {"kronecker_factors"}, F.cross_entropy, {"kronecker_factors": {"label_samples": 0}})["0.weight"]) for space in (Channels(net, batches), Channels(twin, batches))]
     assert torch.allclose(*price, rtol=1e-9)
 
 
@@ -221,9 +221,9 @@ def test_structured_obd_reads_every_example():
     net, [(x, y)] = perceptron()
     f = {n: torch.stack([torch.autograd.grad(F.cross_entropy(net(x[i:i + 1]), y[i:i + 1]), net[0].get_parameter(n))[0] for i in range(20)]).square().mean(0) for n in ("weight", "bias")}
     by_hand = ((net[0].weight**2 * f["weight"]).sum(1) + net[0].bias**2 * f["bias"]).detach() / 2
-    assert torch.allclose(read(filter_obd, net, [(x, y)], draws=0), by_hand)
-    assert torch.allclose(read(filter_obd, net, [(x.flip(0), y.flip(0))], draws=0), by_hand)
-    assert not torch.allclose(read(filter_obd, net, [(x[-1:], y[-1:])], draws=0), by_hand, rtol=.1)
+    assert torch.allclose(read(filter_obd, net, [(x, y)], label_samples=0), by_hand)
+    assert torch.allclose(read(filter_obd, net, [(x.flip(0), y.flip(0))], label_samples=0), by_hand)
+    assert not torch.allclose(read(filter_obd, net, [(x[-1:], y[-1:])], label_samples=0), by_hand, rtol=.1)
 
 def test_labels_are_drawn_from_the_predictions():
     class Sure(nn.Module):
@@ -234,7 +234,7 @@ def test_labels_are_drawn_from_the_predictions():
     given = [(torch.zeros(6, 1), torch.zeros(6, dtype=torch.long))]
     assert list(sample_labels(Sure(), given, 0)) == given
     for bad in (torch.zeros(6, 1), (torch.zeros(6, 1), torch.zeros(6)), (torch.zeros(6, 1), torch.zeros(6, 2, dtype=torch.long))):
-        with pytest.raises(BadInput, match="draws=0"): list(sample_labels(Sure(), [bad], 1))
+        with pytest.raises(BadInput, match="label_samples=0"): list(sample_labels(Sure(), [bad], 1))
     pixels = nn.Conv2d(1, 3, 1)
     (_, y), = sample_labels(pixels, [(torch.randn(2, 1, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))], 1)
     assert y.shape == (2, 4, 4)
@@ -256,7 +256,7 @@ def test_an_activation_that_writes_in_place_does_not_change_the_slopes():
 def test_obs_of_filters_is_brute_force_on_the_kronecker_product():
     net, batches = perceptron()
     space = Channels(net, batches)
-    stats = collect(space, batches, {"kronecker_factors"}, F.cross_entropy, {"kronecker_factors": {"draws": 0}})["0.weight"]
+    stats = collect(space, batches, {"kronecker_factors"}, F.cross_entropy, {"kronecker_factors": {"label_samples": 0}})["0.weight"]
     (k, _), = stats.kronecker_factors
     h = torch.kron(torch.linalg.inv(k.inverse).contiguous(), k.a[0] + 1e-9 * torch.eye(7).double())
     inverse = torch.linalg.inv(h)
@@ -298,7 +298,7 @@ def test_spread_in_over_spread_out():
     w = net[0].weight.detach()
     ratio = lambda w, x: (w.abs() * x.std(0) / (x @ w.T).std(0)[:, None]).sum(1)
     assert torch.allclose(read(betarank, net, [(x, y)]), ratio(w, x), rtol=1e-5)
-    assert torch.allclose(read(betarank, net, [(x, y)], power=-1), (w.abs() / x.std(0) * (x @ w.T).std(0)[:, None]).sum(1), rtol=1e-5)
+    assert torch.allclose(read(betarank, net, [(x, y)], exponent=-1), (w.abs() / x.std(0) * (x @ w.T).std(0)[:, None]).sum(1), rtol=1e-5)
     assert torch.allclose(read(betarank, net, [(3 * x, y)]), ratio(w, x), rtol=1e-5)
     net[0].weight.data[2] = 0
     assert read(betarank, net, [(x, y)])[2] == 0
@@ -423,7 +423,7 @@ def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
     from pruning_bench.bench.tasks.embedded import digits
     from pruning_bench.core.recovery import finetune, recalibrate_bn
     @criterion()
-    def worst(space, batches=None, loss=None): return {n: -s for n, s in PROVIDERS["group_norm"](space).items()}
+    def worst(space, batches=None, loss=None): return {n: -s for n, s in PROVIDERS["group_magnitude"](space).items()}
     images, classes = map(torch.cat, zip(*map(digits, ("train", "validation", "test"))))
     reached = {}
     for seed in range(4):

@@ -134,7 +134,7 @@ def test_a_reader_that_never_runs_is_named(net, x):
 def test_the_solver_writes_the_least_squares_layer_with_its_constant(net, x):
     "Both groups that one layer reads lose channels; the layer is moved once."
     dense = copy.deepcopy(net)
-    prune(net, "l1-filter", 1/2, x, score=by_position, solve=compensate.configured(damp=1e-12), skip=["d"])
+    prune(net, "l1-filter", 1/2, x, score=by_position, solve=compensate.configured(damping=1e-12), skip=["d"])
     with torch.no_grad():
         z = torch.cat([F.relu(dense.an(dense.a(x))), F.relu(dense.b(x))], 1)
         kept = [0, 1, 2, 6, 7]
@@ -146,7 +146,7 @@ def test_the_solver_writes_the_least_squares_layer_with_its_constant(net, x):
     assert torch.allclose(net.c.weight.flatten(1).double(), fit[:, :-1], atol=1e-3)
     assert torch.allclose(dense.cn.running_mean - net.cn.running_mean, fit[:, -1].float(), atol=1e-3)
 
-@pytest.mark.parametrize("solve", ["zero", "absorb", "compensate", "merge"])
+@pytest.mark.parametrize("solve", ["zero", "bias_compensation", "compensate", "merge"])
 def test_every_repair_keeps_the_writers_and_the_plan(net, x, solve):
     dense = copy.deepcopy(net)
     plan = prune(net, "l1-filter", .5, x, solve=solve)
@@ -158,7 +158,7 @@ def test_every_repair_keeps_the_writers_and_the_plan(net, x, solve):
     again.load_state_dict(net.state_dict())
     assert torch.equal(again(x), net(x)) and (set(net.state_dict()) == set(dense.state_dict()))
 
-@pytest.mark.parametrize("solve", ["absorb", "compensate", "merge"])
+@pytest.mark.parametrize("solve", ["bias_compensation", "compensate", "merge"])
 def test_removing_nothing_changes_no_bit(net, x, solve):
     dense = copy.deepcopy(net)
     prune(net, "l1-filter", 0, x, solve=solve)
@@ -171,7 +171,7 @@ def test_constant_channels_are_absorbed_exactly_without_padding(padding, works, 
     net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=padding, bias=bias), nn.BatchNorm2d(4)).eval()
     with torch.no_grad(): net[1].weight[[4, 5]] = 0; net[1].bias[[4, 5]] = torch.tensor([.7, -.2])
     x, dense = torch.rand(8, 1, 9, 9), copy.deepcopy(net)
-    prune(net, "l1-filter", 1/3, x, score=by_position, solve="absorb")
+    prune(net, "l1-filter", 1/3, x, score=by_position, solve="bias_compensation")
     gap = (net(x) - dense(x)).abs()
     assert net[0].out_channels == 4 and (gap.max() < 1e-5) == works
     inside = gap[..., 1:-1, 1:-1] if padding else gap
@@ -278,7 +278,7 @@ def test_recalibration_stops_at_its_examples_and_reads_no_label(net, x):
 
 def test_absorbing_changes_nothing_that_recalibration_would_not_change(net, x):
     other = copy.deepcopy(net)
-    prune(net, "l1-filter", .5, x, solve="absorb", recover="recalibrate", skip=["d"]); prune(other, "l1-filter", .5, x, recover="recalibrate", skip=["d"])
+    prune(net, "l1-filter", .5, x, solve="bias_compensation", recover="recalibrate", skip=["d"]); prune(other, "l1-filter", .5, x, recover="recalibrate", skip=["d"])
     assert torch.equal(net.c.weight, other.c.weight) and torch.allclose(net.cn.running_var, other.cn.running_var, atol=1e-5)
 
 
@@ -297,7 +297,7 @@ def test_other_convolutions_are_refitted_too(kind):
     front = nn.Conv1d(2, 8, 1) if kind == "one" else nn.Conv2d(2, 8, 1)
     x, net = (torch.randn(32, 2, 9) if kind == "one" else torch.randn(32, 2, 7, 7)), nn.Sequential(front, middle).eval()
     raw, fixed, before = copy.deepcopy(net), copy.deepcopy(net), net(x)
-    prune(raw, "l1-filter", .5, x); prune(fixed, "l1-filter", .5, x, solve=compensate.configured(damp=1e-6))
+    prune(raw, "l1-filter", .5, x); prune(fixed, "l1-filter", .5, x, solve=compensate.configured(damping=1e-6))
     assert fixed[0].out_channels == 4   # eight channels of two inputs: any two explain the rest
     assert (fixed(x) - before).square().mean() < 1e-4 < 1e-2 < (raw(x) - before).square().mean()
 
@@ -310,7 +310,7 @@ def test_recalibration_and_refits_come_in_this_order_on_digits():
     cnn, rows = find_task("digits-cnn"), []
     for seed in range(3):
         for method in ("rand-struct", "l1-filter"):
-            for parts in ({}, {"solve": "absorb"}, {"recover": "recalibrate"}, {"solve": "compensate"}):
+            for parts in ({}, {"solve": "bias_compensation"}, {"recover": "recalibrate"}, {"solve": "compensate"}):
                 model = cnn.dense(seed)
                 prune(model, method, .5, cnn.calibration(seed), cnn.loss, seed=seed, **parts)
                 rows.append(cnn.evaluate(model, "validation")["accuracy"])

@@ -390,11 +390,11 @@ def test_the_search_among_sub_networks_is_no_worse_than_uniform_widths():
 @pytest.mark.parametrize("method", ["tas", "ofa"])
 def test_a_supernet_spends_the_budget_of_the_recipe_and_not_more(method):
     spent, net, data = [], residual(), batches()
-    def counting(model, residual, loss, part=1., since=None):
+    def counting(model, data, loss, part=1., since=None):
         step = finetune(20, lr=1e-3)
         opt_steps = max(1, round(20 * part))
         spent.append(opt_steps)
-        step(model, residual, loss, part)
+        step(model, data, loss, part)
     plan = prune(net, method, .5, data, F.cross_entropy, recover=Recovery(counting, steps=20, resumable=True))
     assert sum(spent) == 20 and plan.density == .5
     assert not any(hasattr(m, "parametrizations") for m in net.modules()) and not any(m._forward_pre_hooks for m in net.modules())
@@ -403,9 +403,9 @@ def test_a_supernet_spends_the_budget_of_the_recipe_and_not_more(method):
 def test_the_searched_weights_are_thrown_away():
     net, data, seen = residual(), batches(), []
     dense = copy.deepcopy(net)
-    def watching(model, residual, loss, part=1., since=None):
+    def watching(model, data, loss, part=1., since=None):
         seen.append(copy.deepcopy(model))
-        finetune(6, lr=.1)(model, residual, loss, part)
+        finetune(6, lr=.1)(model, data, loss, part)
     plan = prune(net, "tas", .5, data, F.cross_entropy, recover=Recovery(watching, steps=6, resumable=True))
     plan.apply(dense)
     assert len(seen) == 2 and same(bits(dense), bits(seen[1]))   # what is trained after the cut are the dense weights, cut

@@ -279,7 +279,7 @@ def test_a_cut_after_group_sparse_training_survives_and_a_plain_one_does_not():
             more = dict(data=cnn.batches(seed), loss=F.cross_entropy, seed=seed)
             if name == "trained l1-filter": recipe(model, more["data"], F.cross_entropy)
             if "l1" in name: prune(model, "l1-filter", .5, recover=none(), **more)
-            else: prune(model, name, .5, end=1., recover=recipe, **more)
+            else: prune(model, name, .5, prune_at=1., recover=recipe, **more)
             found.setdefault(name, []).append(cnn.evaluate(model, "validation")["accuracy"])
     mean = {n: sum(v) / 3 for n, v in found.items()}
     assert min(mean["group-lasso"], mean["growing-reg"]) > max(mean["l1-filter"], mean["trained l1-filter"], mean["slimming"]) + .3, mean

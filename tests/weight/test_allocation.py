@@ -13,9 +13,9 @@ from pruning_bench.bench.task import find_task
 from pruning_bench.core.allocate import ALLOCATORS, erk, round_to_units, total_density
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.pattern import count_to_keep
-from pruning_bench.core.score import magnitude, unit_scores
+from pruning_bench.core.score import lamp, magnitude, unit_scores
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.allocation import output_distortion, er, fill_to_total, global_with_floor, global_rescaled_floor, knapsack, lamp, rd, rescale_to_budget, uniform_plus
+from pruning_bench.weight.allocation import output_distortion, er, fill_to_total, global_with_floor, global_rescaled_floor, knapsack, rd, rescale_to_budget, uniform_plus
 from pruning_bench.weight.magnitude import copy_allocation, shuffle_masks
 
 

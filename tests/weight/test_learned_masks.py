@@ -11,10 +11,11 @@ from pruning_bench import BadInput, Method, prune
 from pruning_bench.core.allocate import topk_mask
 from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.inputs import seeded
-from pruning_bench.core.pattern import as_pattern
+from pruning_bench.core.pattern import as_pattern, magnitude_threshold
 from pruning_bench.core.recovery import Recovery, finetune
+from pruning_bench.core.schedule import ramped_density
 from pruning_bench.core.space import Weights
-from pruning_bench.weight.learned_masks import BilevelMask, bilevel_rule, threshold_shift, ramped_density, limit_swaps, movement_rule, straight_through_mask, mask_search_rule, sigmoid_masked, soft_threshold, soft_mask_rule, magnitude_threshold, soft_threshold_rule
+from pruning_bench.weight.learned_masks import BilevelMask, bilevel_rule, threshold_shift, limit_swaps, movement_rule, straight_through_mask, mask_search_rule, sigmoid_masked, soft_threshold, soft_mask_rule, soft_threshold_rule
 
 SLUGS = ["pdp", "str", "movement", "bip", "jackpot"]
 
