@@ -15,7 +15,6 @@ from fnmatch import fnmatch
 from math import isfinite
 from numbers import Integral, Real
 from .inputs import BadInput, choose
-from .part import setting_text
 from .registry import Registry
 from .score import Score, as_score, magnitude, random as random_score
 from .allocate import Allocator, as_allocator, uniform
@@ -102,17 +101,18 @@ def register(title:str,  # title of the paper
 
 # %% ../../nbs/core/11_method.ipynb #928de895
 SHARE, COUNT = (0, 1), (1, 10_000)
-RANGES = {**dict.fromkeys(("start", "end", "ramp_end", "prune_at", "select_at", "relax_after", "shrink_end"), SHARE),
+# setting -> (least, most), the same in every method whose default lies in it
+RANGES = {**dict.fromkeys(("start", "end", "ramp_end", "select_at", "shrink_end"), SHARE),
           **dict.fromkeys(("share", "drop_fraction", "activation_fraction", "search_share", "rewind_to"), SHARE),
           **dict.fromkeys(("density", "energy_kept", "distil_weight", "strong_quantile", "alpha", "beta"), SHARE),
-          **dict.fromkeys(("tau", "temperature", "p", "q"), (1e-3, 1e4)), "steps": (1, 10_000_000),
-          "lr": (0, 100), "weight_decay": (0, 100), "block": (1, 1_000_000), "exponent": (-1, 1),
-          "final_intervals": (0, 10_000)}   # setting -> (least, most), the same in every method
+          **dict.fromkeys(("tau", "temperature"), (1e-3, 1e4)), **dict.fromkeys(("p", "q"), (1e-3, 10)),
+          "prune_at": (1e-3, 1), "relax_after": (0, .999), "lr": (0, 100), "weight_decay": (0, 100), "exponent": (-1, 1),
+          "steps": (1, 10_000_000), "final_intervals": (0, 10_000), "block": (1, 1_000_000)}
 ORDERED = (("start", "end"), ("start", "ramp_end"), ("ramp_end", "prune_at"), ("select_at", "prune_at"))
 KINDS = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
 
 def setting_range(name:str, kind:type, default)->tuple: # (least, most)
-    "The values that a numeric setting may have: its entry in `RANGES`, where that holds the default, or any below a cap."
+    "The values that a numeric setting may have: those in `RANGES`, or any number below a cap."
     least, most = RANGES.get(name, (1, 10_000))
     if name in RANGES and (default is None or least <= default <= most): return least, most
     if kind is int and (default is None or default >= 1): return COUNT
@@ -121,24 +121,28 @@ def setting_range(name:str, kind:type, default)->tuple: # (least, most)
 
 def check_setting(owner:str, parameter:inspect.Parameter, value)->None: # raises BadInput
     "Refuse a value of another type than the default of a setting, and a number outside its range."
-    name, default = parameter.name, parameter.default
+    name, default = parameter.name, None if parameter.default is parameter.empty else parameter.default
     kind = parameter.annotation if parameter.annotation in KINDS else type(default)
     if kind not in KINDS or value is None and default is None: return
     wanted = {bool: bool, int: Integral, float: Real, str: str}[kind]
-    said = f"{name}={setting_text(value).splitlines()[0]} of {owner!r}"
+    said, remedy = f"{name}={repr(value)[:60]} of {owner!r}".splitlines()[0], f"give {KINDS[kind]}"
+    if default is not None: remedy += f" such as {default!r}"
     odd = not isinstance(value, wanted) or isinstance(value, bool) and kind is not bool
-    if odd or kind is float and not isfinite(value): raise BadInput(f"{said} is not {KINDS[kind]}: give one, such as {default!r}")
+    if odd or kind is float and not isfinite(value):
+        raise BadInput(f"{said} is not {KINDS[kind]}: {remedy}")
     if kind not in (int, float): return
     least, most = setting_range(name, kind, default)
-    if not least <= value <= most:
-        raise BadInput(f"{said} is outside [{least:g}, {most:g}]: give {KINDS[kind]} inside, such as {default!r}")
+    if not least <= value <= most: raise BadInput(f"{said} is outside [{least:g}, {most:g}]: {remedy}")
 
-def check_settings(owner:str, known:dict, settings:dict)->None: # {name: inspect.Parameter}, {name: value}; raises BadInput
-    "Refuse settings that cannot be meant, one by one and in pairs."
+def check_settings(owner:str,     # slug of a method
+                   known:dict,    # {setting: inspect.Parameter}
+                   settings:dict, # {setting: value}
+    )->None:
+    "Refuse settings that cannot be meant, one by one and in pairs; raises `BadInput`."
     for name, value in settings.items(): check_setting(owner, known[name], value)
     values = {n: settings.get(n, p.default) for n, p in known.items()}
     for first, last in ORDERED:
-        if {first, last} <= {*values} and values[first] > values[last]:
+        if all(isinstance(values.get(n), Real) for n in (first, last)) and values[first] > values[last]:
             raise BadInput(f"{first}={values[first]:g} of {owner!r} comes after {last}={values[last]:g}: "
                            f"both are fractions of one training, give {first} <= {last}")
 
