@@ -105,7 +105,7 @@ SHARE, COUNT = (0, 1), (1, 10_000)
 RANGES = {**dict.fromkeys(("start", "end", "ramp_end", "select_at", "shrink_end"), SHARE),
           **dict.fromkeys(("share", "drop_fraction", "activation_fraction", "search_share", "rewind_to"), SHARE),
           **dict.fromkeys(("density", "energy_kept", "distil_weight", "strong_quantile", "alpha", "beta"), SHARE),
-          **dict.fromkeys(("tau", "temperature"), (1e-3, 1e4)), **dict.fromkeys(("p", "q"), (1e-3, 10)),
+          **dict.fromkeys(("tau", "temperature"), (1e-3, 1e4)), **dict.fromkeys(("p", "q"), (0, 10)),
           "prune_at": (1e-3, 1), "relax_after": (0, .999), "lr": (0, 100), "weight_decay": (0, 100), "exponent": (-1, 1),
           "steps": (1, 10_000_000), "final_intervals": (0, 10_000), "block": (1, 1_000_000)}
 ORDERED = (("start", "end"), ("start", "ramp_end"), ("ramp_end", "prune_at"), ("select_at", "prune_at"))
@@ -125,14 +125,16 @@ def check_setting(owner:str, parameter:inspect.Parameter, value)->None: # raises
     kind = parameter.annotation if parameter.annotation in KINDS else type(default)
     if kind not in KINDS or value is None and default is None: return
     wanted = {bool: bool, int: Integral, float: Real, str: str}[kind]
-    said, remedy = f"{name}={repr(value)[:60]} of {owner!r}".splitlines()[0], f"give {KINDS[kind]}"
-    if default is not None: remedy += f" such as {default!r}"
+    said = f"{name}={repr(value)[:60]} of {owner!r}".splitlines()[0]
+    example = "" if default is None else f", such as {default!r}"
     odd = not isinstance(value, wanted) or isinstance(value, bool) and kind is not bool
     if odd or kind is float and not isfinite(value):
-        raise BadInput(f"{said} is not {KINDS[kind]}: {remedy}")
+        raise BadInput(f"{said} is not {KINDS[kind]}: give {KINDS[kind]}{example}")
     if kind not in (int, float): return
     least, most = setting_range(name, kind, default)
-    if not least <= value <= most: raise BadInput(f"{said} is outside [{least:g}, {most:g}]: {remedy}")
+    if least <= value <= most: return
+    bound = f"at least {least:g}" if value < least else f"at most {most:g}"
+    raise BadInput(f"{said} is outside [{least:g}, {most:g}]: give {KINDS[kind]} of {bound}{example}")
 
 def check_settings(owner:str,     # slug of a method
                    known:dict,    # {setting: inspect.Parameter}
