@@ -7,6 +7,7 @@ __all__ = ['box_iou', 'match_detections', 'ap50', 'part_wise', 'relaxed_l1_rule'
            'channel_kl_loss', 'attention_map', 'attention_map_loss', 'FeatureHooks', 'distil', 'channel_projections']
 
 # %% ../../nbs/structured/52_detection.ipynb #bff31d30
+from collections.abc import Mapping
 from fnmatch import fnmatch
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,8 @@ def ap50(found:list, # per picture: boxes (n, 4), scores (n,), kinds (n,)
 def part_wise(part_weights=None, # {wildcard of names: relative share to remove}; None = the first word of a name is its part, and all give equally
     ): # (scores, keep, space) -> {group: fraction}
     "A ranking in each part of the network; parts give as much as their weights say."
+    if not isinstance(part_weights, (Mapping, type(None))):
+        raise BadInput(f"part_weights={part_weights!r} gives no part a share to remove: pass {{wildcard: share}} or None")
     def cut(scores, keep, space):
         part = lambda n: next((w for w in part_weights if fnmatch(n, w)), None) if part_weights else n.partition(".")[0]
         rooms = {}

@@ -174,6 +174,8 @@ def group_lasso_rule(strength:float, # logarithm of the factor by which the weak
           prune_at:float,      # fraction of the training before the choice
     ):                    # fn(method, keep) -> Rule
     "Shrink whole channels, the weak ones faster."
+    if alpha < 1:
+        raise BadInput(f"alpha={alpha:g} presses the weakest channel less than the strongest: give a number of at least 1")
     def press(training, method):
         by = strength / alpha * penalty_share(training, prune_at)
         scale_members(training.space,
