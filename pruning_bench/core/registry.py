@@ -42,7 +42,10 @@ def load_entry_points(group:str, # "pruning_bench.methods" or "pruning_bench.tas
     "Import every entry point of a group once; one that fails is named in a warning and does not stop the others."
     if group in LOADED and found is None: return LOADED[group]
     failed = LOADED.setdefault(group, {})
-    if group in BUILT_IN: BUILT_IN[group]()
+    try: BUILT_IN.get(group, lambda: None)()
+    except BaseException:
+        del LOADED[group]   # the next name that is missing tries again
+        raise
     for point in entry_points(group=group) if found is None else found:
         try: point.load()
         except Exception as e: failed[point.name] = f"{type(e).__name__}: {e}"

@@ -16,7 +16,7 @@ from ..core.inputs import BadInput
 from ..core.method import Method, register
 from ..core.recovery import finetune
 from ..core.rule import Rule, rule_maker
-from ..core.space import passthrough
+from ..core.blocks import passthrough
 
 # %% ../../nbs/structured/57_block_gates.ipynb #da03e224
 def binary_gate(p:Tensor, # (batch,) probabilities
