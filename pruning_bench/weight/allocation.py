@@ -90,7 +90,7 @@ def weight_shapes(scores:dict, # {layer: scores}
                        "'uniform' or 'global'")
     return {n: space.layers[n].shape for n in scores}
 
-@allocator
+@allocator(shapes_only=True)
 def uniform_plus(scores:dict, keep:float, space)->dict: # {name: fraction}
     "Uniform+ (Gale et al., 2019): uniform density; the first convolution stays dense, the last layer keeps >= 20 %."
     size, names = {n: s.numel() for n, s in scores.items()}, list(weight_shapes(scores, space, "uniform_plus"))
@@ -102,7 +102,7 @@ def uniform_plus(scores:dict, keep:float, space)->dict: # {name: fraction}
                        "the last layer at .2: lower the sparsity or use 'uniform'")
     return {n: fixed[n] if n in fixed else left / rest for n in names}
 
-@allocator
+@allocator(shapes_only=True)
 def er(scores:dict, keep:float, space)->dict: # {name: fraction}
     "Erdős–Rényi: density proportional to (inputs + outputs) / (inputs x outputs), without kernel sizes."
     ends = {n: s[:2] for n, s in weight_shapes(scores, space, "er").items()}
