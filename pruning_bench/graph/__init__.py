@@ -1,2 +1,2 @@
-"Coupled channels, heads and blocks; importing it registers the rules of operations, attention included."
-from pruning_bench.graph import attention, rules
+"Tracing, coupled channels and heads, removal and budgets; importing it registers the rules of operations."
+from pruning_bench.graph import attention, model_configs, rules, rules_layers, rules_shape

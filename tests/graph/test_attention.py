@@ -11,7 +11,9 @@ from torch import nn
 
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.inputs import forward
-from pruning_bench.graph.attention import Heads, config_mismatches, gate_gradient, head_counts, multihead_forward
+from pruning_bench.graph.attention import Heads, head_counts, multihead_forward
+from pruning_bench.graph.model_configs import config_mismatches
+from pruning_bench.structured.heads import gate_gradient
 from pruning_bench.graph.groups import Channels, dependency_groups
 from pruning_bench.graph.surgery import cut, removed_indices, kept_slices
 from pruning_bench.graph.trace import tensors_in
@@ -139,7 +141,7 @@ def test_removed_equals_unread(case):
 def test_a_stream_is_not_exact_and_any_order_of_its_channels_is_the_same(case):
     model, batch = ready(case)
     groups = {n: g for n, g in Channels(model, [batch], residual=True).groups.items() if g.residual}
-    assert groups and any("norm" in g.why or "mean" in g.why for g in groups.values())
+    assert groups and any("norm" in g.inexact_reason or "mean" in g.inexact_reason for g in groups.values())
     other = copy.deepcopy(model)
     order = {n: torch.randperm(len(g), generator=torch.Generator().manual_seed(3)) for n, g in groups.items()}
     kept = {n: torch.arange(len(g)) >= len(g) // 4 for n, g in groups.items()}
@@ -322,7 +324,7 @@ def test_heads_along_an_open_axis_are_no_guess():
                                       intermediate_size=48)).eval()
     gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32,
                                             bos_token_id=None, eos_token_id=None)).eval()
-    told = lambda model, batch: [g.guess for g in dependency_groups(model, batch).groups if g.heads]
+    told = lambda model, batch: [g.assumption for g in dependency_groups(model, batch).groups if g.heads]
     words = {"input_ids": torch.arange(24).view(2, 12)}
     assert told(vit, torch.randn(1, 3, 32, 32)) == told(bert, words) == [""]
     assert told(gpt2, words) == ["`split` cuts it at fixed places"]   # its code knows how wide queries are

@@ -11,7 +11,8 @@ from torch import nn
 from pruning_bench import BadInput, load_plan, prune
 from pruning_bench.core.inputs import forward
 from pruning_bench.core.mask import masks_of
-from pruning_bench.graph.groups import Channels, components, dependency_groups, groups_digraph, node_positions
+from pruning_bench.graph.group_views import groups_digraph, node_positions
+from pruning_bench.graph.groups import Channels, components, dependency_groups
 from pruning_bench.graph.saving import load_pruned
 from pruning_bench.graph.surgery import cut, cut_and_compare, removed_indices, kept_slices
 from pruning_bench.graph.trace import OPERATION_RULES, operation_rule, tensors_in
@@ -193,7 +194,7 @@ def test_units_have_no_order(make):
 def test_what_mixes_channels_is_prunable_and_says_so(middle, why):
     model, x = nn.Sequential(nn.Linear(3, 8), middle, nn.Linear(8, 2)).double(), torch.randn(4, 3).double()
     [group] = dependency_groups(model, x).groups
-    assert not group.exact and why in group.why and len(group) == 8
+    assert not group.exact and why in group.inexact_reason and len(group) == 8
     plan = prune(model, "l1-filter", .5, data=[x])
     assert plan.masks[group.name].sum() == 4 and model(x).shape == (4, 2) and model[2].in_features == 4
     if not isinstance(middle, nn.Softmax): assert tuple(model[1].normalized_shape) == (4,)
@@ -213,8 +214,8 @@ def test_norms_without_weights_follow_and_plans_remember(tmp_path):
     fresh = copy.deepcopy(model)
     [group] = dependency_groups(model, x).groups
     assert len(group) == 4
-    assert group.told.keys() == {("own", 0), ("b", 0)}
-    assert all(i.shape == (4, 2) for i in group.told.values()) and "carries own[i]" in repr(group)
+    assert group.numeric_width.keys() == {("own", 0), ("b", 0)}
+    assert all(i.shape == (4, 2) for i in group.numeric_width.values()) and "carries own[i]" in repr(group)
     plan = prune(model, "l1-filter", .5, data=[x], residual=True)
     assert model.own.normalized_shape == (4,)
     assert (model.b.num_groups, model.b.num_channels) == (2, 4) and {"own", "b"} < set(plan.slices)
@@ -275,8 +276,8 @@ def test_every_parameter_is_accounted_for():
     for make in (SMALL["resnet18"], SMALL["unet"], SMALL["vit"]):
         model, batch = ready(make)
         c = dependency_groups(model, batch)
-        known = {p for g in c.groups for p, _ in g.members} | set(c.frozen) | set(c.silent) | set(c.others)
-        assert {n for n, _ in model.named_parameters()} <= known and all(why for why in c.others.values())
+        known = {p for g in c.groups for p, _ in g.members} | set(c.frozen) | set(c.unused) | set(c.ungrouped)
+        assert {n for n, _ in model.named_parameters()} <= known and all(why for why in c.ungrouped.values())
 
 def test_attributes_follow():
     model, batch = ready(LARGE["mobilenet_v2"])
@@ -309,7 +310,7 @@ def test_heads_and_norms_are_reported():
     model, batch = ready(SMALL["vit"])
     found = dependency_groups(model, batch)
     assert "output" in found.frozen["heads.head.weight"][1]
-    assert [(g.name, g.why) for g in found.groups if not g.exact] == [("conv_proj.weight", "layer norm")]
+    assert [(g.name, g.inexact_reason) for g in found.groups if not g.exact] == [("conv_proj.weight", "layer norm")]
 
 def test_tied_weights_are_cut_once():
     class Tied(nn.Module):
@@ -475,7 +476,7 @@ class Sphere(nn.Module):
 def test_features_over_their_own_norm_can_be_cut_and_say_so(p):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Sphere(p), nn.Conv2d(8, 4, 3))
     [group] = Channels(model, [IMAGE]).groups.values()
-    assert len(group) == 8 and not group.exact and "norm" in group.why
+    assert len(group) == 8 and not group.exact and "norm" in group.inexact_reason
     prune(model, "rand-struct", .5, data=[IMAGE])
     assert model[0].out_channels == 4 and model(IMAGE).shape == (2, 4, 28, 28)
 
@@ -617,12 +618,12 @@ def test_the_rarer_layers_are_all_understood():
                                                                            "mid.weight": 4, "wide.weight": 8,
                                                                            "read.weight": 6, "cell.weight_ih": 5,
                                                                            "second.weight_ih": 4}
-    assert set(found.frozen) == {"out.weight"} and not found.silent
+    assert set(found.frozen) == {"out.weight"} and not found.unused
 
 @pytest.mark.parametrize("budget", [.5, {"macs": .5}, {"params": .5}])
 def test_weights_that_are_computed_from_others(budget, tmp_path):
     model, batch = ready(lambda: (computed(), IMAGE))
-    assert {g.name: g.why for g in dependency_groups(model,
+    assert {g.name: g.inexact_reason for g in dependency_groups(model,
                                                      batch).groups} == {
                                                          "0.parametrizations.weight.original": "a product with a vector", "2.parametrizations.weight.original1": "weight norm"}
     before, groups = out(model, batch), Channels(model, [batch], residual=True).groups.values()
@@ -653,7 +654,7 @@ def test_masks_of_torch_are_cut_with_their_weights():
 def test_weights_of_a_fixed_frame_stay():
     from torch.nn.utils.parametrizations import orthogonal
     found = dependency_groups(nn.Sequential(orthogonal(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 8))
-    assert not found.groups and "tril" in found.others["0.parametrizations.weight.original"]
+    assert not found.groups and "tril" in found.ungrouped["0.parametrizations.weight.original"]
 
 def test_partners_by_number_stay_equally_wide():
     class Believes(nn.Module): # the width of one layer is asked of another one
@@ -719,7 +720,7 @@ def test_strided_reads_that_mix_channels_are_frozen(read, columns):
 
 
 def test_an_operation_has_one_rule():
-    assert OPERATION_RULES["as_strided"].__module__ == "pruning_bench.graph.rules"
+    assert OPERATION_RULES["as_strided"].__module__ == "pruning_bench.graph.rules_shape"
     assert OPERATION_RULES["_scaled_dot_product_attention_math"].__module__ == "pruning_bench.graph.attention"
     def other(g, outs, a): return [[] for _ in outs]
     with pytest.raises(BadInput, match="operation rule 'as_strided' is already registered"):

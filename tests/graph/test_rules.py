@@ -67,7 +67,7 @@ def test_what_lies_between_two_convolutions(name):
     model = between(*(made if isinstance(made, tuple) else (made,))).eval()
     found = dependency_groups(model, X)
     # a slope for all channels
-    assert set(found.frozen) == {"3.weight"} and not found.silent and found.others.keys() <= {"3.bias", "1.weight"}
+    assert set(found.frozen) == {"3.weight"} and not found.unused and found.ungrouped.keys() <= {"3.bias", "1.weight"}
     prune(model, "l1-filter", .5, data=[X], residual=True)   # compares what is removed with what is masked
     assert model[0].out_channels == model[0].weight.shape[0] == 4 and model(X).shape[:2] == (2, 4)
 
