@@ -136,7 +136,7 @@ def init_pool(training,        # the current `TrainingState`; gets `pool` and `p
     scale = torch.cat([torch.full_like(w, s / unit, dtype=torch.double) for w, s in zip(ws, stds)])
     n = sum(sizes)
     order, sign = (t.to(scale.device) for t in pool_assignment(n, max(1, count_to_keep(training.keep, n))))
-    normalised = torch.cat([w.double() for w in ws]) / scale
+    normalised = torch.cat([w.double() * unit / s for w, s in zip(ws, stds)])
     pool = pool_sum(sign * normalised, order) / order.bincount().sqrt()
     divisor = divide(pool_sum(scale.square(), order)).to(dtype)
     training.pool = nn.Parameter(pool.to(dtype))

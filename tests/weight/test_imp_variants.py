@@ -372,8 +372,8 @@ def test_ap_without_its_share_is_imp_and_finds_the_start():
     assert p == q
     assert equal(one.state_dict(), two.state_dict())
     assert run(other, "ap", activation_fraction=.1, rounds=2, steps=6) != p
-    with pytest.raises(BadInput, match="goes back"): run(mlp(), Method(solve=ap_solver))
-    with pytest.raises(BadInput, match="goes back"): init_w(Weights(mlp()), [])
+    with pytest.raises(BadInput, match="rewinds"): run(mlp(), Method(solve=ap_solver))
+    with pytest.raises(BadInput, match="rewinds"): init_w(Weights(mlp()), [])
 
 
 # orderings on the digits
