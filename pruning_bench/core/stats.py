@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'MatmulRecorder', 'unfold_inputs', 'dilate', 'Provider', 'provider', 'unfused_layers',
-           'record_inputs', 'act_norm', 'gram_size', 'gram', 'mean_gradient', 'grad', 'temporary_train_mode',
-           'init_grad', 'calibration_batches', 'sample_gradients', 'UndeclaredStatistic', 'Stats', 'collect']
+           'record_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'mean_gradient', 'grad',
+           'temporary_train_mode', 'init_grad', 'calibration_batches', 'sample_gradients', 'UndeclaredStatistic',
+           'Stats', 'collect']
 
 # %% ../../nbs/core/03_stats.ipynb #e39702cf
 from collections.abc import Callable
@@ -138,6 +139,10 @@ def gram(space, batches, loss=None)->dict: # {layer: (groups, columns, columns)}
     return {n: t.div_(count[n]) for n, t in total.items()}
 
 # %% ../../nbs/core/03_stats.ipynb #ebebba5f
+def at_least_float32(t:Tensor)->Tensor: # detached, float32 or wider
+    "A tensor for sums, for which half precision is too coarse."
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+
 def mean_gradient(space, batches, loss)->dict: # {layer: (rows, columns)}
     "Average gradient of the loss over batches, as matrices."
     loss, total, count = as_loss(loss), {}, 0
