@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'NORMALISERS', 'l1_filter', 'l2_norm', 'l2_filter', 'member_sums', 'reduce_members', 'member_params',
-           'criterion', 'at_least_float32', 'group_magnitude', 'depgraph', 'fpgm', 'fpgm_', 'bn_scale', 'bn_scale_',
+           'sum_rows_by_unit', 'criterion', 'group_magnitude', 'depgraph', 'fpgm', 'fpgm_', 'bn_scale', 'bn_scale_',
            'rand_struct', 'group_signature', 'isomorphic', 'isomorphic_']
 
 # %% ../../nbs/structured/41_filters.ipynb #340ce78b
@@ -15,7 +15,7 @@ from ..core.allocate import allocator, global_
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.score import SCORES, Score, magnitude, random, score
-from ..core.stats import PROVIDERS, Provider
+from ..core.stats import PROVIDERS, Provider, at_least_float32
 
 # %% ../../nbs/structured/41_filters.ipynb #3ce18f44
 @register("Pruning Filters for Efficient ConvNets", "arXiv:1608.08710", 2017, "structured")
@@ -66,6 +66,16 @@ def member_params(space, exclude_suffix:str="")->dict: # {parameter: it}, member
     return {n: p for n, p in space.model.named_parameters() if n in mine
             and not (exclude_suffix and n.endswith(exclude_suffix))}
 
+def sum_rows_by_unit(space,     # of coupled channels
+                     rows:dict, # {weight: (rows,)}, one number per output of a layer
+    )->dict: # {group: (units,)}
+    "Sum the numbers of all rows that write a unit; groups without such rows are left out."
+    def parts(group):
+        return [rows[p][torch.as_tensor(group.members[p, d], device=rows[p].device)].sum(1)
+                for p, d in group.produces if p in rows]
+    found = {n: parts(g) for n, g in space.groups.items()}
+    return {n: sum(p) for n, p in found.items() if p}
+
 # %% ../../nbs/structured/41_filters.ipynb #ede44d12
 def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and so, usually, labels)
               replaces:bool=False,   # whether a statistic and a score of this name may be replaced
@@ -90,10 +100,6 @@ def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and s
     return mark
 
 # %% ../../nbs/structured/41_filters.ipynb #f6e8f4bc
-def at_least_float32(t:Tensor)->Tensor: # detached, at least float32
-    "Half precision is too coarse for sums."
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
-
 @criterion()
 def group_magnitude(space, batches=None, loss=None, # as every reading
                p:float=2,         # power of the absolute value; no root is taken

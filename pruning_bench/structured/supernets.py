@@ -21,8 +21,9 @@ from ..core.part import part_factory
 from ..core.recovery import Preparation, finetune, recalibrate_bn
 from ..core.score import magnitude, score, unit_scores
 from ..core.stats import provider
-from .search import (parametrized, batch_statistics, gated_weights, cached_search, unit_ranks,
-                                             width_fractions, width_budget, round_widths)
+from .evolution import (batch_statistics, cached_search, gated_weights, parametrized,
+                                                unit_ranks)
+from .precrop import round_widths, width_budget, width_fractions
 
 # %% ../../nbs/structured/56_supernets.ipynb #c8ec7a59
 def class_logits(out)->Tensor: # (..., classes)

@@ -9,14 +9,17 @@ from torch import nn
 from pruning_bench import BadInput, prune
 from pruning_bench.core.allocate import ALLOCATORS
 from pruning_bench.core.score import SCORES
+from pruning_bench.core.relevance import propagate_relevance
 from pruning_bench.core.stats import PROVIDERS
 from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import collect, sample_gradients
-from pruning_bench.structured.criteria import (FeatureMapRecorder, betarank, sample_labels, propagate_relevance,
-                                               filter_obd, filter_obs, filter_obs_update, gate_taylor, group_taylor,
-                                               hrank, kronecker_factors, relevance, output_gradients)
+from pruning_bench.structured.eigendamage import (filter_obs, filter_obs_update, kronecker_factors,
+                                                  output_gradients)
+from pruning_bench.structured.feature_maps import FeatureMapRecorder, betarank, hrank
 from pruning_bench.structured.filters import (NORMALISERS, REDUCTIONS, bn_scale, group_signature, criterion, fpgm,
                                               group_magnitude, isomorphic, member_sums)
+from pruning_bench.structured.relevance import relevance
+from pruning_bench.structured.taylor import filter_obd, gate_taylor, group_taylor, sample_labels
 from pruning_bench.graph.groups import Channels
 
 

@@ -125,19 +125,19 @@ def test_a_tied_weight_is_left_alone(x):
     assert set(consumer_layers(Channels(net, [x]))) == {"6.weight"}
 
 def test_the_reading_is_the_covariance_of_what_arrives(net, x):
-    stats = collect(Channels(net, [x]), [x[:40], x[40:]], {"readers"})
+    stats = collect(Channels(net, [x]), [x[:40], x[40:]], {"consumer_stats"})
     with torch.no_grad(): z = torch.cat([F.relu(net.an(net.a(x))), F.relu(net.b(x))], 1)
     patches = F.unfold(z, 3).transpose(1, 2).flatten(0, 1).double()
-    (r, _), order = stats["a.weight"].readers[0], torch.arange(90).view(10, 9).T.flatten()
+    (r, _), order = stats["a.weight"].consumer_stats[0], torch.arange(90).view(10, 9).T.flatten()
     assert torch.allclose(r.mean[0], patches.mean(0)[order], atol=1e-5)
     assert torch.allclose(r.gram[0], patches.T.cov(correction=0)[order][:, order], atol=1e-4)
-    last, _ = stats["d.weight"].readers[0]
+    last, _ = stats["d.weight"].consumer_stats[0]
     with torch.no_grad(): v = F.relu(net.d(F.relu(net.cn(net.c(z))).flatten(1))).double()
     assert last.name == "e.weight" and torch.allclose(last.gram[0], v.T @ v / 64, atol=1e-5)   # no home: second moment
 
 def test_a_reader_that_never_runs_is_named(net, x):
     space = Channels(net, [x])
-    with pytest.raises(BadInput, match="'c.weight'.*skip="): collect(space, [], {"readers"})
+    with pytest.raises(BadInput, match="'c.weight'.*skip="): collect(space, [], {"consumer_stats"})
 
 
 # on networks
@@ -157,7 +157,7 @@ def test_the_solver_writes_the_least_squares_layer_with_its_constant(net, x):
     assert torch.allclose(net.c.weight.flatten(1).double(), fit[:, :-1], atol=1e-3)
     assert torch.allclose(dense.cn.running_mean - net.cn.running_mean, fit[:, -1].float(), atol=1e-3)
 
-@pytest.mark.parametrize("solve", ["zero", "bias_compensation", "compensate", "merge"])
+@pytest.mark.parametrize("solve", ["zero", "bias_compensation", "compensate", "merge_filters"])
 def test_every_repair_keeps_the_writers_and_the_plan(net, x, solve):
     dense = copy.deepcopy(net)
     plan = prune(net, "l1-filter", .5, x, solve=solve)
@@ -171,7 +171,7 @@ def test_every_repair_keeps_the_writers_and_the_plan(net, x, solve):
     again.load_state_dict(net.state_dict())
     assert torch.equal(again(x), net(x)) and (set(net.state_dict()) == set(dense.state_dict()))
 
-@pytest.mark.parametrize("solve", ["bias_compensation", "compensate", "merge"])
+@pytest.mark.parametrize("solve", ["bias_compensation", "compensate", "merge_filters"])
 def test_removing_nothing_changes_no_bit(net, x, solve):
     dense = copy.deepcopy(net)
     prune(net, "l1-filter", 0, x, solve=solve)
@@ -196,9 +196,9 @@ def test_constant_channels_are_absorbed_exactly_without_padding(padding, works, 
         assert torch.allclose(home - other, F.relu(torch.tensor([.7])) * dense[3].weight[:, 4].sum((1, 2)), atol=1e-5)
 
 def test_the_score_is_the_price(net, x):
-    stats = collect(Channels(net, [x]), [x], {"readers"})
+    stats = collect(Channels(net, [x]), [x], {"consumer_stats"})
     scores = channel_obs(torch.zeros(8), stats["c.weight"])
-    r, columns = stats["c.weight"].readers[0]
+    r, columns = stats["c.weight"].consumer_stats[0]
     damped = r.gram + .01 * r.gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(r.gram.shape[1], dtype=torch.double)
     for i in (0, 5):
         lost = torch.zeros(r.gram.shape[1], dtype=torch.bool); lost[columns[i]] = True
@@ -222,12 +222,12 @@ def test_greedy_order_of_orthogonal_contributions_is_their_size():
     class Reader:
         gram = torch.diag(torch.tensor([1., 4., 9., .25], dtype=torch.double))[None]
         def matrix(self): return torch.tensor([[3., 1., -1., 2.], [0., 1., 1., 0.]], dtype=torch.double)[None]
-    turn = thinet_order(torch.zeros(4), type("S", (), {"readers": [(Reader(), torch.arange(4)[:, None])]}))
+    turn = thinet_order(torch.zeros(4), type("S", (), {"consumer_stats": [(Reader(), torch.arange(4)[:, None])]}))
     assert turn.tolist() == [2, 1, 3, 0]   # sizes 9, 8, 18, 1
 
 def test_the_greedy_step_is_the_best_step(net, x):
-    stats = collect(Channels(net, [x]), [x], {"readers"})["c.weight"]
-    r, columns = stats.readers[0]
+    stats = collect(Channels(net, [x]), [x], {"consumer_stats"})["c.weight"]
+    r, columns = stats.consumer_stats[0]
     def damage(which):
         lost = torch.zeros(r.gram.shape[1], dtype=torch.bool); lost[columns[which].flatten()] = True
         return price(r.matrix(), r.matrix() * ~lost, r.gram).item()

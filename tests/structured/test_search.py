@@ -13,9 +13,9 @@ from pruning_bench import BadInput, prune
 from pruning_bench.core.inputs import in_mode
 from pruning_bench.core.recovery import Recovery, finetune, recalibrate_bn
 from pruning_bench.graph.groups import Channels
-from pruning_bench.structured.search import (Residuals, block_cka, block_lists, cka, balanced_widths, parametrized,
-                                             layer_groups, evolve_widths, gated_weights, combine_fronts, precrop,
-                                             round_widths)
+from pruning_bench.structured.evolution import combine_fronts, evolve_widths, gated_weights, parametrized
+from pruning_bench.structured.layer_similarity import Residuals, block_cka, block_lists, cka
+from pruning_bench.structured.precrop import balanced_widths, layer_groups, precrop, round_widths
 from pruning_bench.structured.supernets import (MixedWidths, LearnedWidths, evolutionary_search, distil_gradients,
                                                 width_mixture, channel_interpolation, l1_ranks, consumer_columns)
 
@@ -265,7 +265,7 @@ def test_a_missing_library_is_named_before_the_model_is_touched(monkeypatch):
 
 
 def test_evolution_hurts_no_more_than_uniform_widths():
-    from pruning_bench.structured.search import output_change, unit_ranks
+    from pruning_bench.structured.evolution import output_change, unit_ranks
     net, data = chain(), batches()
     space = Channels(net, data)
     scores = {n: space.w(n) for n in space.names()}
@@ -403,7 +403,7 @@ def test_the_search_among_sub_networks_is_no_worse_than_uniform_widths():
     net, data = chain(), batches()
     space = Channels(net, data)
     scores = {n: -p.float() for n, p in l1_ranks(space).items()}
-    stats = {"x": SimpleNamespace(trial=(data, as_loss(F.cross_entropy)))}
+    stats = {"x": SimpleNamespace(loss_on_batches=(data, as_loss(F.cross_entropy)))}
     torch.manual_seed(0)
     before = bits(net)
     fractions = evolutionary_search(6, 8)(scores, .5, space, stats)

@@ -178,5 +178,5 @@ def test_a_gate_that_would_do_nothing_is_refused(method):
 
 
 def test_an_allocation_that_reads_statistics_is_refused_inside_a_training():
-    with pytest.raises(BadInput, match="allocation 'emo' reads 'calibration'"):
+    with pytest.raises(BadInput, match="allocation 'emo' reads 'calibration_batches'"):
         prune(net(), "sfp", .5, data(), F.cross_entropy, allocate="emo", recover=finetune(4))

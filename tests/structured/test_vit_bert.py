@@ -146,7 +146,7 @@ def test_equal_slopes_find_the_best_choice(seed):
     layers = {f"{i}.weight": (torch.randn(4, 4, generator=g), torch.randn(4, 4, generator=g) * 3.**-i)
               for i in range(3)}
     scores = {n: (w * v).abs() for n, (w, v) in layers.items()}
-    stats = {n: SimpleNamespace(energy_grad=v) for n, (w, v) in layers.items()}
+    stats = {n: SimpleNamespace(output_square_grad=v) for n, (w, v) in layers.items()}
     space = SimpleNamespace(unit="weight", w=lambda n: layers[n][0])
     hulls = [torch.tensor([0.,
                            *convex_slopes(distortion_curve(w, v, tile_scores(scores[n], 2, 2).argsort(stable=True), 2,
