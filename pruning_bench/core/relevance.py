@@ -59,10 +59,10 @@ WEIGHTED_OPS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "con
 ADDITION_OPS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 AVERAGING_OPS = {"mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d",
                  "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
-ELEMENTWISE_OPS = {"relu", "relu_", "relu6", "leaky_relu", "hardtanh", "hardswish", "elu", "selu", "gelu", "silu", "tanh",
-                   "softplus", "clamp", "batch_norm", "instance_norm", "group_norm", "layer_norm",
-                   "dropout", "dropout1d", "dropout2d", "feature_dropout", "contiguous", "clone", "to", "float", "double",
-                   "neg", "div", "true_divide", "mul", "sub"}
+ELEMENTWISE_OPS = {"relu", "relu_", "relu6", "leaky_relu", "hardtanh", "hardswish", "elu", "selu", "gelu", "silu",
+                   "tanh", "softplus", "clamp", "batch_norm", "instance_norm", "group_norm", "layer_norm",
+                   "dropout", "dropout1d", "dropout2d", "feature_dropout", "contiguous", "clone", "to", "float",
+                   "double", "neg", "div", "true_divide", "mul", "sub"}
 ROUTING_OPS = {"__get__", "flatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze",
                "unflatten", "__getitem__", "cat", "concat", "split", "chunk", "pad", "max_pool1d", "max_pool2d",
                "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "view_as", "reshape_as"}

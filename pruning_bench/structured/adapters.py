@@ -6,7 +6,7 @@
 __all__ = ['add_correction', 'can_adapt', 'attach_adapters', 'low_rank_delta', 'merge_adapters', 'extend_groups',
            'merged_l1_norm', 'prepare_adapters', 'train_adapters', 'splora', 'dirichlet_split', 'candidate_masks',
            'apply_masks', 'federated_average', 'average_bn_stats', 'select_candidate', 'exchange_count',
-           'growth_gradients', 'exchange_weights', 'fedtiny']
+           'growth_gradients', 'exchange_weights', 'client_update', 'exchange_layer', 'fedtiny']
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #6ecf0282
 import copy
@@ -25,23 +25,23 @@ from .filters import criterion
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #a9b35ba7
 def add_correction(module, args, out): # a forward hook
-    "What the layer says, plus its correction."
+    "Add the low-rank correction of a layer to its output."
     return out + module.up(module.down(args[0]))
 
-def can_adapt(m:nn.Module)->bool: # whether a path of rank r can be put beside a layer
-    "Linear layers, and convolutions in one group whose padding keeps the centre of the kernel on the picture."
+def can_adapt(m:nn.Module)->bool: # whether a layer can take an adapter
+    "Linear layers, and convolutions in one group with odd kernels and same padding, take adapters."
     if isinstance(m, nn.Linear): return True
     return (isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding_mode == "zeros"
             and all(k % 2 and p == d * (k // 2) for k, p, d in zip(m.kernel_size, m.padding, m.dilation)
                     if not isinstance(m.padding, str)) and not isinstance(m.padding, str))
 
 def attach_adapters(model:nn.Module, # changed in place
-          rank:int=16,     # of the corrections
-    )->dict:               # {parameter: whether it was trained before}
-    "Freeze the weights, and put a low-rank correction beside every layer that takes one."
+                    rank:int=16,     # of the corrections
+    )->dict: # {parameter: whether it was trained before}
+    "Attach LoRA adapters: freeze the weights and add a low-rank correction to every layer that takes one."
     if rank < 1: raise BadInput(f"rank {rank} is not a positive number: an adapter needs at least one row")
-    was, places = (({n: p.requires_grad for n, p in model.named_parameters()},
-                    [m for m in model.modules() if can_adapt(m)]))
+    was = {n: p.requires_grad for n, p in model.named_parameters()}
+    places = [m for m in model.modules() if can_adapt(m)]
     if not places:
         raise BadInput(
             f"{type(model).__name__} has no layer for an adapter: it needs linear layers, or convolutions in one group")
@@ -55,11 +55,12 @@ def attach_adapters(model:nn.Module, # changed in place
         nn.init.uniform_(m.up.weight, -1e-4, 1e-4)
         m.down.to(m.weight)
         m.up.to(m.weight)
-        m.beside = m.register_forward_hook(add_correction)
+        m.adapter_hook = m.register_forward_hook(add_correction)
     return was
 
+# %% ../../nbs/structured/54_adapters_federated.ipynb #a9b35ba8
 def low_rank_delta(m:nn.Module)->Tensor: # like its weight
-    "What the adapter adds to the weight of a layer."
+    "The low-rank matrix that the adapter adds to the weight of a layer."
     low = m.up.weight.detach().flatten(1) @ m.down.weight.detach().flatten(1)
     if m.weight.dim() == 2: return low
     out = torch.zeros_like(m.weight)
@@ -67,43 +68,51 @@ def low_rank_delta(m:nn.Module)->Tensor: # like its weight
     return out
 
 @torch.no_grad()
-def merge_adapters(model:nn.Module, was=None)->nn.Module: # the vanilla model; `was` as from `attach_adapters`
-    "Add every correction to its weight, and take the adapters away."
-    for m in [m for m in model.modules() if hasattr(m, "beside")]:
+def merge_adapters(model:nn.Module, # changed in place
+                   was=None,        # {parameter: whether it trains}, from `attach_adapters`; None = all train
+    )->nn.Module: # the model without adapters
+    "Merge every adapter into its weight, and remove the adapters."
+    for m in [m for m in model.modules() if hasattr(m, "adapter_hook")]:
         m.weight += low_rank_delta(m)
-        m.beside.remove()
-        del m.up, m.down, m.beside
+        m.adapter_hook.remove()
+        del m.up, m.down, m.adapter_hook
     for n, p in model.named_parameters(): p.requires_grad_((was or {}).get(n, True))
     return model
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #7a5eb359
 def extend_groups(space)->None:
-    "Rows of `up` and columns of `down` go with the rows and columns they correct."
+    "Add rows of `up` and columns of `down` to the dependency groups of the rows and columns they correct."
     for g in space.groups.values():
         for (p, d), index in list(g.members.items()):
             home, _, attr = p.rpartition(".")
-            if attr == "weight" and hasattr(space.model.get_submodule(home), "beside"):
+            if attr == "weight" and hasattr(space.model.get_submodule(home), "adapter_hook"):
                 g.members[(f"{home}.up.weight", 0) if d == 0 else (f"{home}.down.weight", 1)] = index
 
 @criterion()
 def merged_l1_norm(space, batches=None, loss=None)->dict: # {group: (units,)}
-    "Sum of absolute weights of a filter, its correction included."
-    whole = lambda l: l.matrix(l.weight.detach() + low_rank_delta(l.module) if hasattr(l.module, "beside")
-                               else l.weight.detach())
-    leaf = {n: whole(l).abs() for n, l in space.layers.items()}
+    "L1 norm of a filter with its adapter merged."
+    def merged(layer):
+        w = layer.weight.detach()
+        return layer.matrix(w + low_rank_delta(layer.module) if hasattr(layer.module, "adapter_hook") else w)
+    leaf = {n: merged(l).abs() for n, l in space.layers.items()}
     return {n: space.reduce(n, leaf) for n in space.names()}
 
 @part_factory(Preparation)
 def prepare_adapters(rank:int): # of the adapters
-    "Put adapters on, and let them share the fate of their layers."
+    "Attach adapters and add them to the dependency groups of their layers."
     def prepare(method, space, keep, train):
         was = attach_adapters(space.model, rank)
         extend_groups(space)
         return {"space": space, "was": was}
     return prepare
 
-def train_adapters(model, start:dict, train, n:int, left:int)->None:
-    "Train the adapters with one n-th of the budget; after the last cut they are fused."
+def train_adapters(model:nn.Module, # with adapters
+                   start:dict,      # from `prepare_adapters`
+                   train,           # (fraction of the budget) -> nothing
+                   n:int,           # pruning steps
+                   left:int,        # steps to come
+    )->None:
+    "Train the adapters with one n-th of the budget; after the last pruning step they are merged."
     train(1 / n)
     if left: return
     merge_adapters(model, start["was"])
@@ -112,25 +121,26 @@ def train_adapters(model, start:dict, train, n:int, left:int)->None:
     for g in space.groups.values():
         for key in [k for k in g.members if k[0].endswith((".up.weight", ".down.weight"))]: del g.members[key]
 
+# %% ../../nbs/structured/54_adapters_federated.ipynb #f64a1070
 @register("Structured Pruning Adapters", "arXiv:2211.10155", 2022, "structured")
 def splora(rank:int=16,       # of the corrections
-           rounds:int=5,      # cuts, each removing the same share of what is left
+           rounds:int=5,      # pruning steps, each removing the same share of what is left
            steps:int=300,     # optimiser steps in all
            lr:float=3e-3,     # peak learning rate
-           residual:bool=False, # also cut the channels of residual streams
+           residual:bool=False, # also prune the channels of residual streams
     ):
-    "The weights are frozen, low-rank corrections train between cuts and are cut along, and at the end they are fused."
+    "Weights are frozen; low-rank adapters train between pruning steps, are pruned with their layers, and are merged."
     return Method(space="channels", score=merged_l1_norm, schedule=geometric(rounds),
                   prepare=prepare_adapters(rank), between=train_adapters,
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #8d92b91d
-def dirichlet_split(labels:Tensor,      # (examples,)
-               clients:int=5,            # clients
-               concentration:float=.5, # of the Dirichlet distribution; small = clients differ
-               seed:int=0,
-    )->list:                       # one tensor of indices per client, none empty
-    "Divide examples among clients who know different classes."
+def dirichlet_split(labels:Tensor,  # (examples,)
+                    clients:int=5,  # number of clients
+                    concentration:float=.5, # of the Dirichlet distribution; small = clients differ more
+                    seed:int=0,     # of the split
+    )->list: # one tensor of indices per client, none empty
+    "Split examples among clients with a Dirichlet distribution over classes (non-IID)."
     draw, parts = torch.Generator().manual_seed(seed), [[] for _ in range(clients)]
     for kind in labels.unique():
         ids = (labels == kind).nonzero().flatten()
@@ -140,17 +150,22 @@ def dirichlet_split(labels:Tensor,      # (examples,)
             part.append(piece)
     parts = [torch.cat(p) for p in parts]
     for i in (i for i, p in enumerate(parts) if not len(p)):
-        rich = max(range(clients), key=lambda j: len(parts[j]))
-        parts[i], parts[rich] = parts[rich][:1], parts[rich][1:]
+        largest = max(range(clients), key=lambda j: len(parts[j]))
+        parts[i], parts[largest] = parts[largest][:1], parts[largest][1:]
     return parts
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #b20de92e
-def candidate_masks(model:nn.Module, keep:float, n:int=5, density_noise:float=.3, seed:int=0)->list: # of {parameter: mask}
-    "Masks of the largest weights, all of one size, whose densities scatter around Erdős–Rényi-Kernel; the first does not scatter."
+def candidate_masks(model:nn.Module, # whose weights are ranked by magnitude
+                    keep:float,      # fraction of the weights
+                    n:int=5,         # number of masks
+                    density_noise:float=.3, # standard deviation of the logarithm of the layer densities
+                    seed:int=0,      # of the noise
+    )->list: # of {parameter: mask}, all with the same number of weights
+    "Magnitude masks with layer densities scattered around Erdős–Rényi-Kernel; the first is not scattered."
     space, draw, out = Weights(model), torch.Generator().manual_seed(seed), []
     scores = {k: space.w(k).abs() for k in space.names()}
-    size, want = (({k: s.numel() for k, s in scores.items()},
-                   {k: sum(space.layers[k].shape) / s.numel() for k, s in scores.items()}))
+    size = {k: s.numel() for k, s in scores.items()}
+    want = {k: sum(space.layers[k].shape) / s.numel() for k, s in scores.items()}
     for i in range(n):
         tilted = {k: v * math.exp(density_noise * torch.randn(1, generator=draw).item() * (i > 0))
                   for k, v in want.items()}
@@ -158,27 +173,39 @@ def candidate_masks(model:nn.Module, keep:float, n:int=5, density_noise:float=.3
         out.append({k: topk_mask(s.flatten(), round(shares[k] * s.numel())).view_as(s) for k, s in scores.items()})
     return out
 
-def apply_masks(model:nn.Module, masks:dict)->None: # {parameter: (rows, columns)}
-    "Give every layer its mask."
+def apply_masks(model:nn.Module, # changed in place
+                masks:dict,      # {parameter: (rows, columns) bool}
+    )->None:
+    "Attach a mask to every layer."
     space = Weights(model)
     space.apply({n: (space.w(n) * m, m) for n, m in masks.items()})
 
-def federated_average(states:list, sizes:list)->dict: # state dicts, numbers of examples -> a state dict
-    "The mean of all clients, by the number of their examples; counters are those of the first."
+# %% ../../nbs/structured/54_adapters_federated.ipynb #b20de92f
+def federated_average(states:list, # state dicts of the clients
+                      sizes:list,  # their numbers of examples
+    )->dict: # a state dict
+    "Federated averaging (FedAvg): the mean weighted by numbers of examples; integer counters are those of the first."
     mean = lambda k: sum(s[k].double() * n for s, n in zip(states, sizes)) / sum(sizes)
     return {k: mean(k).to(v.dtype) if v.is_floating_point() else v for k, v in states[0].items()}
 
 @torch.no_grad()
-def average_bn_stats(model:nn.Module, client_batches:list)->None: # homes: per client, a list of batches
-    "Every client runs its examples through to learn the statistics of batch norm, and the server averages them."
+def average_bn_stats(model:nn.Module,     # changed in place
+                     client_batches:list, # per client, a list of batches
+    )->None:
+    "Recalibrate batch norms on every client and average the statistics."
     states = [{k: v for k, v in recalibrate_bn(copy.deepcopy(model), home).state_dict().items() if "running" in k}
               for home in client_batches]
     if states[0]:
         model.load_state_dict({**model.state_dict(),
                                **federated_average(states, [sum(map(size_of, h)) for h in client_batches])})
 
-def select_candidate(model:nn.Module, masks:list, client_batches:list, loss, adapt_norms:bool=True)->tuple: # (masks, mean losses)
-    "The candidate with the smallest loss over all clients."
+def select_candidate(model:nn.Module,     # not changed
+                     masks:list,          # of {parameter: mask}
+                     client_batches:list, # per client, a list of batches
+                     loss,                # as for `prune`
+                     adapt_norms:bool=True, # whether batch norms are recalibrated for every candidate
+    )->tuple: # (masks, mean loss of every candidate)
+    "The candidate masks with the smallest loss over all clients."
     loss, losses = as_loss(loss), []
     for m in masks:
         twin = copy.deepcopy(model)
@@ -190,65 +217,99 @@ def select_candidate(model:nn.Module, masks:list, client_batches:list, loss, ada
     return masks[min(range(len(masks)), key=losses.__getitem__)], losses
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #a298226a
-def exchange_count(t:float, end:float, active:int, alpha:float=.3)->int: # weights to move
-    "How many weights change place in round t; none from `end` on."
+def exchange_count(t:float,         # the round
+                   end:float,       # no weight is exchanged from this round on
+                   active:int,      # unpruned weights of the layer
+                   alpha:float=.3,  # fraction at the beginning
+    )->int: # weights to exchange
+    "Cosine-annealed number of weights that are pruned and regrown, as in RigL."
     return int(alpha / 2 * (1 + math.cos(math.pi * min(t, end) / end)) * active + 1e-9)
 
-def growth_gradients(model:nn.Module, name:str, batch, loss, k:int)->Tensor: # (rows, columns): the k largest gradients of dead weights, else zero
-    "What a client sends: the gradient of one batch where a weight is dead."
+def growth_gradients(model:nn.Module, # not changed
+                     name:str,        # of a layer
+                     batch, loss,     # one batch, and the loss as for `prune`
+                     k:int,           # gradients to send
+    )->Tensor: # (rows, columns), zero elsewhere
+    "The k largest gradients of pruned weights on one batch: the growth scores that a client sends."
     dead, twin = ~Weights(model).alive(name), copy.deepcopy(model)
     remove_masks(twin)   # masks also silence gradients
     layer = Weights(twin).layers[name]
     with in_mode(twin, False): g = layer.matrix(torch.autograd.grad(as_loss(loss)(twin, batch), layer.weight)[0])
     return g * topk_mask(g.abs().masked_fill(~dead, -1.).flatten(), min(k, int(dead.sum()))).view_as(g)
 
-def exchange_weights(w:Tensor, mask:Tensor, gradient:Tensor, k:int)->Tensor: # (rows, columns): the new mask, as many weights as before
-    "The k smallest go, and the k most wanted come."
+def exchange_weights(w:Tensor,        # (rows, columns)
+                     mask:Tensor,     # like w, bool
+                     gradient:Tensor, # like w: growth scores of pruned weights
+                     k:int,           # weights to exchange
+    )->Tensor: # the new mask, with as many weights as before
+    "Prune the k smallest weights and regrow the k pruned ones with the largest gradients (RigL)."
     k = min(k, int((~mask).sum()), int(mask.sum()))
     stay = topk_mask(w.abs().masked_fill(~mask, -1.).flatten(), int(mask.sum()) - k).view_as(mask)
     return stay | topk_mask(gradient.abs().masked_fill(mask, -1.).flatten(), k).view_as(mask)
 
 # %% ../../nbs/structured/54_adapters_federated.ipynb #e9e7cd85
-def fedtiny(model:nn.Module,   # untrained; changed in place
-             client_batches:list,        # per client, a list of batches
-             loss,              # as for `prune`
-             keep:float=.1,     # fraction of the weights
-             rounds:int=20,     # of averaging
-             local_steps:int=5,       # optimiser steps of a client in a round
-             lr:float=.05,      # of their SGD
-             num_candidates:int=5,     # candidates; 1 = no election
-             exchange_every:int=2,       # rounds between two moves of the mask; 0 = it stays
-             exchange_until:float=.75,    # fraction of the rounds after which it stays
-             seed:int=0,        # of candidates and orders
-    )->list:                    # per round: kept weights, moved weights
-    "FedTiny: an elected mask, federated averaging, and one layer after another that exchanges weights."
-    masks, log, sizes, draw = ((select_candidate(model, candidate_masks(model, keep, num_candidates, seed=seed),
-                                                 client_batches, loss)[0], [],
-                                [sum(map(size_of, h)) for h in client_batches], torch.Generator().manual_seed(seed)))
+def client_update(model:nn.Module, # trained in place
+                  batches:list,    # of the client
+                  loss,            # (model, batch) -> scalar
+                  local_steps:int, # optimiser steps
+                  lr:float,        # of SGD with momentum
+                  generator,       # draws the batches
+    )->dict: # the state dict after training
+    "Local training of one client."
+    opt = torch.optim.SGD(model.parameters(), lr, momentum=.9)
+    with in_mode(model, True):
+        for i in torch.randint(len(batches), (local_steps,), generator=generator).tolist():
+            opt.zero_grad(set_to_none=True)
+            loss(model, batches[i]).backward()
+            opt.step()
+    return copy.deepcopy(model.state_dict())
+
+def exchange_layer(model:nn.Module,     # changed in place
+                   masks:dict,          # {parameter: mask}, changed in place
+                   name:str,            # the layer whose weights are exchanged
+                   client_batches:list, # per client, a list of batches
+                   loss,                # as for `prune`
+                   t:int,               # the round
+                   k:int,               # weights to exchange
+    )->None:
+    "Prune and regrow weights of one layer by the averaged growth scores of all clients."
+    if not k: return
+    sizes = [sum(map(size_of, h)) for h in client_batches]
+    found = [growth_gradients(model, name, home[t % len(home)], loss, k) for home in client_batches]
+    wish = sum(g * n for g, n in zip(found, sizes))
+    masks[name] = exchange_weights(Weights(model).w(name), masks[name], wish, k)
+    apply_masks(model, masks)
+
+# %% ../../nbs/structured/54_adapters_federated.ipynb #e9e7cd86
+def fedtiny(model:nn.Module,      # untrained; changed in place
+            client_batches:list,  # per client, a list of batches
+            loss,                 # as for `prune`
+            keep:float=.1,        # fraction of the weights
+            rounds:int=20,        # of averaging
+            local_steps:int=5,    # optimiser steps of a client in a round
+            lr:float=.05,         # of their SGD
+            num_candidates:int=5, # candidate masks; 1 = no selection
+            exchange_every:int=2, # rounds between two exchanges of weights; 0 = the mask is fixed
+            exchange_until:float=.75, # fraction of the rounds after which the mask is fixed
+            seed:int=0,           # of candidates and orders
+    )->list: # per round: (kept weights, exchanged weights)
+    "FedTiny: a selected mask, federated averaging, and exchange of weights in one layer after another."
+    candidates = candidate_masks(model, keep, num_candidates, seed=seed)
+    masks, _ = select_candidate(model, candidates, client_batches, loss)
+    sizes, generator = [sum(map(size_of, h)) for h in client_batches], torch.Generator().manual_seed(seed)
     apply_masks(model, masks)
     average_bn_stats(model, client_batches)
-    names, turn, rule = list(masks)[::-1], 0, as_loss(loss)   # from the output backwards
+    names, turn, log, end = list(masks)[::-1], 0, [], exchange_until * rounds   # from the output backwards
     for t in range(rounds):
-        states, now = [], copy.deepcopy(model.state_dict())
+        states, now, k = [], copy.deepcopy(model.state_dict()), 0
         for home in client_batches:
             model.load_state_dict(now)
-            opt = torch.optim.SGD(model.parameters(), lr, momentum=.9)
-            with in_mode(model, True):
-                for i in torch.randint(len(home), (local_steps,), generator=draw).tolist():
-                    opt.zero_grad(set_to_none=True)
-                    rule(model, home[i]).backward()
-                    opt.step()
-            states.append(copy.deepcopy(model.state_dict()))
+            states.append(client_update(model, home, as_loss(loss), local_steps, lr, generator))
         model.load_state_dict(federated_average(states, sizes))
-        k = 0
-        if exchange_every and t % exchange_every == exchange_every - 1 and t < exchange_until * rounds:
+        if exchange_every and t % exchange_every == exchange_every - 1 and t < end:
             name, turn = names[turn % len(names)], turn + 1
-            k = exchange_count(t, exchange_until * rounds, int(masks[name].sum()))
-            wish = (sum(growth_gradients(model, name, home[t % len(home)], loss, k) * n
-                        for home, n in zip(client_batches, sizes)) if k else 0)
-            if k:
-                masks[name] = exchange_weights(Weights(model).w(name), masks[name], wish, k)
-                apply_masks(model, masks)
+            k = exchange_count(t, end, int(masks[name].sum()))
+            exchange_layer(model, masks, name, client_batches, loss, t, k)
         log.append((sum(int(m.sum()) for m in masks.values()), k))
     model.zero_grad(set_to_none=True)
     return log

@@ -20,7 +20,7 @@ from .taylor import sample_labels
 
 # %% ../../nbs/structured/47_eigendamage.ipynb #b7cd740a
 def output_gradients(space, batches, loss): # yields {layer: (positions, rows)}, one example at a time
-    "What the loss says about the output of every layer, before norms and activation functions."
+    "Gradients of the loss with respect to the output of every layer, before norms and activation functions."
     loss, outs, hooks = as_loss(loss), {}, []
     def keep(name):
         # an activation function may write into what it gets
@@ -46,11 +46,11 @@ def output_gradients(space, batches, loss): # yields {layer: (positions, rows)},
 
 # %% ../../nbs/structured/47_eigendamage.ipynb #252d21d2
 @provider(reads_loss=True)
-def kronecker_factors(space, batches, loss=None, # as every reading
-         label_samples:int=1,               # labels per example from the model's own predictions; 0 = the labels of the data
-         damping:float=1e-3,           # added to the diagonal of the second factor, relative to it
+def kronecker_factors(space, batches, loss=None, # as for every statistic
+                      label_samples:int=1,  # labels per example drawn from the model; 0 = the labels of the data
+                      damping:float=1e-3,   # added to the diagonal of the gradient factor, relative to it
     )->dict: # {group: [factors and rows of each layer that writes it]}
-    "Two factors of the Fisher of every layer: of what it reads, and of what the loss says about what it writes."
+    "Kronecker factors (K-FAC) of the Fisher of every layer: second moments of its inputs and of its output gradients."
     if not hasattr(space, "groups"):
         raise BadInput(f"Kronecker factors are read for coupled channels, and this space has {space.unit}s: choose "
                        "space='channels'")
@@ -67,8 +67,13 @@ def kronecker_factors(space, batches, loss=None, # as every reading
     return {k: [(made[p], torch.as_tensor(i, device=made[p].w.device)) for (p, d), i in g.members.items()
                 if (p, d) in g.produces and p in made] for k, g in space.groups.items()}
 
-def layer_factors(name:str, layer, a:Tensor, g:Tensor, damping:float)->SimpleNamespace:
-    "A layer with its bias as a matrix, the first factor, and the inverse of the second."
+def layer_factors(name:str,      # of the weight
+                  layer,         # the weight as a matrix
+                  a:Tensor,      # (groups, columns, columns): second moment of the inputs
+                  g:Tensor,      # (rows, rows): second moment of the output gradients
+                  damping:float, # added to the diagonal of g, relative to it
+    )->SimpleNamespace: # name, layer, bias, a, inverse of g, w with the bias as its last column
+    "The Kronecker factors of a layer, ready for OBS."
     bias, w = getattr(layer.module, "bias", None), at_least_float32(layer.read()).double()
     g = g.double() + torch.diag(damping * g.diagonal().clamp_min(1e-8 * g.diagonal().mean()) + 1e-30)
     return SimpleNamespace(name=name, layer=layer, bias=bias, a=a.double(), inverse=torch.linalg.inv(g),
@@ -79,7 +84,7 @@ def layer_factors(name:str, layer, a:Tensor, g:Tensor, damping:float)->SimpleNam
 def filter_obs(w:Tensor, # (units,)
                stats,    # `kronecker_factors` of the group
     )->Tensor: # (units,)
-    "Rise of the loss when a filter goes and all other filters of its layers move (Wang et al., 2019)."
+    "OBS for filters: rise of the loss when a filter is removed and the others of its layers are updated (EigenDamage)."
     total = torch.zeros(len(w), dtype=torch.double, device=w.device)
     for k, rows in stats.kronecker_factors:
         parts = k.w.reshape(len(k.a), -1, k.w.shape[1])
@@ -90,7 +95,7 @@ def filter_obs(w:Tensor, # (units,)
 @solver(needs=("kronecker_factors",), unit="channel", joint=True)
 def filter_obs_update(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
     )->dict: # {name: ({tensor: values}, mask)}
-    "The filters that stay move to where the quadratic is smallest without the others."
+    "OBS update: the filters that stay move to the minimum of the quadratic model without the removed ones."
     masks, lost = {n: pattern(scores, fraction) for n, (w, stats, scores, fraction, pattern) in groups.items()}, {}
     for n, (w, stats, *_) in groups.items():
         for k, rows in stats.kronecker_factors: lost.setdefault(k.name, (k, []))[1].append(rows[~masks[n]].flatten())
@@ -106,11 +111,11 @@ def filter_obs_update(groups:dict, # {name: (w, stats, scores, fraction, pattern
 
 @register("EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", "arXiv:1905.05934", 2019,
           "structured")
-def obs_struct(label_samples:int=1,       # labels per example from the model's own predictions; 0 = the labels of the data
-               damping:float=1e-3,   # added to the diagonal of the second factor, relative to it
-               residual:bool=False, # also cut the channels of residual streams
+def obs_struct(label_samples:int=1, # labels per example drawn from the model's predictions; 0 = the labels of the data
+               damping:float=1e-3,  # added to the diagonal of the gradient factor, relative to it
+               residual:bool=False, # also prune the channels of residual streams
     ):
-    "Channels whose filters the others of their layers can stand in for, by the Kronecker-factored Fisher (C-OBS), are removed in one ranking, and the others move."
+    "C-OBS: global ranking of channels by the Kronecker-factored Fisher; the filters that stay are updated."
     return Method(space="channels", score=filter_obs, allocate=global_, solve=filter_obs_update,
                   options={"residual": residual},
                   readings={"kronecker_factors": dict(label_samples=label_samples, damping=damping)})

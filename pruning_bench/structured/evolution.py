@@ -21,7 +21,7 @@ from .precrop import round_widths, width_budget, width_fractions
 
 # %% ../../nbs/structured/50_evolution.ipynb #3601d844
 class UnitGate(nn.Module):
-    "A parametrisation: what belongs to a unit is multiplied by the unit's number."
+    "A parametrisation that multiplies all that belongs to a unit by the gate of the unit."
     def __init__(self, parts, gates):
         super().__init__()
         self.parts, self.gates = parts, gates
@@ -33,7 +33,7 @@ class UnitGate(nn.Module):
         return w
 
 def unit_indices(space)->dict: # {parameter: [(dimension, group, unit of every index)]}
-    "Where the units of channel groups lie; what belongs to no unit has the number after the last."
+    "The unit of every index of every parameter; indices of no unit have the number after the last."
     shape, parts = {n: p.shape for n, p in space.model.named_parameters()}, {}
     for name, group in space.groups.items():
         for (p, d), index in group.members.items():
@@ -46,7 +46,7 @@ def unit_indices(space)->dict: # {parameter: [(dimension, group, unit of every i
 # %% ../../nbs/structured/50_evolution.ipynb #4e31b8fd
 @contextmanager
 def parametrized(model:nn.Module, parametrizations:dict): # {parameter: parametrisation}
-    "Show a network some of its weights through parametrisations, wherever it uses them."
+    "Inside, some weights of a network pass through parametrisations, in every module that owns them."
     params, undo = dict(model.named_parameters()), []
     homes = [(m, a, p) for m in model.modules() for a, p in m._parameters.items() if p is not None]
     try:
@@ -62,8 +62,8 @@ def parametrized(model:nn.Module, parametrizations:dict): # {parameter: parametr
             for k in [k for k in order if k in m._parameters]: m._parameters[k] = m._parameters.pop(k)
 
 @contextmanager
-def gated_weights(space): # yields {group: (units,)}, all ones; write what is on
-    "Inside, the channels of a space are switched by numbers."
+def gated_weights(space): # yields {group: (units,)}, all ones; write zeros to switch units off
+    "Inside, all members of a channel are multiplied by its gate."
     gates = {n: torch.ones(len(g)) for n, g in space.groups.items()}
     with parametrized(space.model, {p: UnitGate(parts, gates) for p, parts in unit_indices(space).items()}): yield gates
 
@@ -76,12 +76,12 @@ def batch_statistics(model:nn.Module): # yields nothing
         yield
 
 def unit_ranks(scores:dict)->dict: # {group: (units,)}, 0 = best
-    "The place of every unit in the ranking of its group."
+    "The rank of every unit within its group."
     return {n: s.argsort(descending=True, stable=True).argsort() for n, s in scores.items()}
 
 @torch.no_grad()
 def batch_stat_outputs(model:nn.Module, batches)->list: # of tensors
-    "Outputs with the statistics of each batch."
+    "Outputs of the model with batch norms on the statistics of each batch."
     with batch_statistics(model): return [output_tensor(model, b) for b in batches]
 
 def output_change(space, place:dict, batches, gates:dict): # a function {group: units} -> number
@@ -94,11 +94,12 @@ def output_change(space, place:dict, batches, gates:dict): # a function {group: 
     return hurt
 
 # %% ../../nbs/structured/50_evolution.ipynb #027ac98d
-def evolve_widths(size:dict,  # {group: units}
-            hurt,       # function {group: units} -> damage
-            generations:int, population:int, # generations, and members of each
-    )->list:            # [(units in all, damage, {group: units})], the front from large to small
-    "Widths that no others beat in both number and damage, by NSGA-II."
+def evolve_widths(size:dict,       # {group: units}
+                  hurt,            # {group: units} -> change of the output
+                  generations:int, # of the evolution
+                  population:int,  # members of each generation
+    )->list: # [(units in all, change of the output, {group: units})], from large to small
+    "The Pareto front of widths and change of the output, by NSGA-II."
     try:
         from pymoo.algorithms.moo.nsga2 import NSGA2
         from pymoo.operators.crossover.sbx import SBX
@@ -124,9 +125,9 @@ def evolve_widths(size:dict,  # {group: units}
 
 # %% ../../nbs/structured/50_evolution.ipynb #e6bfd76e
 def combine_fronts(fronts:list, # of `evolve_widths`
-           total:int,   # units to keep in all
-    )->dict:            # {group: units}, in all at most `total` where the fronts reach so far
-    "One member of each front: step by step the least damage per unit."
+                   total:int,   # units to keep in all
+    )->dict: # {group: units}, in all at most `total` where the fronts reach so far
+    "One member of each front, chosen greedily by the least change of the output per unit removed."
     at = [max(f, key=lambda m: m[0]) for f in fronts]
     while sum(m[0] for m in at) > total:
         steps = [((m[1] - now[1]) / (now[0] - m[0]), i, m) for i, (f, now) in enumerate(zip(fronts, at)) for m in f
@@ -137,8 +138,11 @@ def combine_fronts(fronts:list, # of `evolve_widths`
     return {n: c for m in at for n, c in m[2].items()}
 
 # %% ../../nbs/structured/50_evolution.ipynb #c654f6be
-def cached_search(space, scores:dict, find): # `find()` -> anything
-    "What a search found for these scores, found now if they are new."
+def cached_search(space,       # keeps the result
+                  scores:dict, # the result is valid for this dictionary
+                  find,        # () -> the result of a search
+    ): # the result
+    "The cached result of a search for these scores; the search runs when they are new."
     if getattr(space, "searched", (None,))[0] is not scores: space.searched = scores, find()
     return space.searched[1]
 
@@ -146,7 +150,7 @@ def cached_search(space, scores:dict, find): # `find()` -> anything
 def emo(generations:int=10, population:int=16, # generations, and members of each
         subnetworks:int=2,                  # consecutive sub-networks, evolved one after the other
     ): # (scores, keep, space, stats) -> {group: fraction}
-    "Widths by evolution, for least change of the output (after Chen et al., 2023)."
+    "EMO-PMS: widths by multi-objective evolution for the least change of the output (after Chen et al., 2023)."
     def search(scores, keep, space, stats):
         size, total = width_budget(scores, keep, space, "emo")
         def fronts(found):
@@ -165,8 +169,8 @@ def emo(generations:int=10, population:int=16, # generations, and members of eac
 def emo_pms(generations:int=10,  # generations
             population:int=16,  # members of a generation
             subnetworks:int=2,    # consecutive sub-networks, evolved one after the other
-            residual:bool=False, # also cut the channels of residual streams
+            residual:bool=False, # also prune the channels of residual streams
     ):
-    "Widths by multi-objective evolution: few channels against little change of the output; the filters with the smallest L1 norm go."
+    "Multi-objective evolution of widths: few channels, little change of the output; filters ranked by L1 norm."
     return Method(space="channels", score=magnitude, allocate=emo(generations, population, subnetworks),
                   options={"residual": residual})

@@ -39,7 +39,7 @@ class FeatureMapRecorder(TorchDispatchMode):
 # %% ../../nbs/structured/47_feature_maps.ipynb #4f9f1ea5
 @criterion()
 def hrank(space, batches, loss=None)->dict: # {group: (units,)}
-    "Mean rank of the map a channel draws (Lin et al., 2020)."
+    "HRank: mean rank of the feature map of a channel (Lin et al., 2020)."
     run, total, count = select_forward(loss), {}, 0
     for batch in batches:
         with in_mode(space.model, False), torch.no_grad(), FeatureMapRecorder(space.layers) as seen:
@@ -50,21 +50,21 @@ def hrank(space, batches, loss=None)->dict: # {group: (units,)}
     found = sum_rows_by_unit(space, {n: t / count for n, t in total.items()})
     flat = [n for n in space.groups if n not in found]
     if flat:
-        raise BadInput(f"the channels of {flat[0]!r} draw no two-dimensional maps whose rank could be read: name it in "
+        raise BadInput(f"the channels of {flat[0]!r} have no two-dimensional feature maps, so no rank: name it in "
                        "skip=, or choose another criterion, such as 'taylor-gate'")
     return found
 
 @register("HRank: Filter Pruning using High-Rank Feature Map", "arXiv:2002.10179", 2020, "structured")
-def hrank_(residual:bool=False): # stream = also cut the channels of residual streams
+def hrank_(residual:bool=False): # also prune the channels of residual streams
     "Channels whose feature maps have the lowest rank on average are removed."
     return Method(space="channels", score=hrank, options={"residual": residual})
 
 # %% ../../nbs/structured/47_feature_maps.ipynb #07066306
 @criterion()
-def betarank(space, batches, loss=None, # as every reading
+def betarank(space, batches, loss=None, # as for every statistic
              exponent:int=1,               # of the ratio: 1 as in the paper, -1 as in the released code
     )->dict: # {group: (units,)}
-    "Weights times the spread of what they read over the spread of what they write (Beta-Rank, 2023)."
+    "Beta-Rank: absolute weights times standard deviation of their input over that of the output (2023)."
     total, seen = {}, {}
     def visit(name, layer, x, args):
         if len(x) < 2: raise BadInput("Beta-Rank compares the examples of a batch: pass batches of at least two")
@@ -82,9 +82,9 @@ def betarank(space, batches, loss=None, # as every reading
 @register("Beta-Rank: A Robust Convolutional Filter Pruning Method For Imbalanced Medical Image Analysis",
           "arXiv:2304.07461", 2023, "structured")
 def betarank_(exponent:int=1,       # of the ratio: 1 as in the paper, -1 as in the released code
-              residual:bool=False, # also cut the channels of residual streams
+              residual:bool=False, # also prune the channels of residual streams
     ):
-    "Filters are ranked by their weights times the spread of what they read over the spread of what they write."
+    "Filters with the smallest weights, standardised by the deviation of inputs and outputs, are removed."
     if exponent not in (1, -1):
         raise BadInput(f"exponent={exponent} is neither 1, the paper's ratio, nor -1, that of the released code")
     return Method(space="channels", score=betarank, options={"residual": residual},

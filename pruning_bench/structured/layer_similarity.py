@@ -22,7 +22,7 @@ from ..graph.surgery import error_line
 
 # %% ../../nbs/structured/50_layer_similarity.ipynb #4e4969e1
 def block_lists(model:nn.Module)->dict: # {path: blocks}
-    "The outermost lists of equal blocks."
+    "The outermost lists of modules of one class: the candidates for depth pruning."
     found = {}
     for path, m in model.named_modules():
         if any(not p or path.startswith(f"{p}.") for p in found) or not isinstance(m, (nn.ModuleList, nn.Sequential)):
@@ -33,7 +33,7 @@ def block_lists(model:nn.Module)->dict: # {path: blocks}
     return found
 
 def removable_blocks(model:nn.Module, lists:dict, run)->dict: # {path: indices of blocks}
-    "The blocks that return the shape they were given, in one forward pass."
+    "The blocks whose output has the shape of their input, found in one forward pass."
     free, handles = {p: set() for p in lists}, []
     def visit(path, i, x, y):
         if isinstance(x, Tensor) and x.shape == y.shape: free[path].add(i)
@@ -49,7 +49,7 @@ def removable_blocks(model:nn.Module, lists:dict, run)->dict: # {path: indices o
 # %% ../../nbs/structured/50_layer_similarity.ipynb #cc9517f1
 @space
 class Residuals:
-    "Every residual block that can be left out is a unit, in all lists of equal blocks."
+    "Depth pruning: every residual block whose output has the shape of its input is a unit, in all lists of blocks."
     unit = "block"
 
     def __init__(self, model, data=None, skip=(), loss=None):
@@ -95,8 +95,9 @@ class Residuals:
     @staticmethod
     def restore(model, plan): keep_blocks(model, plan.slices)
 
+# %% ../../nbs/structured/50_layer_similarity.ipynb #cc9517f2
 def keep_blocks(model:nn.Module, slices:dict)->None: # {path: {0: indices of the blocks that stay}}
-    "Delete all other blocks of the lists."
+    "Remove all other blocks of the lists."
     for p, dims in slices.items():
         drop_blocks(model, p, torch.isin(torch.arange(len(model.get_submodule(p))), torch.tensor(dims[0])))
 
@@ -104,7 +105,7 @@ def keep_blocks(model:nn.Module, slices:dict)->None: # {path: {0: indices of the
 def cka(x:Tensor, # (samples, features)
         y:Tensor, # (samples, other features)
     )->float: # between 0 and 1
-    "Linear centred kernel alignment of two views of the same samples."
+    "Linear centred kernel alignment (CKA) of two feature matrices of the same samples."
     x, y = (t.double() - t.double().mean(0) for t in (x, y))
     wide = len(x) < max(x.shape[1], y.shape[1])   # then products of samples are the smaller matrices
     inner = lambda a, b: ((a @ a.T) * (b @ b.T)).sum() if wide else (a.T @ b).square().sum()
@@ -113,7 +114,7 @@ def cka(x:Tensor, # (samples, features)
 # %% ../../nbs/structured/50_layer_similarity.ipynb #bd22af43
 @torch.no_grad()
 def last_features(model:nn.Module, batches)->Tensor: # (samples, features)
-    "What enters the last layer that runs: pictures are averaged over their pixels, tokens are samples."
+    "The input of the last layer that runs: maps are averaged over their positions, every token is a sample."
     seen, rows = {}, []
     handles = [m.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]) if args else None)
                for m in model.modules() if matrix_permutations(m)]
@@ -130,7 +131,7 @@ def last_features(model:nn.Module, batches)->Tensor: # (samples, features)
 # %% ../../nbs/structured/50_layer_similarity.ipynb #23a29bd3
 @provider()
 def block_cka(space, batches, loss=None)->dict: # {name of the group: (blocks,)}
-    "Alignment of the last features with and without each block: one pass per block."
+    "CKA of the last features with and without each block: one pass over the batches per block."
     if not hasattr(space, "all"):
         raise BadInput(f"the alignment without a block needs space='residuals', and this space has {space.unit}s")
     full = last_features(space.model, batches)
@@ -145,18 +146,18 @@ def block_cka(space, batches, loss=None)->dict: # {name of the group: (blocks,)}
 def cka_change(w:Tensor, # (blocks,), only its device is read
                stats,    # `block_cka`: (blocks,)
     )->Tensor: # (blocks,)
-    "How much the last features change without a block: one minus their alignment."
+    "One minus the CKA of the last features with and without a block."
     return 1 - stats.block_cka.to(w.device)
 
 # %% ../../nbs/structured/50_layer_similarity.ipynb #66360423
 @register("Effective Layer Pruning Through Similarity Metric Perspective", "arXiv:2405.17081", 2024, "structured")
-def cka_layer(rounds:int=3): # cuts, with a share of the training after each
-    "Leave out the residual blocks without which the last features change least, and look again after every cut."
+def cka_layer(rounds:int=3): # pruning steps, with a share of the training after each
+    "Depth pruning by CKA: remove the residual blocks without which the last features change least, step by step."
     return Method(space="residuals", score=cka_change, schedule=linear(rounds))
 
 # %% ../../nbs/structured/50_layer_similarity.ipynb #adf3a658
 @register("When Layers Play the Lottery, all Tickets Win at Initialization", "arXiv:2301.10835", 2023, "structured",
           start_state="init")
 def layer_lottery():
-    "Before training, drop the residual blocks whose weights the loss is least sensitive to."
+    "Depth pruning before training: remove the residual blocks with the smallest sum of SNIP scores."
     return Method(space="residuals", score=snip)

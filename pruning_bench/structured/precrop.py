@@ -15,7 +15,7 @@ from ..core.score import random
 
 # %% ../../nbs/structured/50_precrop.ipynb #19aa71a9
 def layer_groups(space)->dict: # {layer: (number of weights, groups at its ends)}
-    "Which groups the rows and the columns of every weight belong to."
+    "The channel groups at the two ends of every weight: those of its rows and of its columns."
     size, ends = {n: p.numel() for n, p in space.model.named_parameters() if p.dim() > 1}, {}
     for name, group in space.groups.items():
         for p, _ in group.members:
@@ -23,10 +23,10 @@ def layer_groups(space)->dict: # {layer: (number of weights, groups at its ends)
     return ends
 
 def balanced_widths(ends:dict,      # {layer: (number of weights, groups at its ends)}
-         price:float,    # weights that every layer end of a group keeps
-         sweeps:int=60,  # over the groups, one solved at a time
-    )->dict:             # {group: fraction}
-    "The widths with the largest expected flow at a price."
+                    price:float,    # weights that every layer end of a group keeps
+                    sweeps:int=60,  # coordinate-wise passes over the groups
+    )->dict: # {group: fraction}
+    "The widths with the largest expected synaptic flow for a Lagrange multiplier."
     r = {g: 1. for _, names in ends.values() for g in names}
     touched = {g: [(names.count(g), size, names) for size, names in ends.values() if g in names] for g in r}
     for _ in range(sweeps):
@@ -36,11 +36,11 @@ def balanced_widths(ends:dict,      # {layer: (number of weights, groups at its 
     return r
 
 # %% ../../nbs/structured/50_precrop.ipynb #79308946
-def round_widths(want:dict,  # {group: units wanted}
-          size:dict,  # {group: units there are}
-          total:int,  # units to keep in all
-    )->dict:          # {group: whole number of units}
-    "At least one and at most all units of every group, in all exactly `total`: everybody moves the same share of the way."
+def round_widths(want:dict, # {group: units wanted}
+                 size:dict, # {group: units there are}
+                 total:int, # units to keep in all
+    )->dict: # {group: whole number of units}
+    "Round widths to whole units that sum to `total`: at least one and at most all units of every group."
     want, total = (({n: min(max(float(w), 1.), size[n]) for n, w in want.items()},
                     min(max(total, len(size)), sum(size.values()))))
     lack = total - sum(want.values())
@@ -51,7 +51,7 @@ def round_widths(want:dict,  # {group: units wanted}
     return count
 
 def width_budget(scores:dict, keep:float, space, name:str)->tuple: # ({group: units alive}, units to keep)
-    "What a search over widths may spend; raises `BadInput` where units are not channels."
+    "The budget of a search over widths; raises `BadInput` where units are not channels."
     if space.unit != "channel":
         raise BadInput(f"allocation {name!r} searches the widths of channel groups, and this space has {space.unit}s: "
                        "use space='channels' or another allocation")
@@ -59,13 +59,13 @@ def width_budget(scores:dict, keep:float, space, name:str)->tuple: # ({group: un
              math.floor(keep * sum(s.numel() for s in scores.values()) + .5)))
 
 def width_fractions(count:dict, scores:dict)->dict: # {group: fraction}
-    "Whole numbers of units as an allocation."
+    "Whole numbers of units as fractions, the form of an allocation."
     return {n: count[n] / s.numel() for n, s in scores.items()}
 
 # %% ../../nbs/structured/50_precrop.ipynb #6943e5a7
 @allocator
 def precrop(scores:dict, keep:float, space)->dict: # {group: fraction}
-    "Equal weights for every layer end: the widths with the largest expected synaptic flow."
+    "PreCropping: the widths with the largest expected synaptic flow, the same number of weights for every layer end."
     size, total = width_budget(scores, keep, space, "precrop")
     ends = layer_groups(space)
     low, high = 1e-6, 1. + sum(n for n, _ in ends.values())
@@ -77,6 +77,6 @@ def precrop(scores:dict, keep:float, space)->dict: # {group: fraction}
 
 @register("Structured Pruning is All You Need for Pruning CNNs at Initialization", "arXiv:2203.02549", 2022,
           "structured", start_state="init")
-def precrop_(residual:bool=False): # stream = also cut the channels of residual streams
-    "Before training and without looking at a weight, make the network narrower where it has the most weights."
+def precrop_(residual:bool=False): # also prune the channels of residual streams
+    "Before training, narrow the layers with the most weights; scores are random, since no weight is trained."
     return Method(space="channels", score=random, allocate=precrop, options={"residual": residual})

@@ -15,16 +15,16 @@ from .filters import criterion, sum_rows_by_unit
 # %% ../../nbs/structured/47_relevance.ipynb #45977fcd
 @criterion()
 def relevance(space, batches, loss=None)->dict: # {group: (units,)}
-    "Relevance that passes each channel, summed over examples and positions (Yeom et al., 2019)."
+    "Layer-wise relevance of each channel for the right class, summed over examples and positions (Yeom et al., 2019)."
     total = {}
     for batch in batches: total = {n: total.get(n, 0) + r for n, r in propagate_relevance(space, batch)[1].items()}
     return sum_rows_by_unit(space, total)
 
 @register("Pruning by Explaining: A Novel Criterion for Deep Neural Network Pruning", "arXiv:1912.08881", 2019,
           "structured")
-def lrp(rounds:int=10,     # the explanation is read again in each
-        residual:bool=False, # also cut the channels of residual streams
+def lrp(rounds:int=10,     # pruning steps; relevance is computed again in each
+        residual:bool=False, # also prune the channels of residual streams
     ):
-    "Channels that the explanation of the right decisions passes by are removed, a few at a time, in one ranking of all groups."
+    "Channels with the least relevance for the right class are removed, a few at a time, in one global ranking."
     return Method(space="channels", score=relevance, allocate=global_, schedule=linear(rounds),
                   options={"residual": residual})

@@ -21,20 +21,20 @@ from .filters import REDUCTIONS, criterion, reduce_members, member_params
 def taylor(w:Tensor, # (rows, columns)
            stats,    # `grad`: mean gradient over the calibration batches
     )->Tensor: # like w
-    "Squared first-order change of the loss when a weight goes (Molchanov et al., 2019)."
+    "First-order Taylor score of single weights: squared product of weight and gradient (Molchanov et al., 2019)."
     return (w * stats.grad).square()
 
 @register("Importance Estimation for Neural Network Pruning", "arXiv:1906.10771", 2019, "structured")
-def taylor_filter(residual:bool=False): # stream = also cut the channels of residual streams
-    "Filters whose weights would change the loss least, to first order, are removed."
+def taylor_filter(residual:bool=False): # also prune the channels of residual streams
+    "Filters whose weights change the loss least, to first order, are removed."
     return Method(space="channels", score=taylor, options={"residual": residual})
 
 # %% ../../nbs/structured/47_taylor.ipynb #039b8ba8
 @criterion(reads_loss=True)
-def gate_taylor(space, batches, loss=None, # as every statistic
+def gate_taylor(space, batches, loss=None, # as for every statistic
                 examples_per_grad:int=1, # examples per gradient
     )->dict: # {group: (units,)}
-    "Mean square of the slope along a factor on every channel (Molchanov et al., 2019)."
+    "First-order Taylor score at gates: mean square of the derivative of the loss by a factor on every channel."
     readers, total, count = {p for g in space.groups.values() for p, _ in g.consumes}, {}, 0
     params = {n: p for n, p in member_params(space).items() if n in readers}
     for found in sample_gradients(space.model, params, batches, loss, examples_per_grad):
@@ -45,18 +45,18 @@ def gate_taylor(space, batches, loss=None, # as every statistic
 
 @register("Importance Estimation for Neural Network Pruning", "arXiv:1906.10771", 2019, "structured")
 def taylor_gate(examples_per_grad:int=1,        # examples per gradient
-                residual:bool=False, # also cut the channels of residual streams
+                residual:bool=False, # also prune the channels of residual streams
     ):
-    "Channels whose gates would change the loss least, to first order, are removed, in one ranking of all groups."
+    "Channels whose gates change the loss least, to first order, are removed in one global ranking."
     return Method(space="channels", score=gate_taylor, allocate=global_, options={"residual": residual},
                   readings={"gate_taylor": dict(examples_per_grad=examples_per_grad)})
 
 # %% ../../nbs/structured/47_taylor.ipynb #a4ec4cb1
 @criterion(reads_loss=True)
-def group_taylor(space, batches, loss=None, # as every reading
-                 reduce:str="mean",         # one of `join_grouped.REDUCTIONS`
+def group_taylor(space, batches, loss=None, # as for every statistic
+                 reduce:str="mean",         # one of `REDUCTIONS`
     )->dict: # {group: (units,)}
-    "First-order changes of the loss by everything that goes with a unit, biases and norms included."
+    "First-order Taylor score of all members of a unit, biases and norms included (DepGraph)."
     params, total, count = member_params(space), {}, 0
     for found in sample_gradients(space.model, params, batches, loss, examples_per_grad=2**62):
         total, count = {n: total.get(n, 0) + at_least_float32(g) for n, g in found.items()}, count + 1
@@ -65,18 +65,19 @@ def group_taylor(space, batches, loss=None, # as every reading
 @register("DepGraph: Towards Any Structural Pruning", "arXiv:2301.12900", 2023, "structured")
 def taylor_group(reduce:str="mean",    # of the members: "sum", "mean", "max" or "first"
                  normalise:str="mean", # divide the scores of a group by their "sum", "mean", "max", or "none"
-                 residual:bool=False,    # also cut the channels of residual streams
+                 residual:bool=False,    # also prune the channels of residual streams
     ):
-    "Channels whose members would change the loss least, to first order, are removed, in one ranking of all groups."
+    "Channels whose members change the loss least, to first order, are removed in one global ranking."
     choose(reduce, REDUCTIONS, "reduction")
     return Method(space="channels", score=group_taylor, allocate=global_, options={"residual": residual},
                   readings={"group_taylor": dict(reduce=reduce, normalise=normalise)})
 
 # %% ../../nbs/structured/47_taylor.ipynb #9815c3a1
-def sample_labels(model:nn.Module, batches,
-          label_samples:int, # labels per example; 0 = the labels of the data
+def sample_labels(model:nn.Module,   # a classifier
+                  batches,           # (inputs, class labels)
+                  label_samples:int, # labels per example; 0 = the labels of the data
     ): # yields batches
-    "Replace class labels by draws from the model's own predictions."
+    "Replace class labels by samples from the predictions of the model, as the true Fisher information asks for."
     if not label_samples:
         yield from batches
         return
@@ -84,19 +85,19 @@ def sample_labels(model:nn.Module, batches,
         x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         with in_mode(model, False), torch.no_grad(): out = forward(model, batch)
         out = getattr(out, "logits", out)
-        if not isinstance(y, Tensor) or y.is_floating_point() or not isinstance(out,
-                                                                                Tensor) or out.shape[:1] + out.shape[2:] != y.shape:
-            raise BadInput("labels can be drawn from a model that predicts classes, on batches of (inputs, class "
-                           "labels): set label_samples=0 to take the data as it is")
-        chance = out.float().movedim(1, -1).softmax(-1).cpu()
-        for _ in range(label_samples): yield x, torch.multinomial(chance.flatten(0, -2), 1).view(y.shape).to(y)
+        labels = isinstance(y, Tensor) and not y.is_floating_point()
+        if not labels or not isinstance(out, Tensor) or out.shape[:1] + out.shape[2:] != y.shape:
+            raise BadInput("labels can be drawn from a model that predicts classes, on batches of (inputs, class labels): "
+                           "set label_samples=0 to take the data as it is")
+        chance = out.float().movedim(1, -1).softmax(-1).cpu().flatten(0, -2)
+        for _ in range(label_samples): yield x, torch.multinomial(chance, 1).view(y.shape).to(y)
 
 # %% ../../nbs/structured/47_taylor.ipynb #8bca685b
 @criterion(reads_loss=True)
-def filter_obd(space, batches, loss=None, # as every reading
-               label_samples:int=1,               # labels per example from the model's own predictions; 0 = the labels of the data
+def filter_obd(space, batches, loss=None, # as for every statistic
+               label_samples:int=1, # labels per example drawn from the model's predictions; 0 = the labels of the data
     )->dict: # {group: (units,)}
-    "Half of squared parameters times the diagonal of the Fisher, of all that writes or carries a unit (Wang et al., 2019)."
+    "OBD for filters: half of w² times the diagonal Fisher, over all that writes or carries a unit (Wang et al., 2019)."
     writes = lambda g: [k for k in g.members if k not in g.consumes]
     mine, total, count = {p for g in space.groups.values() for p, _ in writes(g)}, {}, 0
     params = {n: p for n, p in member_params(space).items() if n in mine}
@@ -107,9 +108,9 @@ def filter_obd(space, batches, loss=None, # as every reading
 
 @register("EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", "arXiv:1905.05934", 2019,
           "structured")
-def obd_struct(label_samples:int=1,       # labels per example from the model's own predictions; 0 = the labels of the data
-               residual:bool=False, # also cut the channels of residual streams
+def obd_struct(label_samples:int=1, # labels per example drawn from the model's predictions; 0 = the labels of the data
+               residual:bool=False, # also prune the channels of residual streams
     ):
-    "Channels whose filters, biases and norms would raise the loss least, by the diagonal of the Fisher (C-OBD), are removed in one ranking."
+    "C-OBD: channels whose removal raises the loss least, by the diagonal Fisher, are removed in one global ranking."
     return Method(space="channels", score=filter_obd, allocate=global_, options={"residual": residual},
                   readings={"filter_obd": dict(label_samples=label_samples)})

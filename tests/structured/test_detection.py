@@ -188,7 +188,7 @@ def test_a_teacher_pulls_the_features_and_leaves_no_trace(gap):
         model = net(seed=1)
         distil(teacher, ["neck.out"], gap, weight, finetune(30, 1e-2))(model, batches(), F.mse_loss)
         got[weight] = distance(model)
-        assert not hasattr(model, "translators")
+        assert not hasattr(model, "channel_projections")
         assert model.state_dict().keys() == teacher.state_dict().keys()
         assert not model.neck.out._forward_hooks
     assert got[100.] < got[0.] and not teacher.neck.out._forward_hooks
@@ -199,7 +199,7 @@ def test_a_narrow_student_is_translated():
     teacher, student = net(), net()
     plan = prune(student, "l1-filter", .5, data=batches(), loss=F.mse_loss,
                  recover=distil(teacher, ["backbone.b", "neck.out"], recovery=finetune(2, 1e-3)))
-    assert plan.density == pytest.approx(.5, abs=.01) and not hasattr(student, "translators")
+    assert plan.density == pytest.approx(.5, abs=.01) and not hasattr(student, "channel_projections")
     assert student.backbone.b[0].out_channels == 6
 
 

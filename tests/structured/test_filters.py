@@ -491,7 +491,7 @@ class Block(nn.Module):
 
 @pytest.mark.slow
 def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
-    "Half of the inner channels of a small residual network, trained with weight decay; batch norms recalibrated, nothing retrained."
+    "Half of the inner channels of a small residual network with weight decay; batch norms recalibrated, nothing retrained."
     from pruning_bench.bench.tasks.embedded import digits
     from pruning_bench.core.recovery import finetune, recalibrate_bn
     @criterion()
@@ -519,5 +519,5 @@ def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
         for lottery in range(5): tried("random", "rand-struct", lottery)
     SCORES.discard("worst"), PROVIDERS.discard("worst")
     mean = {n: sum(v) / len(v) for n, v in reached.items()}
-    assert min(mean["l1"],
-               mean["l2"]) > mean["random"] + 5 and mean["random"] > mean["worst"] and mean["fpgm"] > mean["worst"] + 8, mean
+    assert min(mean["l1"], mean["l2"]) > mean["random"] + 5, mean
+    assert mean["random"] > mean["worst"] and mean["fpgm"] > mean["worst"] + 8, mean

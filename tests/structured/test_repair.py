@@ -109,7 +109,8 @@ def test_readers_know_their_columns_and_where_a_constant_goes(net, x):
     space = Channels(net, [x])
     found, norms = consumer_layers(space), following_norms(space)
     assert {n: norm for n, (norm, _) in norms.items()} == {"a": "an", "c": "cn"}
-    assert {n: r.home and r.home[0] for n, r in found.items()} == {"c.weight": "cn.running_mean", "d.weight": "d.bias",
+    assert {n: r.bias_target and r.bias_target[0] for n, r in found.items()} == {"c.weight": "cn.running_mean",
+                                                                                 "d.weight": "d.bias",
                                                                    "e.weight": None}
     c, d = found["c.weight"], found["d.weight"]
     assert [tuple(c.columns[g].shape) for g in ("a.weight", "b.weight")] == [(6, 9), (4, 9)]

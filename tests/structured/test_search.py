@@ -352,12 +352,12 @@ def test_the_pressure_is_the_gradient_of_the_logarithm():
         logits = {k: a.detach().clone().requires_grad_() for k, a in search.logits.items()}
         total = sum(a.softmax(0) @ search.options[k].float() for k, a in logits.items())
         wanted = torch.autograd.grad(sign * 2. * total.log(), logits[n])[0]
-        assert torch.allclose(search.pressure(n), wanted, atol=1e-6)
-        search.draw(0)
-        search.drawn[n] = (*search.drawn[n][:2], torch.tensor([0, 1]))
-        assert search.mix(n).sum().isfinite()
-    search.target = sum(search.expected().values()) * 1.02   # between 95 % and 100 % nothing pulls
-    assert search.pressure(n).abs().max() == 0
+        assert torch.allclose(search.penalty_gradient(n), wanted, atol=1e-6)
+        search.sample_widths(0)
+        search.samples[n] = (*search.samples[n][:2], torch.tensor([0, 1]))
+        assert search.mixture_of(n).sum().isfinite()
+    search.target = sum(search.expected_widths().values()) * 1.02   # between 95 % and 100 % nothing pulls
+    assert search.penalty_gradient(n).abs().max() == 0
 
 
 def test_drawn_candidates_are_two_and_their_parts_are_a_whole():
@@ -365,10 +365,10 @@ def test_drawn_candidates_are_two_and_their_parts_are_a_whole():
     net, data = chain(), batches()
     search = LearnedWidths(Channels(net, data), .5, 10, 5, 8., 2.)
     for step in range(10):
-        search.draw(step)
+        search.sample_widths(step)
         for n in search.logits:
-            assert len(set(search.drawn[n][2].tolist())) == 2
-            m, wide = search.mix(n), max(search.options[n][search.drawn[n][2]].tolist())
+            assert len(set(search.samples[n][2].tolist())) == 2
+            m, wide = search.mixture_of(n), max(search.options[n][search.samples[n][2]].tolist())
             # averages of channels
             assert torch.allclose(m.sum(0)[:wide], torch.ones(wide)) and (m[:, wide:] == 0).all()
 

@@ -1,4 +1,4 @@
-"Trainings that empty channels before they are cut: exact penalties, exact counts, and the order that the papers report."
+"Sparsity regularisation of channels: exact penalties, exact counts, and the order that the papers report."
 import copy
 from types import SimpleNamespace
 
