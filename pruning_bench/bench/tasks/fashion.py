@@ -22,24 +22,32 @@ from ..task import Batches, Task, digest, narrower_network, register_task
 # %% ../../../nbs/bench/tasks/72_fashion.ipynb #bd6685ae
 def mnist_sources(folder:str, where:tuple, licence:str, about:str, *hashes)->dict: # {(part, kind): Source}
     "The four files in which MNIST and its followers come; `where` = sites that serve them."
-    names = [(part, kind, f"{part}-{kind}-idx{d}-ubyte.gz") for part in ("train", "t10k") for kind, d in (("images", 3), ("labels", 1))]
-    return {(p, k): Source(f"{folder}/{n}", h, tuple(f"{site}/{n}" for site in where), about, licence) for (p, k, n), h in zip(names, hashes)}
+    names = [(part, kind, f"{part}-{kind}-idx{d}-ubyte.gz") for part in ("train", "t10k") for kind,
+             d in (("images", 3), ("labels", 1))]
+    return {(p, k): Source(f"{folder}/{n}", h, tuple(f"{site}/{n}" for site in where), about, licence) for (p, k, n),
+            h in zip(names, hashes)}
 
-IMAGE_SOURCES = {"mnist": mnist_sources("mnist", ("https://ossci-datasets.s3.amazonaws.com/mnist",), "CC BY-SA 3.0", "handwritten digits (LeCun, Cortes, Burges)",
-                       "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609", "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-                       "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6", "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
-          "fashion": mnist_sources("fashion_mnist", ("https://github.com/zalandoresearch/fashion-mnist/raw/b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion",
-                              "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"), "MIT", "articles of clothing (Xiao, Rasul, Vollgraf)",
+IMAGE_SOURCES = {"mnist": mnist_sources("mnist", ("https://ossci-datasets.s3.amazonaws.com/mnist",), "CC BY-SA 3.0",
+                                        "handwritten digits (LeCun, Cortes, Burges)",
+                       "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+                                        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+                       "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+                                        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+          "fashion": mnist_sources("fashion_mnist",
+                                   ("https://github.com/zalandoresearch/fashion-mnist/raw/b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion",
+             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"), "MIT", "articles of clothing (Xiao, Rasul, Vollgraf)",
                          "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84", "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
                          "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5")}
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 # %% ../../../nbs/bench/tasks/72_fashion.ipynb #3c09ba3a
-SPLIT_FILES = {"train": ("train", slice(55_000)), "validation": ("train", slice(55_000, None)), "test": ("t10k", slice(None))}
+SPLIT_FILES = {"train": ("train", slice(55_000)), "validation": ("train", slice(55_000, None)),
+               "test": ("t10k", slice(None))}
 
 @functools.cache
 def mnist_images(name:str,  # "mnist" or "fashion"
-             split:str, # "train" (the first 55,000 of the training file), "validation" (its last 5,000) or "test" (10,000)
+             # "train" (the first 55,000 of the training file), "validation" (its last 5,000) or "test" (10,000)
+             split:str,
     )->tuple:           # images (n, 1, 28, 28) uint8, labels (n,)
     "Images and labels of a split, from the official files."
     files, (part, rows) = choose(name, IMAGE_SOURCES, "data set"), SPLIT_FILES[split]
@@ -65,7 +73,8 @@ class FashionCNN(nn.Module):
     def __init__(self, width:int=16):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.blocks = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, 2 * width, 2), ResidualBlock(2 * width, 4 * width, 2))
+        self.blocks = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, 2 * width, 2),
+                                    ResidualBlock(2 * width, 4 * width, 2))
         self.head = nn.Linear(4 * width, 10)
 
     def features(self, x): return self.blocks(self.stem(x)).mean((2, 3))
@@ -85,10 +94,13 @@ def fashion_batches(size:int=128, steps:int=100): # fn(seed, keep=None) -> Batch
 def fashion_outputs(limit:int|None=None): # fn(model, split) -> (n, 10) logits on the CPU
     "What a classifier says to a split, or to its first pictures."
     @torch.no_grad()
-    def run(model, split): return torch.cat([model(b.to(device_of(model))).float().cpu() for b in fashion_split(split)[0][:limit].split(500)])
+    def run(model, split):
+        return torch.cat([model(b.to(device_of(model))).float().cpu()
+                          for b in fashion_split(split)[0][:limit].split(500)])
     return run
 
-def fashion_metrics(logits:Tensor, split:str)->dict: return classification_metrics(logits, fashion_split(split)[1][:len(logits)])
+def fashion_metrics(logits:Tensor, split:str)->dict:
+    return classification_metrics(logits, fashion_split(split)[1][:len(logits)])
 
 # %% ../../../nbs/bench/tasks/72_fashion.ipynb #98c7eb40
 def fashion_task(name:str, about:str, train:dict, retrain:dict|None, limit:int|None=None, # as `classifier` of CIFAR-10
@@ -97,14 +109,19 @@ def fashion_task(name:str, about:str, train:dict, retrain:dict|None, limit:int|N
     calm = fashion_batches(64, 4)
     protocol = {"metrics": "accuracy, cross-entropy, worst class, calibration error", "preprocessing": "x / 127.5 - 1",
                 "splits": "train 55,000, validation the last 5,000 of the training pictures, test 10,000",
-                "calibration": "256 training pictures", "test pictures": "all" if limit is None else f"the first {limit:,}",
-                **{source.path: source.sha256 for source in IMAGE_SOURCES["fashion"].values()}, **({"budget": budget} if budget else {})}
-    fields = dict(track="cnn", about=about, build=FashionCNN, smaller=narrower_network(FashionCNN, 16), loss=F.cross_entropy,
+                "calibration": "256 training pictures", "test pictures": "all" if limit is None
+                else f"the first {limit:,}",
+                **{source.path: source.sha256 for source in IMAGE_SOURCES["fashion"].values()},
+                **({"budget": budget} if budget else {})}
+    fields = dict(track="cnn", about=about, build=FashionCNN, smaller=narrower_network(FashionCNN, 16),
+                  loss=F.cross_entropy,
         batches=fashion_batches(steps=train["steps"]), calibration=lambda seed: list(calm(1000 + seed)),
-        outputs=fashion_outputs(limit), metrics=fashion_metrics, behaviour=dense_comparison, metric="accuracy", higher=True, protocol=protocol,
+        outputs=fashion_outputs(limit), metrics=fashion_metrics, behaviour=dense_comparison, metric="accuracy",
+                  higher=True, protocol=protocol,
         train=finetune(label=f"training {name}", **train),
         recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(),
-        examples=lambda: torch.utils.data.TensorDataset(*fashion_split("train")), fingerprint=lambda: images_digest("fashion"),
+        examples=lambda: torch.utils.data.TensorDataset(*fashion_split("train")),
+                  fingerprint=lambda: images_digest("fashion"),
         recipe={"train": train, "recover": retrain, "batch": 128, "augmentation": "mirror"},
         sources=("Fashion-MNIST (Xiao et al., 2017), MIT, https://github.com/zalandoresearch/fashion-mnist",))
     return register_task(Task(name, **{**fields, **more}))
@@ -113,8 +130,10 @@ LONG, SHORT, PART = (dict(steps=s, lr=lr, weight_decay=1e-3) for s, lr in ((1290
 fashion_task("fashion-cnn", "garments, a small residual network", LONG, SHORT, bound=.89)
 fashion_task("fashion-cnn@smoke", "garments, a minute's training", dict(steps=60, lr=4e-3), dict(steps=6, lr=1e-3),
              limit=1000, bound=.6)
-fashion_task("fashion-cnn@full", "garments, thirty epochs", {**LONG, "steps": 30 * 430}, {**SHORT, "steps": 5 * 430}, bound=.92)
+fashion_task("fashion-cnn@full", "garments, thirty epochs", {**LONG, "steps": 30 * 430}, {**SHORT, "steps": 5 * 430},
+             bound=.92)
 fashion_task("fashion-data", "garments, training on a part of the pictures, fixed steps", PART, None, track="data",
              share=lambda kept: 1., budget="fixed steps: the same number for every subset")
-fashion_task("fashion-data-epochs", "garments, training on a part of the pictures, fixed epochs", PART, None, track="data",
+fashion_task("fashion-data-epochs", "garments, training on a part of the pictures, fixed epochs", PART, None,
+             track="data",
              share=lambda kept: kept, budget="fixed epochs: steps in proportion to the pictures kept");
