@@ -14,7 +14,7 @@ COMMAND = [sys.executable, "-c", "from pruning_bench.bench.cli import main; main
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    "The example package and one whose entry points cannot be imported, in a folder of their own; returns the environment."
+    "The environment with the example package, and with one whose entry points cannot be imported."
     folder, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source")/"example"
     shutil.copytree(ROOT/"tests/example_package", source)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target",

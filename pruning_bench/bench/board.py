@@ -62,7 +62,7 @@ def entry_rows(entries:list)->pd.DataFrame: # one row per entry, sparsity and bo
     return add_ranks(pd.DataFrame(out))
 
 def add_ranks(table:pd.DataFrame)->pd.DataFrame: # with the columns `best` and `worst`
-    "The ranks a method may hold; methods that the paired seeds cannot tell apart share them, and a row with other seeds than most has none."
+    "The ranks a method may hold, by paired seeds; a row whose seeds differ from those of most rows has none."
     ranks = {}
     for _, group in table.groupby(["task", "board", "sparsity"]):
         usual = group.seeds_.mode().iloc[0]
@@ -195,7 +195,7 @@ def to_markdown(table:pd.DataFrame)->str: # a pipe table
 
 # %% ../../nbs/bench/96_board.ipynb #9a437128
 def separate_points(left:pd.Series, value:pd.Series)->pd.Series: # where to draw, with the same index
-    "Positions on a logarithmic axis: neighbours closer than a tenth are a bunch, and a bunch is spread around its middle."
+    "Positions on a logarithmic axis; points closer than a tenth are spread around their geometric mean."
     places = pd.DataFrame(dict(left=left, value=value)).sort_values(["left", "value"]).left
     bunch = places.groupby((places.pct_change() > .1).cumsum())
     turn, many = bunch.cumcount(), bunch.transform("size")
@@ -255,21 +255,36 @@ def plot_svg(table:pd.DataFrame)->str: # an SVG image
 
 # %% ../../nbs/bench/96_board.ipynb #0ef9b6df
 PAGE_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
-table{border-collapse:collapse;font-size:13px;margin:.5rem 0 1.5rem;font-variant-numeric:tabular-nums}th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5;white-space:nowrap}
-th{cursor:pointer;border-bottom:2px solid #999}td:nth-child(3),th:nth-child(3){text-align:left}tr.control td{color:#777;font-style:italic}
-nav a{margin-right:1rem}.scroll{overflow-x:auto}svg{max-width:100%;height:auto}h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}.note{color:#555}"""
+table{border-collapse:collapse;font-size:13px;margin:.5rem 0 1.5rem;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .6rem;
+text-align:right;border-bottom:1px solid #e5e5e5;white-space:nowrap}
+th{cursor:pointer;border-bottom:2px solid #999}td:nth-child(3),th:nth-child(3){text-align:left}
+tr.control td{color:#777;font-style:italic}
+nav a{margin-right:1rem}.scroll{overflow-x:auto}svg{max-width:100%;height:auto}
+h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}.note{color:#555}"""
 
-SORT_SCRIPT = """document.querySelectorAll('th').forEach(th=>th.onclick=()=>{const t=th.closest('table'),i=[...th.parentNode.children].indexOf(th),b=t.tBodies[0];
-const v=r=>{const x=r.children[i].dataset.v;return x===''?NaN:isNaN(x)?x:+x};const s=th.dataset.s=th.dataset.s==='1'?-1:1;
-[...b.rows].sort((p,q)=>{const x=v(p),y=v(q);if(x!==x)return 1;if(y!==y)return -1;return (x>y?1:x<y?-1:0)*s}).forEach(r=>b.append(r))})"""
+SORT_SCRIPT = """document.querySelectorAll('th').forEach(th=>th.onclick=()=>{
+const t=th.closest('table'),i=[...th.parentNode.children].indexOf(th),b=t.tBodies[0];
+const v=r=>{const x=r.children[i].dataset.v;
+return x===''?NaN:isNaN(x)?x:+x};
+const s=th.dataset.s=th.dataset.s==='1'?-1:1;
+[...b.rows].sort((p,q)=>{
+const x=v(p),y=v(q);if(x!==x)return 1;if(y!==y)return -1;
+return (x>y?1:x<y?-1:0)*s}).forEach(r=>b.append(r))})"""
 
 PAGE_TEMPLATE = jinja2.Environment(autoescape=True).from_string(
     """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pruning_bench leaderboard</title><style>{{ style|safe }}</style>
-<h1>pruning_bench leaderboard</h1><p>{{ about }}</p><nav>{% for s in sections %}<a href="#{{ s.id }}">{{ s.task }}</a>{% endfor %}</nav>
-{% for s in sections %}<section id="{{ s.id }}"><h2>{{ s.task }} <small class="note">{{ s.track }}</small></h2>{% for b in s.boards %}<h3>{{ b.name }}</h3><p class="note">{{ b.about }}</p>
-{{ b.svg|safe }}<div class="scroll"><table><thead><tr>{% for c in b.columns %}<th title="sort">{{ c }}</th>{% endfor %}</tr></thead><tbody>
-{% for r in b.rows %}<tr class="{{ 'control' if r.control }}">{% for c in r.cells %}<td data-v="{{ c.value }}">{{ c.text }}</td>{% endfor %}</tr>
+<h1>pruning_bench leaderboard</h1><p>{{ about }}</p>
+<nav>{% for s in sections %}<a href="#{{ s.id }}">{{ s.task }}</a>{% endfor %}</nav>
+{% for s in sections %}<section id="{{ s.id }}">
+<h2>{{ s.task }} <small class="note">{{ s.track }}</small></h2>
+{% for b in s.boards %}<h3>{{ b.name }}</h3><p class="note">{{ b.about }}</p>
+{{ b.svg|safe }}
+<div class="scroll"><table><thead><tr>
+{% for c in b.columns %}<th title="sort">{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for r in b.rows %}<tr class="{{ 'control' if r.control }}">
+{% for c in r.cells %}<td data-v="{{ c.value }}">{{ c.text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endfor %}</section>{% endfor %}<script>{{ sort|safe }}</script></html>""")
 
 # %% ../../nbs/bench/96_board.ipynb #8627188f
@@ -286,8 +301,8 @@ def render_html(table:pd.DataFrame)->str: # HTML
     sections = {}
     for task, name, part in split_boards(table):
         text, raw = format_columns(part), part[list(RAW_COLUMNS)]
-        cells = [dict(control=c, cells=[dict(text=t.strip("*"), value="" if v is None or v != v else v) for t,
-                                        v in zip(texts, values)])
+        cells = [dict(control=c, cells=[dict(text=t.strip("*"), value="" if v is None or v != v else v)
+                                        for t, v in zip(texts, values)])
                  for c, texts, values in zip(part.control, text.itertuples(index=False),
                                              raw.itertuples(index=False, name=None))]
         section = sections.setdefault(task, dict(id=task, task=task, track=TRACK_TITLES[part.track.iloc[0]], boards=[]))

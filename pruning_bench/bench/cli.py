@@ -65,7 +65,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="wildcard, e.g. '*magnit
 @app.command()
 def coverage(pattern: Annotated[str, typer.Argument(help="wildcard on models, e.g. 'resnet*'")] = "*",
              as_json: JsonOption = False):
-    "Cut every model of torchvision and some of transformers and diffusers to half of their multiplications, and say what happened."
+    "Prune models of torchvision, transformers and diffusers to half of their multiplications and report what happened."
     from pruning_bench.bench.coverage import coverage as cut_in_half
     code = closure_digest(["pruning_bench.bench.coverage"])
     print_table(cut_in_half(pattern, cache_folder() / "coverage" / code[:16]), as_json)

@@ -54,7 +54,7 @@ def randomise(model:nn.Module)->nn.Module: # the same model
 
 # %% ../../nbs/bench/45_coverage.ipynb #9e7ae93f
 class DetectorHeads(nn.Module):
-    "A detector of torchvision that chooses nothing: what its heads say about all anchors, and about one fixed box per image."
+    "A detector of torchvision without selection: the outputs of its heads for all anchors and one fixed box per image."
     def __init__(self, detector): super().__init__(); self.detector = detector
 
     def forward(self, x):
@@ -237,15 +237,15 @@ def affects_output(model:nn.Module, batch, groups:dict)->list: # of names
         said = sum((t.float() ** 2).sum() for t in tensors_in(forward(model, batch)) if t.requires_grad)
     felt = dict(zip(readers, torch.autograd.grad(said, [*readers.values()], allow_unused=True)))
     per = lambda p, d: (felt[p] * readers[p]).detach().movedim(d, 0).flatten(1).abs().amax(1)
-    return [n for n, g in groups.items() if any(felt[p] is not None and per(p, d)[g.members[p, d].ravel()].any() for p,
-                                                d in g.consumes)]
+    return [n for n, g in groups.items() if any(felt[p] is not None and per(p, d)[g.members[p, d].ravel()].any()
+                                                for p, d in g.consumes)]
 
 def double_precision_error(error, model, batch, groups)->float:
     "Measure again in double precision where single precision is not enough."
     first = error(model, batch, groups)
     if first <= 1e-5 or sum(p.numel() for p in model.parameters()) > 2e8: return first
-    double = {k: v.double() if v.is_floating_point() else v for k,
-              v in batch.items()} if isinstance(batch, dict) else batch.double()
+    double = {k: v.double() if v.is_floating_point() else v
+              for k, v in batch.items()} if isinstance(batch, dict) else batch.double()
     return error(copy.deepcopy(model).double(), double, groups)
 
 # %% ../../nbs/bench/45_coverage.ipynb #8cd1f0ff
@@ -299,6 +299,7 @@ def coverage(pattern:str="*", # wildcard on names
     import pandas as pd
     names = {n: f for n, f in model_builders().items() if fnmatch(n, pattern)}
     if not names:
-        raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), "
-                       f"{', '.join(n for n, f in model_builders().items() if f in (transformers_model, diffusers_unet, diffusers_transformer))}")
+        makers = transformers_model, diffusers_unet, diffusers_transformer
+        others = ", ".join(n for n, f in model_builders().items() if f in makers)
+        raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), {others}")
     return pd.DataFrame([cached_row(n, make, folder) for n, make in names.items()])

@@ -43,7 +43,7 @@ def size_row(model:nn.Module, batch, # any batch the model runs on
                 nonzero_macs=nonzero_macs(model, batch), bytes=disk["dense"], bytes_sparse=disk["sparse"])
 
 def latency_row(model:nn.Module, dense:nn.Module, batch)->dict: # as an entry stores it
-    "Latency of a pruned model and its dense one in turns, about two seconds; a seed does not change it, so seed 0 is timed for all."
+    "Latency of a pruned model and its dense one, interleaved, for about two seconds; only seed 0 is timed."
     found = compare_latency({"dense": dense, "pruned": model}, batch, pairs=15, budget=2.)
     return dict(device=found["device"], threads=found["threads"], rounds=found["rounds"], **found["models"])
 

@@ -88,8 +88,8 @@ def plan_steps(jobs:list)->list: # dense trainings that are missing, then the jo
     for job in jobs:
         task = find_task(job.task)
         seeds = {model_seed(task, s) for s in job.seeds} if task.track != "data" and not task.weights else set()
-        mine = [Step(f"dense {t} #{s}", {"kind": "dense", "task": t, "seed": s}, 0) for t,
-                s in [(job.task, s) for s in sorted(seeds)] + [(j, 0) for j in task.needs]]
+        mine = [Step(f"dense {t} #{s}", {"kind": "dense", "task": t, "seed": s}, 0)
+                for t, s in [(job.task, s) for s in sorted(seeds)] + [(j, 0) for j in task.needs]]
         for step in mine: dense.setdefault(step.label, step)
         steps.append(Step(job.name, {"kind": "job", "folder": str(job.folder()),
                                      "template": str(template_notebook(job)), "parameters": job.parameters()},

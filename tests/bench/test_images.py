@@ -1,4 +1,4 @@
-"Distances between sets of images, similarity of pairs and agreement with prompts, against numbers derived by hand and against torchmetrics."
+"Distances between sets of images, similarity of pairs and agreement with prompts: by hand and against torchmetrics."
 import copy, math
 
 import pytest

@@ -43,11 +43,14 @@ QUIET = Console(quiet=True)
 JOB = Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(0,))
 GOOD = f"\nSIZE, COST = {SIZE}, {COST}" + """
 import json, pathlib
-run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None, "size": SIZE, "cost": COST, "speed": None, "code": None, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
-entry = {"schema": "entry.v3", "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True}, "runs": [run],
-         "method": {"name": method, "variant": variant, "settings": settings, "recipe": {}, "family": "weight", "stage": "trained", "paper": "p", "year": 1},
+run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None, "size": SIZE, "cost": COST,
+       "speed": None, "code": None, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
+entry = {"schema": "entry.v3", "runs": [run],
+         "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True},
+         "method": {"name": method, "variant": variant, "settings": settings, "recipe": {}, "family": "weight",
+                    "stage": "trained", "paper": "p", "year": 1},
          "dense": [{"seed": 0, "quality": {"accuracy": .9}, "size": run["size"], "train_seconds": None}],
-         "provenance": dict.fromkeys(["package", "code", "notebook", "python", "libraries", "device", "threads", "date"])}
+         "provenance": dict.fromkeys(["package", "notebook", "python", "libraries", "device", "threads", "date"])}
 pathlib.Path(out).write_text(json.dumps(entry))
 """
 

@@ -163,8 +163,8 @@ def test_the_smoke_tier_learns_in_seconds(cold):
 # the published story teller
 
 def test_without_data_one_sentence_says_what_is_missing(cold):
-    with pytest.raises(BadInput,
-                       match=f"stories260K/model.safetensors.*{language.STORY_SOURCES['weights'].sha256}.*PRUNING_BENCH_DATA"):
+    digest = language.STORY_SOURCES["weights"].sha256
+    with pytest.raises(BadInput, match=f"stories260K/model.safetensors.*{digest}.*PRUNING_BENCH_DATA"):
         TASKS["stories-llama"].dense()
     with pytest.raises(BadInput, match="tinystories/valid_head.txt.gz"): language.story_text("test")
     assert TASKS["stories-llama"].digest and TASKS["stories-llama"].page()
@@ -322,8 +322,8 @@ def test_harness_on_local_rows(data_dir, tmp_path):
     pytest.importorskip("lm_eval", reason="pip install pruning_bench[llm]")
     rows = [l.split("\t") for l in gzip.open(data_dir / "sst2/validation.tsv.gz",
                                              "rt").read().strip("\n").split("\n")[1:]]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"sentence": t.strip(), "label": int(y)}) for t,
-                                                   y in rows[:40]))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"sentence": t.strip(), "label": int(y)})
+                                                   for t, y in rows[:40]))
     config = {"task": "local_sst2", "dataset_path": "json",
               "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test",
               "output_type": "multiple_choice",

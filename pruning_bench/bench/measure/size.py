@@ -118,8 +118,8 @@ def save_sparse(model:nn.Module, path)->None: # raises `BadInput` for a model wi
         place = (t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else name
         if seen.setdefault(place, name) != name: table[name] = ["same as", seen[place]]; continue
         t = t.detach().cpu().contiguous()
-        packed = {f: {f"{name}/{part}": p for part, p in pack(t).items()} for f,
-                  (pack, _) in FORMATS.items() if f == "dense" or t.dim() > 1 and t.numel()}
+        packed = {f: {f"{name}/{part}": p for part, p in pack(t).items()}
+                  for f, (pack, _) in FORMATS.items() if f == "dense" or t.dim() > 1 and t.numel()}
         best = min(packed, key=lambda f: sum(p.nbytes + len(n) + 100 for n, p in packed[f].items()))
         table[name] = [best, list(t.shape)]; parts |= packed[best]
     save_file(parts, path, metadata={"tensors": json.dumps(table)})
@@ -154,8 +154,8 @@ class UncountedProductCheck(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        if PRODUCT_NAMES.search(name) and not NOT_PRODUCT_NAMES.search(name) and getattr(func, "_overloadpacket",
-                                                                                         func) not in self.formulas and not is_composite(func):
+        product = PRODUCT_NAMES.search(name) and not NOT_PRODUCT_NAMES.search(name)
+        if product and getattr(func, "_overloadpacket", func) not in self.formulas and not is_composite(func):
             raise BadInput(f"macs has no formula for {name!r}, which would count as zero: use a model without it, or "
                            "count its layers one by one")
         return func(*args, **(kwargs or {}))
@@ -169,8 +169,8 @@ def is_composite(func)->bool: # whether PyTorch builds this operation from small
 @torch.no_grad()
 def count_macs(model:nn.Module, batch, formulas:dict)->int: # per example
     "Run one batch and add up the products."
-    with unfused_kernels(model), in_mode(model, False), FlopCounterMode(display=False,
-                                                                        custom_mapping=formulas) as counter, UncountedProductCheck({*flop_registry, *formulas}):
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with unfused_kernels(model), in_mode(model, False), counter, UncountedProductCheck({*flop_registry, *formulas}):
         forward(model, batch)
     return counter.get_total_flops() // 2 // size_of(batch)
 

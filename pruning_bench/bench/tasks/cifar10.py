@@ -112,7 +112,7 @@ RESNET_WEIGHTS = {20: ("832838b29b61a72ea534f5383377ab1b1e8c49fb869d1354b0c7fb40
                   56: ("1cf949b719537eba4149aa95ae27d9b5eef4951995acaf2116ed0f18cdbc1f9f", "4bfd9763", .9339)}
 
 def published_weights(depth:int)->dict: # state dict
-    "The weights of a published ResNet, from the data folder or from their repository; raises `BadInput` for other weights."
+    "Published ResNet weights, from the data folder or from their repository; raises `BadInput` for other weights."
     wanted, tag, _ = RESNET_WEIGHTS[depth]
     file = (data_folder() or cache_folder()) / f"resnet_cifar10/resnet{depth}.safetensors"
     if file.is_file(): state = load_file(file)
@@ -121,8 +121,8 @@ def published_weights(depth:int)->dict: # state dict
         saved = torch.load(fetch(Source(f"resnet_cifar10/{name}", tag, (RESNET_URL + name,),
                                         f"ResNet-{depth} for CIFAR-10 by Y. Idelbayev", "BSD-2-Clause")),
                            map_location="cpu", weights_only=True)
-        state = {k.removeprefix("module."): v for k,
-                 v in saved["state_dict"].items() if not k.endswith("num_batches_tracked")}
+        state = {k.removeprefix("module."): v
+                 for k, v in saved["state_dict"].items() if not k.endswith("num_batches_tracked")}
     check_content(f"ResNet-{depth}", wanted, *[state[k] for k in sorted(state)])
     return state
 

@@ -98,7 +98,7 @@ class NormConvBlock(nn.Module):
     def forward(self, x): return F.silu(self.conv2(F.silu(self.conv1(self.ln(x) if self.norm else x))))
 
 def time_embedding_table()->Tensor: # (1000, 100)
-    "The table of times as it was published: sines in the even rows, cosines of those sines in the odd ones, counted from the end."
+    "The published time embedding: sines in even rows, cosines of those sines in odd rows, counted from the end."
     table, even = torch.arange(1000).double()[:, None] / 10_000**(torch.arange(100).double()
                                                                   / 50), torch.arange(0, 1000, 2)
     table[even] = table[even].sin()
@@ -111,14 +111,14 @@ UNET_LEVELS = {"1": (28, 1, 10, 10, 10), "2": (14, 10, 20, 20, 20), "3": (7, 20,
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #4b938fed
 class SmallUNet(nn.Module):
-    "The U-Net of BrianPulfer/PapersReimplementations (MIT), written again; the names are those of the published weights."
+    "The U-Net of BrianPulfer/PapersReimplementations (MIT), with the names of the published weights."
     def __init__(self):
         super().__init__()
         self.time_embed = nn.Embedding(1000, 100).requires_grad_(False)
         self.time_embed.weight.data = time_embedding_table()
         for name, (side, first, *widths) in UNET_LEVELS.items():
-            blocks = [NormConvBlock(a, b, side, norm=name != "_out" or i < 2) for i,
-                      (a, b) in enumerate(itertools.pairwise((first, *widths)))]
+            blocks = [NormConvBlock(a, b, side, norm=name != "_out" or i < 2)
+                      for i, (a, b) in enumerate(itertools.pairwise((first, *widths)))]
             setattr(self, f"te{name}", nn.Sequential(nn.Linear(100, first), nn.SiLU(), nn.Linear(first, first)))
             setattr(self, f"b{name}", nn.Sequential(*blocks))
         self.down1, self.down2 = nn.Conv2d(10, 10, 4, 2, 1), nn.Conv2d(20, 20, 4, 2, 1)
@@ -172,8 +172,8 @@ def predict_noise(model:nn.Module, inputs:dict)->Tensor: # predicted noise, on t
 def noise_errors(model:nn.Module, x:Tensor, t:Tensor, noise:Tensor, scheduler=None, size:int=250)->Tensor: # (n,)
     "Mean squared error of the predicted noise, image by image."
     batches = (add_noise(*part, scheduler) for part in zip(x.split(size), t.split(size), noise.split(size)))
-    return torch.cat([(predict_noise(model, inputs) - target).square().flatten(1).mean(1) for inputs,
-                      target in batches])
+    return torch.cat([(predict_noise(model, inputs) - target).square().flatten(1).mean(1)
+                      for inputs, target in batches])
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #a5f18ce3
 NOISE_SEEDS = {"test": 1, "validation": 2}   # of times and noise; images start from the seed plus 10
@@ -286,7 +286,7 @@ def folder_images(folder:str, side:int, channels:int)->Tensor: # (n, channels, s
                                                    (side, side))) for p in paths])
 
 def images_for(source:str, split:str, side:int, channels:int)->Tensor: # (n, channels, side, side) uint8
-    "Real images of a split by name: of a data set, or of a folder (every tenth for the test, every tenth for validation)."
+    "Real images of a split: of a data set, or of a folder, with a tenth for the test and a tenth for validation."
     if source in IMAGE_SOURCES: x = mnist_images(source, split)[0]
     elif source == "cifar10":
         from pruning_bench.bench.tasks.cifar10 import cifar10_split

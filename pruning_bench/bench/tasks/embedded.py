@@ -26,7 +26,7 @@ from ..task import TASKS, Batches, Task, content_hash, digest, narrower_network,
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #215f01ad
 @functools.cache
 def digits(split:str)->tuple: # images (n, 1, 8, 8) in [0, 1], labels (n,)
-    "scikit-learn's handwritten digits; `split_rule` is train (1,197), validation (200) or test (400), stratified by class."
+    "scikit-learn's handwritten digits; `split` is train (1,197), validation (200) or test (400), stratified by class."
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     images, labels = load_digits(return_X_y=True)
@@ -132,7 +132,7 @@ digits_task("digits-cnn", "handwritten digits, residual network with batch norm"
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #fa7ea6a4
 @functools.cache
 def passages(split:str)->str: # passages joined by blank lines
-    "The Python language reference of this interpreter, each paragraph once; `split_rule` is train (85 %), validation (5 %) or test (10 %)."
+    "Paragraphs of the Python language reference; `split` is train (85 %), validation (5 %) or test (10 %)."
     from pydoc_data.topics import topics
     paragraphs = dict.fromkeys(p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n")
                                if p.strip())

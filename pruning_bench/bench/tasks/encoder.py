@@ -75,7 +75,7 @@ def sst2_rows(part:str)->list: # sorted (text, label)
 # %% ../../../nbs/bench/tasks/76_encoder.ipynb #e9fbd47c
 @functools.cache
 def sst2_split(split:str)->list: # (text, label)
-    "The rows of a split: probe (4,000), validation (872), train (the rest of the training file) or test (the validation file)."
+    "The rows of a split: probe (4,000), validation (872), train (the others of its file) or test (validation file)."
     if split == "test": return sst2_rows("validation")
     order = torch.randperm(len(sst2_rows("train")), generator=torch.Generator().manual_seed(0)).tolist()
     ids = {"probe": order[:4000], "validation": order[4000:4872], "train": order[4872:]}[split]
@@ -129,8 +129,8 @@ def embed_rows(model:nn.Module, rows:list, size:int=64)->Tensor: # (rows, featur
     out = torch.empty(len(rows), model.head.in_features)
     with in_mode(model, False):
         for ids in length_batches(rows, size):
-            out[ids] = model.embed(**{k: v.to(device_of(model)) for k,
-                                      v in pad_rows([rows[i] for i in ids]).items()}).cpu()
+            out[ids] = model.embed(**{k: v.to(device_of(model))
+                                      for k, v in pad_rows([rows[i] for i in ids]).items()}).cpu()
     return out
 
 def fit_probe(head:nn.Linear, x:Tensor, y:Tensor)->None:
@@ -154,8 +154,8 @@ def sst2_outputs(model:nn.Module, split:str, limit=None)->Tensor: # (n, 2) logit
     rows = sst2_tokens(split)[0][:limit]
     out = torch.empty(len(rows), model.head.out_features)
     for ids in length_batches(rows, 64):
-        out[ids] = model(**{k: v.to(device_of(model)) for k,
-                            v in pad_rows([rows[i] for i in ids]).items()}).float().cpu()
+        out[ids] = model(**{k: v.to(device_of(model))
+                            for k, v in pad_rows([rows[i] for i in ids]).items()}).float().cpu()
     return out
 
 def sst2_batches(seed:int, keep=None, size:int=32, steps:int=32

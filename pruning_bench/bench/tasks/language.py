@@ -45,13 +45,13 @@ def token_losses(model:nn.Module, windows:Tensor, # (n, context) token ids
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #468130f3
 def perplexity_metrics(made:dict, split:str)->dict: # {"perplexity", "nll", "bits_per_byte"}
-    "Mean cost per predicted token, its exponential, and the cost per byte of text, which does not depend on the tokenizer."
+    "Perplexity, mean loss per predicted token, and bits per byte, which do not depend on the tokenizer."
     nll = made["nll"].double()
     return {"perplexity": nll.mean().exp().item(), "nll": nll.mean().item(),
             "bits_per_byte": nll.sum().item() / math.log(2) / made["bytes"]}
 
 def divergence_from_dense(made:dict, dense:dict)->dict: # {"flips", "kl", "worse"}
-    "How often the guess is another one, the divergence from the dense distribution in nats, and the share of tokens that cost more than before."
+    "Changed predictions, divergence from the dense model in nats, and the share of tokens with a higher loss."
     kl = (dense["logp"].exp() * (dense["logp"] - made["logp"])).sum(1)
     return {"flips": (made["guess"] != dense["guess"]).float().mean().item(), "kl": kl.double().mean().item(),
             "worse": (made["nll"] > dense["nll"]).float().mean().item()}
@@ -96,7 +96,7 @@ def story_tokenizer(): # sentencepiece vocabulary, 512 tokens
 
 @functools.cache
 def story_text(split:str)->str: # stories and paragraphs on lines of their own
-    "TinyStories: train and validation are nine tenths and the last tenth of the stories of the training file, test is the head of the validation file."
+    "TinyStories: the first 90 % (train) and the last 10 % (validation) of one file; test is the head of another."
     text = gzip.open(fetch(STORY_SOURCES["test" if split == "test" else "train"]), "rt", encoding="utf-8").read()
     if split != "test":
         parts = [s.strip("\n") for s in text.split("<|endoftext|>")]
@@ -212,7 +212,7 @@ def stdlib_outputs(model:nn.Module, split:str, *text)->dict: # as `token_losses`
             "bytes": text_bytes(stdlib_tokenizer(text[0], text[2]), w)}
 
 def unigram_baseline(split:str, *text)->float: # perplexity
-    "What knowing the token frequencies of the training text gives, add-one smoothed: the number a language model must beat."
+    "Perplexity of add-one smoothed unigram frequencies, which a language model must beat."
     counts = torch.bincount(stdlib_windows("train", *text).flatten(), minlength=text[0]) + 1.
     return (-(counts / counts.sum()).log()[stdlib_windows(split, *text)[:, 1:]].double().mean()).exp().item()
 
@@ -346,28 +346,32 @@ def wikitext_batches(seed:int, keep=None, name:str="", context:int=2048, size:in
 # %% ../../../nbs/bench/tasks/73_language.ipynb #60fd33dc
 @task_family("lm")
 def lm_family(name:str)->Task: # not listed
-    "WikiText-2 on any causal language model: `lm:facebook/opt-125m`, `lm:./my-model`; with `@smoke` only the first 32 windows."
+    "WikiText-2 on a causal language model, as in `lm:facebook/opt-125m`; with `@smoke` the first 32 windows."
     name, _, tier = name.partition("@")
     config, limit = load_config(name), 32 if tier == "smoke" else None
     from transformers import AutoModelForCausalLM
     context = min(2048, getattr(config, "max_position_embeddings", None) or 2048)
-    size, raw, draw = max(1, 4096 // context), raw_wikitext(), functools.partial(wikitext_batches, name=name,
-                                                                                 context=context)
-    return Task(f"lm:{name}{'@' + tier if tier else ''}", "llm", f"WikiText-2, {name}",
-                build=lambda: AutoModelForCausalLM.from_config(config),
+    size, raw = max(1, 4096 // context), raw_wikitext()
+    draw = functools.partial(wikitext_batches, name=name, context=context)
+    articles = "the training articles" if raw else "the first half of the validation articles"
+    return Task(
+        f"lm:{name}{'@' + tier if tier else ''}", "llm", f"WikiText-2, {name}",
+        build=lambda: AutoModelForCausalLM.from_config(config),
         weights=functools.partial(load_published_lm, name=name), batches=functools.partial(draw, size=size),
-                metric="perplexity", higher=False, train=none(), recover=none(),
+        metric="perplexity", higher=False, train=none(), recover=none(),
         calibration=lambda seed: list(draw(1000 + seed, size=size, steps=(16 if limit else 128) // size)),
-                metrics=perplexity_metrics, behaviour=divergence_from_dense,
+        metrics=perplexity_metrics, behaviour=divergence_from_dense,
         outputs=functools.partial(wikitext_outputs, name=name, context=context, limit=limit),
-                fingerprint=lambda: digest(wikitext("test"), wikitext("train")),
-        varies=("calibration", "random masks"), sources=(RAW_TEXT_NOTE,
-                ) if raw else tuple(map(str, WIKITEXT_SOURCES.values())),
+        fingerprint=lambda: digest(wikitext("test"), wikitext("train")),
+        varies=("calibration", "random masks"),
+        sources=(RAW_TEXT_NOTE,) if raw else tuple(map(str, WIKITEXT_SOURCES.values())),
         recipe={"weights": name, "recover": None,
-                "calibration": f"{16 if limit else 128} windows of " + ("the training articles" if raw
-                                                                        else "the first half of the validation articles")},
-        protocol={**LM_PROTOCOL, "text": RAW_TEXT_NOTE if raw else WORD_TEXT_NOTE, "tokenizer": "the model's own, the text tokenised once", "bos": "once at the start where the tokenizer adds it, none per window",
-                  "context": context, "stride": context, "windows": f"first {limit}" if limit else "all", "dtype": "the checkpoint's on a GPU, float32 on a CPU"})
+                "calibration": f"{16 if limit else 128} windows of {articles}"},
+        protocol={**LM_PROTOCOL, "text": RAW_TEXT_NOTE if raw else WORD_TEXT_NOTE,
+                  "tokenizer": "the model's own, the text tokenised once",
+                  "bos": "once at the start where the tokenizer adds it, none per window",
+                  "context": context, "stride": context, "windows": f"first {limit}" if limit else "all",
+                  "dtype": "the checkpoint's on a GPU, float32 on a CPU"})
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #e065095a
 def token_decoder(name:str): # fn(token ids) -> text, or None for a task whose model does not write
@@ -393,5 +397,5 @@ def lm_eval_harness(model:nn.Module, # a causal language model of transformers
         raise BadInput("harness needs the lm-evaluation-harness: pip install pruning_bench[llm]") from None
     found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit,
                             bootstrap_iters=0)["results"]
-    return {name: {k.partition(",")[0]: v for k, v in made.items() if isinstance(v, (int, float))} for name,
-            made in found.items()}
+    return {name: {k.partition(",")[0]: v for k, v in made.items() if isinstance(v, (int, float))}
+            for name, made in found.items()}

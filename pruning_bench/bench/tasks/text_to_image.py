@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLASS_NAMES', 'PROMPT_TEMPLATES', 'PROMPTS', 'AUTOENCODER_TASK', 'NOISE_SEEDS', 'T2I_TRAINING', 'T2I_RETRAINING',
-           'PARTI_SOURCE', 'COCO_SOURCE', 'TIER_SIZES', 'make_prompt', 'merge_pair', 'learn_merges', 'prompt_tokenizer',
-           'token_ids', 'autoencoder', 'autoencoder_loss', 'whiten_latents', 'pad_images', 'autoencoder_batches',
-           'autoencoder_task', 'TextConditionedUNet', 'small_t2i', 't2i_scheduler', 'trained_autoencoder',
-           'image_latents', 'prompt_batches', 'make_pipeline', 'generate_images', 't2i_outputs', 't2i_metrics',
-           't2i_comparison', 't2i_task', 'parti_prompts', 'coco_captions', 'load_sd_pipeline', 'clip_model',
-           'NamedPipeline', 'stable_diffusion']
+           'PARTI_REPOSITORY', 'PARTI_SOURCE', 'COCO_SOURCE', 'TIER_SIZES', 'make_prompt', 'merge_pair', 'learn_merges',
+           'prompt_tokenizer', 'token_ids', 'autoencoder', 'autoencoder_loss', 'whiten_latents', 'pad_images',
+           'autoencoder_batches', 'autoencoder_task', 'TextConditionedUNet', 'small_t2i', 't2i_scheduler',
+           'trained_autoencoder', 'image_latents', 'prompt_batches', 'make_pipeline', 'generate_images', 't2i_outputs',
+           't2i_metrics', 't2i_comparison', 't2i_task', 'parti_prompts', 'coco_captions', 'load_sd_pipeline',
+           'clip_model', 'NamedPipeline', 'stable_diffusion']
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #85926cb2
 import copy, functools, gzip, itertools, json, re, string
@@ -213,7 +213,7 @@ def generate_images(pipe, prompts:list,  # texts
 NOISE_SEEDS = {"test": 1, "validation": 2}   # of times and noise; images start from the seed plus 10
 
 def t2i_outputs(noises_per_prompt:int, errors:int, steps:int): # fn(model, split) -> {"images", "eps-mse"}
-    "What a model paints for the ten first prompts, from the same noises for each, and its errors on real images with their own prompts."
+    "Generated images for ten prompts from the same noises, and denoising errors on real images with their prompts."
     def outputs(model, split):
         noise = torch.randn(noises_per_prompt, 4, 8, 8,
                             generator=torch.Generator().manual_seed(NOISE_SEEDS[split] + 10)).repeat(10, 1, 1, 1)
@@ -284,9 +284,10 @@ t2i_task("t2i-tiny@full", "the same with 128 and 256 channels, for a GPU", dict(
          noises_per_prompt=100, errors=5000, steps=50, size=256, images=55000);
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #a9685d7e
+PARTI_REPOSITORY = "https://raw.githubusercontent.com/google-research/parti/5a657978134374ce28973948331b319adef164bd"
 PARTI_SOURCE = Source("parti_prompts/PartiPrompts.tsv",
                       "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
-               ("https://raw.githubusercontent.com/google-research/parti/5a657978134374ce28973948331b319adef164bd/PartiPrompts.tsv",), "PartiPrompts (Yu et al., 2022)", "Apache-2.0")
+                      (f"{PARTI_REPOSITORY}/PartiPrompts.tsv",), "PartiPrompts (Yu et al., 2022)", "Apache-2.0")
 COCO_SOURCE = Source("coco_captions/captions_val2017.json.gz",
                      "bbfa72540dba605b648907516fdd204942d9254b642849d391e0f002c58e1baf", (),
                      "captions of COCO val2017 (Lin et al., 2014)", "CC BY 4.0")
