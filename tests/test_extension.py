@@ -14,23 +14,19 @@ COMMAND = [sys.executable, "-c", "from pruning_bench.bench.cli import main; main
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    "The environment with the example package, and one whose entry points cannot be imported, in a folder."
+    "The environment with the example package, and with one whose entry points cannot be imported."
     folder, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source")/"example"
     shutil.copytree(ROOT/"tests/example_package", source)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", folder, source],
-        check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target",
+                    folder, source], check=True)
     broken = folder/"broken_pruner-1.0.dist-info"
     broken.mkdir()
     (broken/"METADATA").write_text("Metadata-Version: 2.1\nName: broken-pruner\nVersion: 1.0\n")
     (broken/"entry_points.txt").write_text("[pruning_bench.methods]\nbroken_pruner = broken_pruner.method\n"
                                            "[pruning_bench.tasks]\nbroken_pruner = broken_pruner.task\n")
     paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PRUNING_BENCH_CACHE": str(tmp_path_factory.mktemp("cache"))
-    }
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths),
+            "PRUNING_BENCH_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
 def run(env, *args, cwd=None):
@@ -53,9 +49,8 @@ def test_a_run_in_a_fresh_kernel_ends_on_a_board(installed, tmp_path):
     run(installed, "run", "sum-of-two", "centred", "--seeds", "2", "--out", "leaderboard/entries", cwd=tmp_path)
     [path] = (tmp_path/"leaderboard/entries/sum-of-two").glob("*.json")
     entry = json.loads(path.read_text())
-    assert [r["status"] for r in entry["runs"]] == ["ok", "ok"] and entry["method"]["recipe"][
-        "score"
-    ] == "centred_magnitude"
+    assert [r["status"] for r in entry["runs"]] == ["ok", "ok"]
+    assert entry["method"]["recipe"]["score"] == "centred_magnitude"
     assert all(r["quality"]["after_recover"]["accuracy"] > .9 for r in entry["runs"])
     board = json.loads(run(installed, "board", "--folder", "leaderboard", "--json", cwd=tmp_path).stdout)
     assert {(r["task"], r["method"]) for r in board} == {("sum-of-two", "centred")}

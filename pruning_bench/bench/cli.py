@@ -18,7 +18,8 @@ from ..core.budget import BOUNDS, Budget
 from ..core.inputs import BadInput, choose, first_batch
 from ..core.method import FAMILIES, METHODS, methods as list_methods
 from . import board as boards, runner
-from .entry import code_digest, entry_path, write_json
+from .code import closure_digest
+from .entry import entry_path, write_json
 from .run import NON_METHOD_SETTINGS, METHOD_PARTS, budget_of, runs_frame, resolve_method
 from .suites import SUITES, with_controls
 from .task import cache_folder, describe_task, find_task, tasks_table as list_tasks
@@ -37,12 +38,14 @@ def print_table(value, as_json:bool, title:str="")->None: # a DataFrame
     if as_json: return print(json.dumps(json.loads(value.to_json(orient="records")), indent=1))
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for i, c in enumerate(value.columns): table.add_column(str(c), overflow="fold", no_wrap=i == 0)
-    for row in value.itertuples(index=False): table.add_row(*["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row])
+    for row in value.itertuples(index=False):
+        table.add_row(*["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row])
     make_console().print(table)
 
 # %% ../../nbs/bench/97_cli.ipynb #0dc409f3
 @app.command()
-def tasks(name: Annotated[Optional[str], typer.Argument(help="show the protocol of one task")] = None, as_json: JsonOption = False):
+def tasks(name: Annotated[Optional[str], typer.Argument(help="show the protocol of one task")] = None,
+          as_json: JsonOption = False):
     "List the tasks, or show the protocol of one."
     if name is None: return print_table(list_tasks().reset_index(), as_json)
     lines = describe_task(find_task(name))
@@ -51,7 +54,8 @@ def tasks(name: Annotated[Optional[str], typer.Argument(help="show the protocol 
 
 @app.command()
 def methods(pattern: Annotated[str, typer.Argument(help="wildcard, e.g. '*magnitude*'")] = "*",
-            family: Annotated[Optional[str], typer.Option(help="weight, structured, diffusion or data")] = None, as_json: JsonOption = False):
+            family: Annotated[Optional[str], typer.Option(help="weight, structured, diffusion or data")] = None,
+            as_json: JsonOption = False):
     "List the methods."
     if family: choose(family, dict.fromkeys(FAMILIES), "family")
     found = list_methods(pattern, **({"family": family} if family else {}))
@@ -59,10 +63,12 @@ def methods(pattern: Annotated[str, typer.Argument(help="wildcard, e.g. '*magnit
 
 # %% ../../nbs/bench/97_cli.ipynb #57c6adfe
 @app.command()
-def coverage(pattern: Annotated[str, typer.Argument(help="wildcard on models, e.g. 'resnet*'")] = "*", as_json: JsonOption = False):
-    "Cut every model of torchvision and some of transformers and diffusers to half of their multiplications, and say what happened."
+def coverage(pattern: Annotated[str, typer.Argument(help="wildcard on models, e.g. 'resnet*'")] = "*",
+             as_json: JsonOption = False):
+    "Prune models of torchvision, transformers and diffusers to half of their multiplications and report what happened."
     from pruning_bench.bench.coverage import coverage as cut_in_half
-    print_table(cut_in_half(pattern, cache_folder() / "coverage" / code_digest()[:16]), as_json)
+    code = closure_digest(["pruning_bench.bench.coverage"])
+    print_table(cut_in_half(pattern, cache_folder() / "coverage" / code[:16]), as_json)
 
 # %% ../../nbs/bench/97_cli.ipynb #39ddd176
 COMMON_SETTINGS = (*METHOD_PARTS, *NON_METHOD_SETTINGS) # settings of every method
@@ -155,7 +161,8 @@ def run(task: str, method: str,
     seeds = tuple(range(seeds))
     first = runner.Job(world.name, method, variant_name(settings), sparsities, seeds, settings, check_device(device))
     jobs = with_controls(first, *(control or ()))
-    if not all(map(runner.finished_entry, jobs)): first_batch(world.calibration(0))   # missing data is said before any work
+    if not all(map(runner.finished_entry, jobs)):
+        first_batch(world.calibration(0))   # missing data is said before any work
     found = runner.run_jobs(jobs, 1)
     for job in jobs:
         message = found[job.name]
@@ -170,7 +177,8 @@ def run(task: str, method: str,
 def suite(name: str, jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
           folder: Annotated[Path, typer.Option(help="leaderboard folder for the entries")] = Path("leaderboard"),
           limit: Annotated[float, typer.Option(help="seconds one job may take")] = 1800.,
-          retry: Annotated[bool, typer.Option(help="try jobs again that failed twice")] = False, as_json: JsonOption = False):
+          retry: Annotated[bool, typer.Option(help="try jobs again that failed twice")] = False,
+          as_json: JsonOption = False):
     "Run every job of a suite that is not finished, and write the entries."
     todo = SUITES[name]()
     found = runner.run_jobs(todo, jobs, limit, retry)
@@ -199,4 +207,6 @@ def main()->None:
     try: app()
     except BadInput as e: print(f"pruning-bench: {e}", file=sys.stderr); sys.exit(2)
     except RuntimeError as e: print(f"pruning-bench: {e}", file=sys.stderr); sys.exit(1)
-    except KeyboardInterrupt: print("pruning-bench: interrupted; finished jobs are kept, run the same command to go on", file=sys.stderr); sys.exit(130)
+    except KeyboardInterrupt:
+        print("pruning-bench: interrupted; finished jobs are kept, run the same command to go on", file=sys.stderr)
+        sys.exit(130)

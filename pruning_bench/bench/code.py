@@ -52,8 +52,8 @@ def imported_names(module:str, # dotted name
 
 # %% ../../nbs/bench/69_code.ipynb #5d10cd9e
 @functools.lru_cache(maxsize=None)
-def read_module(module:str, path:Path, changed:int)->tuple: # (SHA-256 of what the module does, names it imports)
-    "Read a source file once; `changed` is its modification time, so that an edited file is read again."
+def read_module(module:str, path:Path, changed:tuple)->tuple: # (SHA-256 of what the module does, names it imports)
+    "Read a source file once; `changed` is its modification time and size, so that an edited file is read again."
     text = path.read_text(encoding="utf-8")
     digest = hashlib.sha256(source_without_text(text).encode()).hexdigest()
     return digest, frozenset(imported_names(module, text, path.name == "__init__.py"))
@@ -61,7 +61,8 @@ def read_module(module:str, path:Path, changed:int)->tuple: # (SHA-256 of what t
 def module_facts(module:str)->tuple: # as `read_module`
     "The digest of a module as it is on disk now, and the names it imports."
     path = source_path(module)
-    return read_module(module, path, path.stat().st_mtime_ns)
+    facts = path.stat()
+    return read_module(module, path, (facts.st_mtime_ns, facts.st_size))
 
 def imports_of(module:str)->set: # dotted names
     "The modules that a module imports from this package and from its own."
@@ -105,7 +106,8 @@ def source_without_text(text:str # Python source
         before, after = lines[first].encode()[:doc.col_offset], lines[last].encode()[doc.end_col_offset:]
         lines[first:last + 1] = [(before + after).decode(), *[""] * (last - first)]
         inside -= set(range(first, last))
-    return "\n".join(line if i in inside else line.rstrip() for i, line in enumerate(lines) if i in inside or line.strip())
+    return "\n".join(line if i in inside else line.rstrip() for i, line in enumerate(lines) if i in inside
+                     or line.strip())
 
 # %% ../../nbs/bench/69_code.ipynb #336a3c5f
 MEASURING = ("pruning_bench.bench.run",)   # prunes, measures and writes down; imports the driver and every measurement

@@ -20,11 +20,13 @@ from torch import nn
 from ..core.inputs import BadInput, forward, in_mode
 from ..core.driver import prune
 from ..graph.groups import Channels
-from ..graph.surgery import cut, removed_indices, kept_slices, example_outputs, restore_modules, error_line, module_state
+from ..graph.surgery import (cut, removed_indices, kept_slices, example_outputs, restore_modules,
+                                         error_line, module_state)
 from ..graph.trace import tensors_in
 
 # %% ../../nbs/bench/45_coverage.ipynb #8ae6f09e
-IMAGE_SIZES = {"inception*": 299, "maxvit*": 224, "vit_h*": 28, "vit*": 32, "ssd300*": 300, "*": 64}   # images that a model accepts
+# images that a model accepts
+IMAGE_SIZES = {"inception*": 299, "maxvit*": 224, "vit_h*": 28, "vit*": 32, "ssd300*": 300, "*": 64}
 
 def random_images(name:str)->torch.Tensor: # two of them
     "Random images of the smallest size that a model is known to accept."
@@ -35,7 +37,8 @@ def torchvision_classifier(name:str, # of `torchvision.models`
     )->tuple: # (model with random weights, batch)
     "A classifier and two images."
     import torchvision
-    options = {"image_size": random_images(name).shape[-1]} if name.startswith("vit") else {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options = {"image_size": random_images(name).shape[-1]} if name.startswith("vit") else {
+        "init_weights": False} if name in ("googlenet", "inception_v3") else {}
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(weights=None, **options).eval()
     return randomise(model), random_images(name)
@@ -51,7 +54,7 @@ def randomise(model:nn.Module)->nn.Module: # the same model
 
 # %% ../../nbs/bench/45_coverage.ipynb #9e7ae93f
 class DetectorHeads(nn.Module):
-    "A detector of torchvision that chooses nothing: what its heads say about all anchors, and about one fixed box per image."
+    "A detector of torchvision without selection: the outputs of its heads for all anchors and one fixed box per image."
     def __init__(self, detector): super().__init__(); self.detector = detector
 
     def forward(self, x):
@@ -61,7 +64,8 @@ class DetectorHeads(nn.Module):
         if not hasattr(d, "rpn"): return d.head([*maps.values()])
         boxes, roi = [x.new_tensor([[w / 8, h / 8, w * .75, h * .75]])] * len(x), d.roi_heads
         kinds = [k for k in ("box", "mask", "keypoint") if getattr(roi, f"{k}_roi_pool", None) is not None]
-        seen = {k: getattr(roi, f"{k}_head")(getattr(roi, f"{k}_roi_pool")(maps, boxes, [(h, w)] * len(x))) for k in kinds}
+        seen = {k: getattr(roi, f"{k}_head")(getattr(roi, f"{k}_roi_pool")(maps, boxes, [(h, w)] * len(x)))
+                for k in kinds}
         return d.rpn.head([*maps.values()]), {k: getattr(roi, f"{k}_predictor")(t) for k, t in seen.items()}
 
 def dense_predictor(name:str)->tuple: # (model, batch)
@@ -69,7 +73,8 @@ def dense_predictor(name:str)->tuple: # (model, batch)
     import torchvision
     torch.manual_seed(0)
     detects = hasattr(torchvision.models.detection, name)
-    model = getattr(torchvision.models.detection if detects else torchvision.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=5)
+    model = getattr(torchvision.models.detection if detects else torchvision.models.segmentation,
+                    name)(weights=None, weights_backbone=None, num_classes=5)
     return randomise((DetectorHeads(model) if detects else model).eval()), random_images(name)
 
 # %% ../../nbs/bench/45_coverage.ipynb #ae4d7159
@@ -79,16 +84,31 @@ def diffusers_unet(name:str)->tuple: # (model, batch)
     torch.manual_seed(0)
     shape = dict(sample_size=8, block_out_channels=(128, 256), layers_per_block=2, attention_head_dim=8)
     batch = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 500])}
-    if name == "UNet2DModel": return diffusers.UNet2DModel(in_channels=4, out_channels=4, **shape, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")).eval(), batch
-    model = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, cross_attention_dim=32, **shape, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    if name == "UNet2DModel":
+        return diffusers.UNet2DModel(in_channels=4, out_channels=4, **shape,
+                                     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                                     up_block_types=("AttnUpBlock2D", "UpBlock2D")).eval(), batch
+    model = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, cross_attention_dim=32, **shape,
+                                           down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                           up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     return model.eval(), batch | {"encoder_hidden_states": torch.randn(2, 7, 32)}
 
 # %% ../../nbs/bench/45_coverage.ipynb #adf95dd0
-BASE_CONFIG, VOCAB_CONFIG, IMAGE_CONFIG = dict(hidden_size=768, num_attention_heads=12, num_hidden_layers=2), dict(vocab_size=1000, bos_token_id=1, eos_token_id=2), dict(image_size=32, patch_size=4)
-MODEL_CONFIGS = {"ViTForImageClassification": {**BASE_CONFIG, **IMAGE_CONFIG, "intermediate_size": 3072}, "SwinForImageClassification": {**IMAGE_CONFIG, "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4},
-           "Swinv2ForImageClassification": {**IMAGE_CONFIG, "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4}, "BertForSequenceClassification": {**BASE_CONFIG, **VOCAB_CONFIG, "intermediate_size": 3072},
-           "GPT2LMHeadModel": {**VOCAB_CONFIG, "n_embd": 768, "n_head": 12, "n_layer": 2}, "OPTForCausalLM": {**BASE_CONFIG, **VOCAB_CONFIG, "ffn_dim": 3072, "word_embed_proj_dim": 768},
-           "LlamaForCausalLM": {**BASE_CONFIG, **VOCAB_CONFIG, "intermediate_size": 2048, "num_key_value_heads": 4}, "MixtralForCausalLM": {**BASE_CONFIG, **VOCAB_CONFIG, "intermediate_size": 1024, "num_key_value_heads": 4, "num_local_experts": 4}}
+BASE_CONFIG, VOCAB_CONFIG, IMAGE_CONFIG = dict(hidden_size=768, num_attention_heads=12,
+                                               num_hidden_layers=2), dict(vocab_size=1000, bos_token_id=1,
+                                                                          eos_token_id=2), dict(image_size=32,
+                                                                                                patch_size=4)
+MODEL_CONFIGS = {"ViTForImageClassification": {**BASE_CONFIG, **IMAGE_CONFIG, "intermediate_size": 3072},
+                 "SwinForImageClassification": {**IMAGE_CONFIG, "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6],
+                                                "window_size": 4},
+           "Swinv2ForImageClassification": {**IMAGE_CONFIG, "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6],
+                                            "window_size": 4},
+                 "BertForSequenceClassification": {**BASE_CONFIG, **VOCAB_CONFIG, "intermediate_size": 3072},
+           "GPT2LMHeadModel": {**VOCAB_CONFIG, "n_embd": 768, "n_head": 12, "n_layer": 2},
+                 "OPTForCausalLM": {**BASE_CONFIG, **VOCAB_CONFIG, "ffn_dim": 3072, "word_embed_proj_dim": 768},
+           "LlamaForCausalLM": {**BASE_CONFIG, **VOCAB_CONFIG, "intermediate_size": 2048, "num_key_value_heads": 4},
+                 "MixtralForCausalLM": {**BASE_CONFIG, **VOCAB_CONFIG, "intermediate_size": 1024,
+                                        "num_key_value_heads": 4, "num_local_experts": 4}}
 
 def transformers_model(name:str)->tuple: # (model, batch)
     "A model of transformers, two layers deep, and two images or sentences."
@@ -96,31 +116,54 @@ def transformers_model(name:str)->tuple: # (model, batch)
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**{**MODEL_CONFIGS, **SMALL_MODEL_CONFIGS}[name])).eval()
-    return randomise(model), {"pixel_values": torch.randn(2, 3, 32, 32)} if "Image" in name or "Segmentation" in name else {"input_ids": torch.randint(3, 1000, (2, 12))}
+    return randomise(model), {"pixel_values": torch.randn(2, 3, 32,
+                                                          32)} if "Image" in name or "Segmentation" in name else {
+                                                              "input_ids": torch.randint(3, 1000, (2, 12))}
 
 # %% ../../nbs/bench/45_coverage.ipynb #b60e82d6
-SMALL_CONFIG = dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=2, intermediate_size=256, pad_token_id=0, **VOCAB_CONFIG)
+SMALL_CONFIG = dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=2, intermediate_size=256, pad_token_id=0,
+                    **VOCAB_CONFIG)
 GQA_CONFIG = {**SMALL_CONFIG, "num_key_value_heads": 2, "head_dim": 32}
-SMALL_MODEL_CONFIGS = {"DistilBertForSequenceClassification": {**VOCAB_CONFIG, "dim": 128, "hidden_dim": 256, "n_layers": 2, "n_heads": 4}, "DebertaV2ForSequenceClassification": SMALL_CONFIG, "BloomForCausalLM": {**VOCAB_CONFIG, "hidden_size": 128, "n_head": 4, "n_layer": 2},
-           "FalconForCausalLM": SMALL_CONFIG, "GPTNeoXForCausalLM": SMALL_CONFIG, "OlmoForCausalLM": SMALL_CONFIG, "PhiForCausalLM": SMALL_CONFIG, "Phi3ForCausalLM": {**SMALL_CONFIG, "num_key_value_heads": 2}, "Gemma3ForCausalLM": GQA_CONFIG, "Qwen3ForCausalLM": GQA_CONFIG,
-           "Qwen3MoeForCausalLM": {**GQA_CONFIG, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, "DeiTForImageClassification": {**SMALL_CONFIG, **IMAGE_CONFIG}, "Dinov2ForImageClassification": {**SMALL_CONFIG, **IMAGE_CONFIG},
-           "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}, "PoolFormerForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
-           "DeepseekV3ForCausalLM": {**SMALL_CONFIG, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
-           "SegformerForSemanticSegmentation": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 32}}
+SMALL_MODEL_CONFIGS = {"DistilBertForSequenceClassification": {**VOCAB_CONFIG, "dim": 128, "hidden_dim": 256,
+                                                               "n_layers": 2, "n_heads": 4},
+                       "DebertaV2ForSequenceClassification": SMALL_CONFIG,
+                       "BloomForCausalLM": {**VOCAB_CONFIG, "hidden_size": 128, "n_head": 4, "n_layer": 2},
+           "FalconForCausalLM": SMALL_CONFIG, "GPTNeoXForCausalLM": SMALL_CONFIG, "OlmoForCausalLM": SMALL_CONFIG,
+                       "PhiForCausalLM": SMALL_CONFIG, "Phi3ForCausalLM": {**SMALL_CONFIG, "num_key_value_heads": 2},
+                       "Gemma3ForCausalLM": GQA_CONFIG, "Qwen3ForCausalLM": GQA_CONFIG,
+           "Qwen3MoeForCausalLM": {**GQA_CONFIG, "num_experts": 4, "num_experts_per_tok": 2,
+                                   "moe_intermediate_size": 64},
+                       "DeiTForImageClassification": {**SMALL_CONFIG, **IMAGE_CONFIG},
+                       "Dinov2ForImageClassification": {**SMALL_CONFIG, **IMAGE_CONFIG},
+           "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
+                       "PoolFormerForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
+           "DeepseekV3ForCausalLM": {**SMALL_CONFIG, "num_key_value_heads": 4, "moe_intermediate_size": 32,
+                                     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+                                     "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24,
+                                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+           "SegformerForSemanticSegmentation": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1],
+                                                "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 32}}
 
 DIT_CONFIG = dict(num_attention_heads=4, attention_head_dim=32, num_layers=2, in_channels=4)
 JOINT_CONFIG = dict(joint_attention_dim=32, pooled_projection_dim=24)
-DIFFUSERS_CONFIGS = {"DiTTransformer2DModel": {**DIT_CONFIG, "out_channels": 8, "sample_size": 8, "num_embeds_ada_norm": 10}, "SD3Transformer2DModel": {**DIT_CONFIG, **JOINT_CONFIG, "out_channels": 4, "sample_size": 8, "caption_projection_dim": 128},
-             "FluxTransformer2DModel": {**DIT_CONFIG, **JOINT_CONFIG, "num_single_layers": 2, "axes_dims_rope": (8, 8, 16)}}
+DIFFUSERS_CONFIGS = {"DiTTransformer2DModel": {**DIT_CONFIG, "out_channels": 8, "sample_size": 8,
+                                               "num_embeds_ada_norm": 10},
+                     "SD3Transformer2DModel": {**DIT_CONFIG, **JOINT_CONFIG, "out_channels": 4, "sample_size": 8,
+                                               "caption_projection_dim": 128},
+             "FluxTransformer2DModel": {**DIT_CONFIG, **JOINT_CONFIG, "num_single_layers": 2,
+                                        "axes_dims_rope": (8, 8, 16)}}
 
 def diffusers_transformer(name:str)->tuple: # (model, batch)
     "A transformer of diffusers that denoises, two layers deep."
     import diffusers
     torch.manual_seed(0)
-    model, noise, when = getattr(diffusers, name)(**DIFFUSERS_CONFIGS[name]).eval(), torch.randn(2, 4, 8, 8), {"timestep": torch.tensor([1, 500])}
+    model, noise, when = getattr(diffusers, name)(**DIFFUSERS_CONFIGS[name]).eval(), torch.randn(2, 4, 8, 8), {
+        "timestep": torch.tensor([1, 500])}
     words = {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 24)}
-    batch = {"DiTTransformer2DModel": {"hidden_states": noise, "class_labels": torch.tensor([1, 2])}, "SD3Transformer2DModel": {"hidden_states": noise, **words},
-             "FluxTransformer2DModel": {"hidden_states": torch.randn(2, 16, 4), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(7, 3), **words}}
+    batch = {"DiTTransformer2DModel": {"hidden_states": noise, "class_labels": torch.tensor([1, 2])},
+             "SD3Transformer2DModel": {"hidden_states": noise, **words},
+             "FluxTransformer2DModel": {"hidden_states": torch.randn(2, 16, 4), "img_ids": torch.zeros(16, 3),
+                                        "txt_ids": torch.zeros(7, 3), **words}}
     return randomise(model), batch[name] | when
 
 # %% ../../nbs/bench/45_coverage.ipynb #5ba3a4ae
@@ -128,8 +171,14 @@ def model_builders()->dict: # {name: function -> (model, batch)}
     "Every model of the table."
     import torchvision
     here = torchvision.models
-    makers = {n: torchvision_classifier for n in here.list_models(module=here)} | {n: dense_predictor for kind in (here.segmentation, here.detection) for n in here.list_models(module=kind)}
-    makers |= {n: transformers_model for n in (*MODEL_CONFIGS, *SMALL_MODEL_CONFIGS)} | {n: diffusers_unet for n in ("UNet2DModel", "UNet2DConditionModel")}
+    makers = {n: torchvision_classifier
+              for n in here.list_models(module=here)} | {n: dense_predictor
+                                                         for kind in (here.segmentation, here.detection)
+                                                         for n in here.list_models(module=kind)}
+    makers |= {n: transformers_model for n in (*MODEL_CONFIGS,
+                                               *SMALL_MODEL_CONFIGS)} | {n: diffusers_unet
+                                                                         for n in ("UNet2DModel",
+                                                                                   "UNet2DConditionModel")}
     return makers | {n: diffusers_transformer for n in DIFFUSERS_CONFIGS}
 
 # %% ../../nbs/bench/45_coverage.ipynb #ff24263e
@@ -162,7 +211,8 @@ def output_difference(a:nn.Module, b:nn.Module, batch)->float:
     "The largest difference of the outputs, relative to the largest output."
     pairs = list(zip(*([t.float() for t in example_outputs(m, lambda: forward(m, batch))] for m in (a, b))))
     if any(u.shape != v.shape for u, v in pairs): return float("inf")
-    return max((((u - v).abs().max() / u.abs().max().clamp_min(1e-12)).item() for u, v in pairs if u.numel()), default=0.)
+    return max((((u - v).abs().max() / u.abs().max().clamp_min(1e-12)).item() for u, v in pairs if u.numel()),
+               default=0.)
 
 def permutation_error(model:nn.Module, batch, groups:dict)->float: # relative to the largest output
     "Units that are not exact have no order: permute them in every tensor, and compare."
@@ -174,7 +224,8 @@ def permutation_error(model:nn.Module, batch, groups:dict)->float: # relative to
         order = torch.randperm(len(g), generator=generator).numpy()
         for (p, d), index in g.members.items():
             t, source = named[p].data, named[p].data.clone()
-            t.index_copy_(d, torch.as_tensor(index.ravel()), source.index_select(d, torch.as_tensor(index[order].ravel())))
+            t.index_copy_(d, torch.as_tensor(index.ravel()),
+                          source.index_select(d, torch.as_tensor(index[order].ravel())))
     return output_difference(model, other, batch)
 
 # %% ../../nbs/bench/45_coverage.ipynb #cf9c2780
@@ -182,16 +233,19 @@ def affects_output(model:nn.Module, batch, groups:dict)->list: # of names
     "The groups on whose readers the outputs depend."
     if not groups: return []
     readers = {p: model.get_parameter(p) for g in groups.values() for p, _ in g.consumes}
-    with in_mode(model, False): said = sum((t.float() ** 2).sum() for t in tensors_in(forward(model, batch)) if t.requires_grad)
+    with in_mode(model, False):
+        said = sum((t.float() ** 2).sum() for t in tensors_in(forward(model, batch)) if t.requires_grad)
     felt = dict(zip(readers, torch.autograd.grad(said, [*readers.values()], allow_unused=True)))
     per = lambda p, d: (felt[p] * readers[p]).detach().movedim(d, 0).flatten(1).abs().amax(1)
-    return [n for n, g in groups.items() if any(felt[p] is not None and per(p, d)[g.members[p, d].ravel()].any() for p, d in g.consumes)]
+    return [n for n, g in groups.items() if any(felt[p] is not None and per(p, d)[g.members[p, d].ravel()].any()
+                                                for p, d in g.consumes)]
 
 def double_precision_error(error, model, batch, groups)->float:
     "Measure again in double precision where single precision is not enough."
     first = error(model, batch, groups)
     if first <= 1e-5 or sum(p.numel() for p in model.parameters()) > 2e8: return first
-    double = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()} if isinstance(batch, dict) else batch.double()
+    double = {k: v.double() if v.is_floating_point() else v
+              for k, v in batch.items()} if isinstance(batch, dict) else batch.double()
     return error(copy.deepcopy(model).double(), double, groups)
 
 # %% ../../nbs/bench/45_coverage.ipynb #8cd1f0ff
@@ -200,7 +254,10 @@ def can_train(model:nn.Module, batch)->bool:
     model.zero_grad()
     outs = [t for t in tensors_in(forward(model, batch)) if t.requires_grad]
     sum(t.float().square().mean() for t in outs).backward()
-    return bool(outs) and all(t.isfinite().all() for t in outs) and all(p.grad.isfinite().all() and p.grad.shape == p.shape for p in model.parameters() if p.grad is not None)
+    return bool(outs) and all(t.isfinite().all() for t in outs) and all(p.grad.isfinite().all()
+                                                                        and p.grad.shape == p.shape
+                                                                        for p in model.parameters()
+                                                                        if p.grad is not None)
 
 def coverage_row(name:str, make)->dict: # one row
     "Analyse, test every group, prune half of the multiplications, run and train one model."
@@ -209,16 +266,22 @@ def coverage_row(name:str, make)->dict: # one row
     space = Channels(model, [batch], residual=True)
     seconds, groups = time.process_time() - began, space.groups
     inside, exact = {p for g in groups.values() for p, _ in g.members}, {n: g for n, g in groups.items() if g.exact}
-    row = dict(model=name, parameters=total, groups=len(groups), prunable=sum(p.numel() for n, p in model.named_parameters() if n in inside) / total)
-    row |= dict(exact=len(exact), heard=len(affects_output(model, batch, exact)), error=double_precision_error(masking_error, model, batch, exact), not_exact=len(groups) - len(exact), permuted=double_precision_error(permutation_error, model, batch, groups))
+    row = dict(model=name, parameters=total, groups=len(groups),
+               prunable=sum(p.numel() for n, p in model.named_parameters() if n in inside) / total)
+    row |= dict(exact=len(exact), heard=len(affects_output(model, batch, exact)),
+                error=double_precision_error(masking_error, model, batch, exact), not_exact=len(groups) - len(exact),
+                permuted=double_precision_error(permutation_error, model, batch, groups))
     [(of, removed)] = prune_half(model, batch).items()
-    left, note = sum(p.numel() for p in model.parameters()) / total, sorted({why for _, why in space.coupling.frozen.values()} - {"is an output of the model"})
-    return row | dict(runs=can_train(model.eval(), batch), of=of, removed=removed, left=left, seconds=seconds, note="; ".join(note))
+    left, note = sum(p.numel() for p in model.parameters()) / total, sorted(
+        {why for _, why in space.coupling.frozen.values()} - {"is an output of the model"})
+    return row | dict(runs=can_train(model.eval(), batch), of=of, removed=removed, left=left, seconds=seconds,
+                      note="; ".join(note))
 
 # %% ../../nbs/bench/45_coverage.ipynb #0a2de9ee
 def cached_row(name:str, make, folder=None)->dict:
     "A row, read from a folder of rows or written there; a model that fails is a row with its reason."
-    path = folder and Path(folder) / "-".join(map(version, ("torch", "torchvision", "transformers", "diffusers"))) / f"{name}.json"
+    path = folder and Path(folder) / "-".join(map(version, ("torch", "torchvision", "transformers",
+                                                            "diffusers"))) / f"{name}.json"
     if path and path.exists(): return json.loads(path.read_text())
     try: row = coverage_row(name, make)
     except Exception as e: return dict(model=name, runs=False, note=error_line(e))
@@ -235,5 +298,8 @@ def coverage(pattern:str="*", # wildcard on names
     "The table."
     import pandas as pd
     names = {n: f for n, f in model_builders().items() if fnmatch(n, pattern)}
-    if not names: raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), {', '.join(n for n, f in model_builders().items() if f in (transformers_model, diffusers_unet, diffusers_transformer))}")
+    if not names:
+        makers = transformers_model, diffusers_unet, diffusers_transformer
+        others = ", ".join(n for n, f in model_builders().items() if f in makers)
+        raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), {others}")
     return pd.DataFrame([cached_row(n, make, folder) for n, make in names.items()])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_SETTINGS', 'METHOD_PARTS', 'NON_METHOD_SETTINGS', 'CONTROLS', 'RUN_BY_TRACK', 'size_row', 'latency_row',
-           'resolve_method', 'budget_of', 'starting_model', 'method_arm', 'random_control', 'shuffled_control',
-           'scratch_training', 'scratch_control', 'scratch_b_control', 'smaller_control', 'model_run', 'cost_row',
-           'data_run', 'run_with_status', 'dense_run', 'make_entry', 'runs_frame']
+           'resolve_method', 'budget_of', 'run_code', 'starting_model', 'method_arm', 'random_control',
+           'shuffled_control', 'scratch_training', 'scratch_control', 'scratch_b_control', 'smaller_control',
+           'model_run', 'cost_row', 'data_run', 'run_with_status', 'dense_run', 'make_entry', 'runs_frame']
 
 # %% ../../nbs/bench/93_run.ipynb #74556d58
 import time
@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from torch import nn
 from ..core.allocate import uniform
-from ..core.budget import Budget
+from ..core.budget import RESOURCES, Budget
 from ..core.driver import prune, resolve_request
 from ..core.inputs import BadInput, choose, first_batch, seeded
 from ..core.method import METHODS, build
@@ -25,6 +25,7 @@ from ..core.solve import zero
 from ..core.stages import whole
 from ..data.random_subsets import subset_batches
 from ..weight.magnitude import copy_allocation, shuffle_masks
+from .code import code_digest
 from .entry import provenance, validate
 from .measure.size import disk_bytes, macs, nonzero_macs, count_nonzeros, count_parameters
 from .measure.latency import measure_energy, compare_latency
@@ -36,11 +37,13 @@ def size_row(model:nn.Module, batch, # any batch the model runs on
     )->dict:
     "Counts of one model, as an entry stores them."
     disk = disk_bytes(model)
-    return dict(mask_density=1. if plan is None else plan.density, params=count_parameters(model), prunable=count_parameters(model, "prunable"), nonzero=count_nonzeros(model),
-                nonzero_prunable=count_nonzeros(model, "prunable"), macs=macs(model, batch), nonzero_macs=nonzero_macs(model, batch), bytes=disk["dense"], bytes_sparse=disk["sparse"])
+    return dict(mask_density=1. if plan is None else plan.density, params=count_parameters(model),
+                prunable=count_parameters(model, "prunable"), nonzero=count_nonzeros(model),
+                nonzero_prunable=count_nonzeros(model, "prunable"), macs=macs(model, batch),
+                nonzero_macs=nonzero_macs(model, batch), bytes=disk["dense"], bytes_sparse=disk["sparse"])
 
 def latency_row(model:nn.Module, dense:nn.Module, batch)->dict: # as an entry stores it
-    "Latency of a pruned model and its dense one in turns, about two seconds; a seed does not change it, so seed 0 is timed for all."
+    "Latency of a pruned model and its dense one, interleaved, for about two seconds; only seed 0 is timed."
     found = compare_latency({"dense": dense, "pruned": model}, batch, pairs=15, budget=2.)
     return dict(device=found["device"], threads=found["threads"], rounds=found["rounds"], **found["models"])
 
@@ -53,7 +56,9 @@ def resolve_method(task:Task, method:str, settings:dict)->tuple: # (Method, reci
     "The record of a method with the training recipe of the task in its slot."
     card = METHODS[build(method).name]
     parts = {k: v for k, v in settings.items() if k in METHOD_PARTS}
-    record, _ = resolve_request(method, parts, {k: v for k, v in settings.items() if k not in (*METHOD_PARTS, *NON_METHOD_SETTINGS)}, None)
+    record, _ = resolve_request(method, parts,
+                                {k: v for k, v in settings.items() if k not in (*METHOD_PARTS, *NON_METHOD_SETTINGS)},
+                                None)
     recipe = task.train if card.stage == "init" else task.recover
     return record, recipe, record.recover.steps > 0
 
@@ -67,6 +72,16 @@ def budget_of(sparsity:float, # of the run
     if "of" not in how:
         raise BadInput(f"budget={named!r} names no resource: write for instance {{'of': 'macs', 'round_to': 8}}")
     return Budget.parse({how.pop("of"): sparsity, **how})
+
+def run_code(task:Task,     # the task
+             method:str,    # registered name
+             settings:dict, # of the run
+    )->str|None: # 64 hexadecimal digits; None where a part was defined outside of any file
+    "The digest of the code that a run uses, as the code is now."
+    budget = budget_of(.5, settings)
+    try: record, _, _ = resolve_method(task, method, settings)
+    except BadInput: record = build(method)   # the run is infeasible: the method refuses the settings
+    return code_digest(record, METHODS[method], task, [RESOURCES[budget.of]] if budget.resource else [])
 
 # %% ../../nbs/bench/93_run.ipynb #9f090c40
 def starting_model(task:Task, method:str, seed:int, device:str)->nn.Module: # where the method's stage begins
@@ -90,7 +105,8 @@ def random_control(task, method, sparsity, seed, settings, device)->tuple: # as 
     record, recipe, _ = resolve_method(task, method, settings)
     fixed = record.pattern.fixed
     lot = replace(record, name="random", score=random, solve=zero, allocate=uniform if fixed else copy_allocation(plan),
-                  schedule=one_shot(), rule=None, stages=whole, prepare=no_preparation, between=finetune_between, recover=none())
+                  schedule=one_shot(), rule=None, stages=whole, prepare=no_preparation, between=finetune_between,
+                  recover=none())
     model, asked = starting_model(task, method, seed, device), None if fixed else 1 - plan.requested
     chance = prune(model, lot, asked, task.calibration(seed), task.loss, seed=seed, skip=settings.get("skip", ()))
     return model, chance, recipe, True
@@ -149,7 +165,8 @@ def model_run(task:Task,       # the world
               method:str,      # registered name
               sparsity:float,  # fraction to remove
               seed:int,        # picks the dense model, the calibration draw and every random choice
-              settings:dict=NO_SETTINGS, # of the method, replaced parts ({"pattern": "2:4"}), `skip`, `budget`, `control`
+              # of the method, replaced parts ({"pattern": "2:4"}), `skip`, `budget`, `control`
+              settings:dict=NO_SETTINGS,
               device:str="cpu",
     )->tuple: # (run of an entry, pruned model, plan)
     "Prune a network, measure it, retrain it within the task's budget, measure again."
@@ -178,45 +195,55 @@ def cost_row(plan, seconds:float, steps:int, joules)->dict: # as an entry stores
                 **{k: spent[k] for k in ("peak_bytes", "forward", "backward", "samples")})
 
 # %% ../../nbs/bench/93_run.ipynb #f25e6845
-def data_run(task:Task, method:str, sparsity:float, seed:int, settings:dict=NO_SETTINGS, device:str="cpu")->tuple: # (run, model, plan)
+def data_run(task:Task, method:str, sparsity:float, seed:int, settings:dict=NO_SETTINGS, device:str="cpu"
+    )->tuple: # (run, model, plan)
     "Choose examples, train on them from scratch, measure."
-    if settings.get("control"): raise BadInput(f"control {settings['control']!r} is for networks: the control of data pruning is the method random-subset")
+    if settings.get("control"):
+        raise BadInput(f"control {settings['control']!r} is for networks: the control of data pruning is the method "
+                       "random-subset")
     with measure_energy(device) as used:
         plan = prune(task.initial(seed).to(device), method, sparsity, task.examples(), task.loss, seed=seed, **settings)
         model, began, part = task.initial(seed).to(device), time.perf_counter(), task.share(plan.density)
         steps = max(1, round(task.train.steps * part))
-        with seeded(seed): task.train(model, subset_batches(plan, task.examples(), task.recipe["batch"], steps, seed), task.loss, part)
+        with seeded(seed):
+            task.train(model, subset_batches(plan, task.examples(), task.recipe["batch"], steps, seed), task.loss, part)
     cost = cost_row(plan, time.perf_counter() - began, steps, used.joules)
-    return dict(quality={"after_prune": None, "after_recover": task.evaluate(model.eval())}, cost=cost, plan=plan.digest,
+    return dict(quality={"after_prune": None, "after_recover": task.evaluate(model.eval())}, cost=cost,
+                plan=plan.digest,
                 size=size_row(model, first_batch(task.calibration(seed)), plan), speed=None), model, plan
 
-RUN_BY_TRACK = {"cnn": model_run, "llm": model_run, "diffusion": model_run, "data": data_run}   # track -> how a run is made
+# track -> how a run is made
+RUN_BY_TRACK = {"cnn": model_run, "llm": model_run, "diffusion": model_run, "data": data_run}
 
 # %% ../../nbs/bench/93_run.ipynb #5bbe2ab6
-def run_with_status(task:Task, method:str, sparsity:float, seed:int, settings:dict=NO_SETTINGS, device:str="cpu")->tuple: # (run, model or None, plan or None)
+def run_with_status(task:Task, method:str, sparsity:float, seed:int, settings:dict=NO_SETTINGS,
+                    device:str="cpu")->tuple: # (run, model or None, plan or None)
     "One run with its status: ok, infeasible or diverged."
     nothing = dict(quality={"after_prune": None, "after_recover": None}, cost=None, plan=None, size=None, speed=None)
+    which = dict(sparsity=sparsity, seed=seed, code=run_code(task, method, settings))
     try: run, model, plan = RUN_BY_TRACK[task.track](task, method, sparsity, seed, settings, device)
-    except BadInput as e: return dict(sparsity=sparsity, seed=seed, status="infeasible", message=str(e), **nothing), None, None
-    except FloatingPointError as e: return dict(sparsity=sparsity, seed=seed, status="diverged", message=str(e), **nothing), None, None
-    return dict(sparsity=sparsity, seed=seed, status="ok", message=None, **run), model, plan
+    except BadInput as e: return dict(which, status="infeasible", message=str(e), **nothing), None, None
+    except FloatingPointError as e: return dict(which, status="diverged", message=str(e), **nothing), None, None
+    return dict(which, status="ok", message=None, **run), model, plan
 
 # %% ../../nbs/bench/93_run.ipynb #6afd6f38
 def dense_run(task:Task, seed:int, device:str="cpu")->dict: # a dense row of an entry
     "The unpruned model of a seed, measured in the same process as its pruned ones."
     model = task.dense(seed).to(device)
     quality = task.metrics(dense_outputs(task, model_seed(task, seed), "test", device), "test")
-    return dict(seed=seed, quality=quality, size=size_row(model, first_batch(task.calibration(seed))), train_seconds=task.record(seed)["seconds"])
+    return dict(seed=seed, quality=quality, size=size_row(model, first_batch(task.calibration(seed))),
+                train_seconds=task.record(seed)["seconds"])
 
 # %% ../../nbs/bench/93_run.ipynb #16c58289
-def make_entry(task:Task, method:str, variant:str, settings:dict, # as for `run_with_status`, and the name of the variant
+# as for `run_with_status`, and the name of the variant
+def make_entry(task:Task, method:str, variant:str, settings:dict,
                dense:list, runs:list, # made by `dense_run` and `run_with_status`
                notebook:str,          # digest of the benchmark notebook
                device:str="cpu",
     )->dict: # validated
     "Bundle the runs of one task, method and variant."
     card, (record, _, _) = METHODS[method], resolve_method(task, method, settings)
-    return validate({"schema": "entry.v2", "dense": dense, "runs": runs, "provenance": provenance(notebook, device),
+    return validate({"schema": "entry.v3", "dense": dense, "runs": runs, "provenance": provenance(notebook, device),
         "task": dict(name=task.name, digest=task.digest, track=task.track, metric=task.metric, higher=task.higher),
         "method": dict(name=method, variant=variant, settings=settings, recipe=record.provenance, family=card.family,
                        stage=card.stage, paper=card.paper, year=card.year)})

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 import pruning_bench
 from ..core.inputs import BadInput
-from .entry import code_digest, notebook_digest, validate, write_json
+from .entry import notebook_digest, validate, write_json
+from .run import run_code
 from .task import cache_folder, model_seed, slug, find_task
 
 # %% ../../nbs/bench/95_runner.ipynb #9ee12196
@@ -33,14 +34,26 @@ class Job:
     def name(self): return f"{self.task}/{self.method}--{self.variant}"
     @property
     def cells(self): return len(self.sparsities) * len(self.seeds)
-    def parameters(self): return dict(task=self.task, method=self.method, variant=self.variant, sparsities=list(self.sparsities), seeds=list(self.seeds), settings=self.settings, device=self.device)
-    def digest(self): return hashlib.sha256(json.dumps([self.parameters(), find_task(self.task).digest, code_digest(), notebook_digest(template_notebook(self))], sort_keys=True).encode()).hexdigest()
-    def folder(self): return cache_folder() / "runs" / slug(self.task) / f"{self.method}--{slug(self.variant.replace(':', 'of'))}--{self.digest()[:16]}"
+    def parameters(self):
+        return dict(task=self.task, method=self.method, variant=self.variant, sparsities=list(self.sparsities),
+                    seeds=list(self.seeds), settings=self.settings, device=self.device)
+
+    def digest(self)->str: # 64 hexadecimal digits
+        "What the result depends on: parameters, task, the code that the run uses, and the benchmark notebook."
+        task = find_task(self.task)
+        code = run_code(task, self.method, self.settings)
+        facts = [self.parameters(), task.digest, code, notebook_digest(template_notebook(self))]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def folder(self):
+        return cache_folder() / "runs" / slug(
+            self.task) / f"{self.method}--{slug(self.variant.replace(':', 'of'))}--{self.digest()[:16]}"
 
 def template_notebook(job)->Path: # a notebook
     "The benchmark notebook of a job's track: in the checkout, or the copy shipped with the package."
     name = f"{find_task(job.task).track}.ipynb"
-    homes = [Path(pruning_bench.__file__).parents[1] / "nbs" / "benchmarks", Path(pruning_bench.__file__).parent / "benchmarks"]
+    homes = [Path(pruning_bench.__file__).parents[1] / "nbs" / "benchmarks",
+             Path(pruning_bench.__file__).parent / "benchmarks"]
     return next((h / name for h in homes if (h / name).exists()), homes[0] / name)
 
 # %% ../../nbs/bench/95_runner.ipynb #940ccf99
@@ -75,14 +88,18 @@ def plan_steps(jobs:list)->list: # dense trainings that are missing, then the jo
     for job in jobs:
         task = find_task(job.task)
         seeds = {model_seed(task, s) for s in job.seeds} if task.track != "data" and not task.weights else set()
-        mine = [Step(f"dense {t} #{s}", {"kind": "dense", "task": t, "seed": s}, 0) for t, s in [(job.task, s) for s in sorted(seeds)] + [(j, 0) for j in task.needs]]
+        mine = [Step(f"dense {t} #{s}", {"kind": "dense", "task": t, "seed": s}, 0)
+                for t, s in [(job.task, s) for s in sorted(seeds)] + [(j, 0) for j in task.needs]]
         for step in mine: dense.setdefault(step.label, step)
-        steps.append(Step(job.name, {"kind": "job", "folder": str(job.folder()), "template": str(template_notebook(job)), "parameters": job.parameters()}, job.cells, frozenset(s.label for s in mine), job))
+        steps.append(Step(job.name, {"kind": "job", "folder": str(job.folder()),
+                                     "template": str(template_notebook(job)), "parameters": job.parameters()},
+                          job.cells, frozenset(s.label for s in mine), job))
     slow = sorted(dense.values(), key=lambda s: find_task(s.spec["task"]).track == "cnn")
     return slow + steps
 
 # %% ../../nbs/bench/95_runner.ipynb #3befba60
-WORKER_FILE = str(Path(pruning_bench.__file__).parent / "bench" / "worker.py")   # run as a file: a worker needs no PyTorch
+# run as a file: a worker needs no PyTorch
+WORKER_FILE = str(Path(pruning_bench.__file__).parent / "bench" / "worker.py")
 
 def start_worker(step:Step)->None:
     "Launch the worker of a step, its output going to a log file."
@@ -91,9 +108,13 @@ def start_worker(step:Step)->None:
     name = "" if step.job else step.label.replace(" ", "-") + "-"
     spec = write_json({**step.spec, "parent": os.getpid()}, folder / f"{name}job.json")
     home = str(Path(pruning_bench.__file__).parents[1])   # workers and kernels use the package of this process
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": str(step.threads), "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432", "PYTHONHASHSEED": "0"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])]),
+           "OMP_NUM_THREADS": str(step.threads), "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1",
+           "JUPYTER_PREFER_ENV_PATH": "1", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432",
+           "PYTHONHASHSEED": "0"}
     with open(folder / f"{name}log.txt", "w") as log:
-        step.process = subprocess.Popen([sys.executable, WORKER_FILE, str(spec)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        step.process = subprocess.Popen([sys.executable, WORKER_FILE, str(spec)], stdin=subprocess.DEVNULL, stdout=log,
+                                        stderr=subprocess.STDOUT, env=env, start_new_session=True)
     step.since = time.monotonic()
 
 def stop_worker(step:Step)->None:
@@ -104,7 +125,8 @@ def stop_worker(step:Step)->None:
 
 def last_line(path)->str: # the line of a log that says most
     "The last line of a log, for messages."
-    lines = [l.strip() for l in Path(path).read_text(errors="replace").splitlines() if l.strip()] if Path(path).exists() else []
+    lines = [l.strip() for l in Path(path).read_text(errors="replace").splitlines()
+             if l.strip()] if Path(path).exists() else []
     return lines[-1][:300] if lines else "no output"
 
 # %% ../../nbs/bench/95_runner.ipynb #4b77810e
@@ -127,7 +149,8 @@ def run_jobs(jobs:list,          # what should be finished afterwards
     found = {job.name: finished_entry(job) for job in jobs}
     tired = {job.name for job in jobs if not found[job.name] and len(past_failures(job)) >= 2 and not retry}
     todo = [job for job in jobs if not found[job.name] and job.name not in tired]
-    console.print(f"{sum(map(bool, found.values()))} of {len(jobs)} jobs are finished already, {len(todo)} to run with {workers} workers" + (f", {len(tired)} failed twice before" if tired else ""))
+    console.print(f"{sum(map(bool, found.values()))} of {len(jobs)} jobs are finished already, {len(todo)} to run with "
+                  f"{workers} workers" + (f", {len(tired)} failed twice before" if tired else ""))
     for job in jobs:
         if job.name in tired: found[job.name] = past_failures(job)[-1]["message"]
     if todo: found |= run_steps(plan_steps(todo), workers, limit, console)
@@ -137,7 +160,8 @@ def run_jobs(jobs:list,          # what should be finished afterwards
 def run_steps(steps:list, workers:int, limit:float, console)->dict: # {job name: entry or message}
     "Keep the workers busy until every step is done."
     waiting, running, done, found = list(steps), [], set(), {}
-    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}")]
+    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn(), TextColumn("{task.description}")]
     with Progress(*columns, console=console, refresh_per_second=2) as bar:
         total = bar.add_task("", total=sum(s.weight for s in steps))
         try:
@@ -162,10 +186,13 @@ def finish_step(step:Step, limit:float, console)->dict: # {} for a dense trainin
     late = step.process.poll() is None
     if late: stop_worker(step)
     if not step.job:
-        console.print(f"[dim]{step.label} {took:.0f} s" + (f" FAILED (exit {step.process.returncode})" if step.process.returncode else ""))
+        console.print(f"[dim]{step.label} {took:.0f} s" + (f" FAILED (exit {step.process.returncode})"
+                                                           if step.process.returncode else ""))
         return {}
     entry = finished_entry(step.job)
     if not entry: message = record_failure(step.job, "timeout" if late else "error")
     odd = [r["status"] for r in entry["runs"] if r["status"] != "ok"] if entry else []
-    console.print(f"{step.label} {took:.0f} s" + (f" [red]FAILED: {message}" if not entry else f" [yellow]{len(odd)} runs not ok" if odd else ""), highlight=False)
+    console.print(f"{step.label} {took:.0f} s" + (f" [red]FAILED: {message}" if not entry
+                                                  else f" [yellow]{len(odd)} runs not ok" if odd else ""),
+                  highlight=False)
     return {step.label: entry or message}

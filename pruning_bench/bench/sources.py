@@ -27,11 +27,14 @@ class Source:
     about:str=""      # what it is, who made it
     licence:str=""    # under which terms
 
-    def __str__(self): return f"{self.path} ({self.about or 'file'}; licence: {self.licence or 'unknown'}; sha256 {self.sha256[:12]}…)"
+    def __str__(self):
+        return f"{self.path} ({self.about or 'file'}; licence: {self.licence or 'unknown'}; sha256 {self.sha256[:12]}…)"
 
 def file_sha256(path)->str: # 64 hexadecimal digits
     "Hash of a file, read in pieces."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
+            f.read()).hexdigest()
 
 # %% ../../nbs/bench/70_sources.ipynb #e5229bf1
 def data_folder(): # Path, or None
@@ -43,7 +46,9 @@ def local_file(source:Source): # Path, or None
     for folder in filter(None, (data_folder(), cache_folder() / "data")):
         path = folder / source.path
         if not path.is_file(): continue
-        if not file_sha256(path).startswith(source.sha256): raise BadInput(f"{source.path} in {folder} is another file: its sha256 is {file_sha256(path)[:12]}…, not {source.sha256[:12]}…; replace or remove it")
+        if not file_sha256(path).startswith(source.sha256):
+            raise BadInput(f"{source.path} in {folder} is another file: its sha256 is {file_sha256(path)[:12]}…, not "
+                           f"{source.sha256[:12]}…; replace or remove it")
         return path
 
 def fetch(source:Source)->Path: # a file with the right bytes
@@ -53,7 +58,8 @@ def fetch(source:Source)->Path: # a file with the right bytes
         for url in source.urls:
             if path := download(url, cache_folder() / "data" / source.path, source.sha256): return path
     tried = f"tried {', '.join(source.urls)}" if source.urls else "it has no public address with the same bytes"
-    raise BadInput(f"{source.path}{f', {source.about},' if source.about else ''} is not here ({tried}): put a file with sha256 {source.sha256} at {source.path} in a folder and set PRUNING_BENCH_DATA to it")
+    raise BadInput(f"{source.path}{f', {source.about},' if source.about else ''} is not here ({tried}): put a file "
+                   f"with sha256 {source.sha256} at {source.path} in a folder and set PRUNING_BENCH_DATA to it")
 
 # %% ../../nbs/bench/70_sources.ipynb #61da7b2d
 def download(url:str, path, wanted:str)->Path|None: # the file, or None when the address does not answer
@@ -65,11 +71,14 @@ def download(url:str, path, wanted:str)->Path|None: # the file, or None when the
         part = path.with_name(path.name + ".part")
         try:
             with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as f:
-                with tqdm(total=int(answer.headers.get("Content-Length") or 0) or None, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1) as bar:
+                with tqdm(total=int(answer.headers.get("Content-Length") or 0) or None, unit="B", unit_scale=True,
+                          desc=path.name, leave=False, delay=1) as bar:
                     while block := answer.read(1 << 20): f.write(block); bar.update(len(block))
         except (OSError, urllib.error.URLError): part.unlink(missing_ok=True); return None
         got = file_sha256(part)
-        if not got.startswith(wanted): part.unlink(); raise BadInput(f"{url} sent another file: its sha256 is {got[:12]}…, not {wanted[:12]}…; nothing was kept")
+        if not got.startswith(wanted):
+            part.unlink()
+            raise BadInput(f"{url} sent another file: its sha256 is {got[:12]}…, not {wanted[:12]}…; nothing was kept")
         part.replace(path)
     return path
 
@@ -78,9 +87,11 @@ def read_image_strips(path)->tuple: # images (n, 3, 32, 32) uint8, labels (n,) i
     "Pictures stored as lossless strips, one below the other, in a zip with `labels.npy`."
     from PIL import Image
     with zipfile.ZipFile(path) as z:
-        parts = [np.asarray(Image.open(z.open(n))).reshape(-1, 32, 32, 3) for n in sorted(z.namelist()) if n.endswith(".webp")]
+        parts = [np.asarray(Image.open(z.open(n))).reshape(-1, 32, 32, 3) for n in sorted(z.namelist())
+                 if n.endswith(".webp")]
         labels = np.load(io.BytesIO(z.read("labels.npy")))
-    return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype("int64"))
+    return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
+        labels.astype("int64"))
 
 def read_idx(path)->torch.Tensor: # (n, 28, 28) uint8 images, or (n,) int64 labels
     "The format of MNIST: a big-endian header, then bytes."
@@ -92,5 +103,6 @@ def read_idx(path)->torch.Tensor: # (n, 28, 28) uint8 images, or (n,) int64 labe
 def check_content(name:str, wanted:str, *tensors)->tuple: # the tensors
     "Pass tensors on if they hash to what they should; raises `BadInput` otherwise."
     if (got := content_hash(*tensors)) != wanted:
-        raise BadInput(f"this is not {name}: the content hashes to {got[:12]}…, not {wanted[:12]}…; a recompressed or reordered copy is another data set")
+        raise BadInput(f"this is not {name}: the content hashes to {got[:12]}…, not {wanted[:12]}…; a recompressed or "
+                       "reordered copy is another data set")
     return tensors

@@ -48,8 +48,10 @@ def offline_suite()->list: # jobs
         + make_jobs("digits-cnn", ["rand-struct", "l1-filter", "taylor-filter"], (.5, .75))
         + make_jobs("digits-mlp", ["random", "magnitude", "global-magnitude", "erk-magnitude", "gradual-magnitude",
             "snip", "synflow", "imp"], (.8, .95))
-        + [c for j in make_jobs("digits-mlp", ["global-magnitude"], (.8, .95)) for c in with_controls(j, *STANDARD_CONTROLS)[1:]]
-        + [c for j in make_jobs("digits-cnn", ["l1-filter"], (.5, .75)) for c in with_controls(j, "scratch", "smaller")[1:]]
+        + [c for j in make_jobs("digits-mlp", ["global-magnitude"], (.8, .95))
+           for c in with_controls(j, *STANDARD_CONTROLS)[1:]]
+        + [c for j in make_jobs("digits-cnn", ["l1-filter"], (.5, .75))
+           for c in with_controls(j, "scratch", "smaller")[1:]]
         + make_jobs("digits-data", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9))
         + make_jobs("digits-data-noisy", ["random-subset", "el2n", "forgetting", "ccs", "rs2"], (.5, .9)))
 
@@ -71,7 +73,8 @@ def smoke_suite()->list: # jobs
     "One small job of every track."
     return (make_jobs("digits-mlp", ["magnitude"], (.9,), (0,))
         + make_jobs("cifar10-resnet20@smoke", ["global-magnitude"], (.8,), (0,))
-        + make_jobs("stories-llama@smoke", ["wanda"], (.5,), (0,)) + make_jobs("digits-data", ["random-subset"], (.5,), (0,)))
+        + make_jobs("stories-llama@smoke", ["wanda"], (.5,), (0,
+                    )) + make_jobs("digits-data", ["random-subset"], (.5,), (0,)))
 
 @suite
 def one_shot_suite()->list: # jobs

@@ -32,7 +32,8 @@ class Batches:
     "A stream of shuffled batches that is the same at every pass."
     def __init__(self,
                  take:Callable, # (indices, generator) -> batch
-                 ids,           # indices of the examples to draw from; a row per round when the subset changes on the way
+                 # indices of the examples to draw from; a row per round when the subset changes on the way
+                 ids,
                  size:int,      # examples per batch
                  steps:int,     # batches in one pass
                  seed:int,      # fixes the order
@@ -58,7 +59,8 @@ def digest(*parts)->str: # 64 hexadecimal digits
 
 def content_hash(*tensors)->str: # 64 hexadecimal digits
     "SHA-256 of the values, shapes and types of tensors."
-    return digest([(str(t.dtype), list(t.shape), hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()) for t in tensors])
+    return digest([(str(t.dtype), list(t.shape), hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest())
+                   for t in tensors])
 
 # %% ../../nbs/bench/90_task.ipynb #b2fa4043
 def cache_folder()->Path: # not created yet, perhaps
@@ -187,9 +189,11 @@ def dense_model(task:Task, seed:int=0)->tuple: # (model in evaluation mode, fact
     ready = bundled_path(weights_key(task, s))
     if ready.exists(): return load_weights(model, ready), weights_metadata(ready)
     def train(model): model.load_state_dict(train_dense(task, seed).state_dict())
-    return model, load_or_train(model, weights_key(task, s, torch.__version__), train, task=task.name, seed=s, recipe=task.recipe)
+    return model, load_or_train(model, weights_key(task, s, torch.__version__), train, task=task.name, seed=s,
+                                recipe=task.recipe)
 
-Task.dense, Task.record = lambda task, seed=0: dense_model(task, seed)[0], lambda task, seed=0: dense_model(task, seed)[1]
+Task.dense, Task.record = lambda task, seed=0: dense_model(task, seed)[0], lambda task, seed=0: dense_model(task, seed)[
+    1]
 
 def slug(name:str)->str: # usable as a file name
     "A name without the characters that folders and shells trip over."
@@ -215,7 +219,8 @@ SPLITS = {"validation": "for every choice", "test": "read once, at the end"}
 def task_outputs(task:Task, model:nn.Module, split:str="test"): # whatever `find_task.outputs` returns
     "Run a model over a split; its mode and the random state are left as they were."
     choose(split, SPLITS, "split")
-    with in_mode(model, False), torch.no_grad(), seeded(0), fixed_threads(task.threads): return task.outputs(model, split)
+    with in_mode(model, False), torch.no_grad(), seeded(0), fixed_threads(task.threads):
+        return task.outputs(model, split)
 
 @functools.lru_cache(maxsize=3)
 def dense_outputs(task:Task, seed:int, split:str, device:str="cpu"): # as `task_outputs`
@@ -249,9 +254,12 @@ def tiers(name:str)->list: # of "small", "smoke", "full"
 
 def describe_task(task:Task)->dict: # {line: text}
     "The protocol of a task, line by line."
-    return {"task": task.name, "tier": f"{task.tier} (of {', '.join(tiers(task.name))})", "track": task.track, "about": task.about, "metric": f"{task.metric} ({'high' if task.higher else 'low'} is good)",
-            f"dense {task.metric}": dense_target(task), "a seed changes": ", ".join(task.varies), **task.protocol, **task.recipe, "threads": task.threads,
-            **{f"source {i}": s for i, s in enumerate(task.sources, 1)}, "data": task.fingerprint(), "digest": task.digest}
+    return {"task": task.name, "tier": f"{task.tier} (of {', '.join(tiers(task.name))})", "track": task.track,
+            "about": task.about, "metric": f"{task.metric} ({'high' if task.higher else 'low'} is good)",
+            f"dense {task.metric}": dense_target(task), "a seed changes": ", ".join(task.varies), **task.protocol,
+            **task.recipe, "threads": task.threads,
+            **{f"source {i}": s for i, s in enumerate(task.sources, 1)}, "data": task.fingerprint(),
+            "digest": task.digest}
 
 Task.accepts, Task.page = accepts_dense, describe_task
 
@@ -307,8 +315,10 @@ def from_parts(model,  # a trained network, or a function () -> network
     def theirs(net): return {"source": "the user's own", "seconds": None}
     own = {"weights": theirs} if isinstance(model, nn.Module) else {}
     def fingerprint(): return digest(len(data), *[len(l.dataset) for l in loaders.values()], sample_hash(data))
-    made = dict(build=fresh, batches=stream, calibration=lambda seed: list(dataset_batches(data, batch, 4)(1000 + seed)),
-        outputs=measure, metrics=lambda got, split: got, metric=first, higher=higher_is_better, train=dense_training or recover or none(),
+    made = dict(build=fresh, batches=stream,
+                calibration=lambda seed: list(dataset_batches(data, batch, 4)(1000 + seed)),
+        outputs=measure, metrics=lambda got, split: got, metric=first, higher=higher_is_better,
+                train=dense_training or recover or none(),
         recover=recover or none(), fingerprint=fingerprint, loss=loss, examples=lambda: data,
         varies=("calibration", "random masks", "recovery order"), threads=threads, **own)
     return Task(name, track, about="a task made from parts", **{**made, **more})

@@ -15,16 +15,22 @@ def parameter_names(path)->set: # parameter names
     "Names assigned in the cell tagged `parameters`."
     cells = json.loads(Path(path).read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-    return {t.id for node in ast.parse(code).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+    return {t.id for node in ast.parse(code).body if isinstance(node, ast.Assign) for t in node.targets
+            if isinstance(t, ast.Name)}
 
-def execute_notebook(template, folder, parameters:dict, seconds_per_cell:int=3600)->None: # writes notebook.ipynb and result.json into the folder
+def execute_notebook(template, folder, parameters:dict, seconds_per_cell:int=3600
+    )->None: # writes notebook.ipynb and result.json into the folder
     "Run a benchmark notebook with papermill; raises what the notebook raises."
     import papermill
     extra = set(parameters) - parameter_names(template)
-    if extra: raise ValueError(f"the benchmark notebook has no parameter {sorted(extra)[0]!r}: known are {', '.join(sorted(parameter_names(template)))}")
+    if extra:
+        raise ValueError(f"the benchmark notebook has no parameter {sorted(extra)[0]!r}: known are "
+                         f"{', '.join(sorted(parameter_names(template)))}")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(template), str(Path(folder) / "notebook.ipynb"), parameters, kernel_name="python3", language="python",
-                               progress_bar=False, execution_timeout=seconds_per_cell, autosave_cell_every=0, cwd=str(folder))
+    papermill.execute_notebook(str(template), str(Path(folder) / "notebook.ipynb"), parameters, kernel_name="python3",
+                               language="python",
+                               progress_bar=False, execution_timeout=seconds_per_cell, autosave_cell_every=0,
+                               cwd=str(folder))
 
 # %% ../../nbs/bench/98_worker.ipynb #40203f28
 def exit_with_parent(parent:int)->None: # process id
@@ -39,10 +45,12 @@ def run_worker(spec:str)->None: # path of a job file: {"kind": "job" | "dense", 
     signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))
     todo = json.loads(Path(spec).read_text())
     exit_with_parent(todo["parent"])
-    if todo["kind"] == "dense": return print(importlib.import_module("pruning_bench.bench.task").find_task(todo["task"]).record(todo["seed"]))
+    if todo["kind"] == "dense":
+        return print(importlib.import_module("pruning_bench.bench.task").find_task(todo["task"]).record(todo["seed"]))
     folder = Path(todo["folder"])
     with FileLock(f"{folder}.lock"):
-        if not (folder / "result.json").exists(): execute_notebook(todo["template"], folder, {**todo["parameters"], "out": str(folder / "result.json")})
+        if not (folder / "result.json").exists():
+            execute_notebook(todo["template"], folder, {**todo["parameters"], "out": str(folder / "result.json")})
 
 # %% ../../nbs/bench/98_worker.ipynb #d547a3f1
 if __name__ == "__main__" and Path(sys.argv[0]).name == "worker.py":

@@ -8,24 +8,29 @@ import pytest
 from entries import COST, SIZE, SPEED
 from pruning_bench import BadInput
 from pruning_bench.bench import board
-from pruning_bench.bench.entry import SCHEMA, code_digest, entry_path, notebook_digest, read_entries, validate, write_json
+from pruning_bench.bench.entry import (PROVENANCE, SCHEMAS, entry_path, notebook_digest, read_entries, validate,
+                                       write_json)
 
 
 def make_run(sparsity=.5, seed=0, before=.8, after=.9, **changes):
-    return {"sparsity": sparsity, "seed": seed, "status": "ok", "message": None, "plan": "a" * 64, "size": SIZE, "cost": COST, "speed": SPEED,
+    return {"sparsity": sparsity, "seed": seed, "status": "ok", "message": None, "plan": "a" * 64, "size": SIZE,
+            "cost": COST, "speed": SPEED, "code": "b" * 64,
             "quality": {"after_prune": {"accuracy": before}, "after_recover": {"accuracy": after}}, **changes}
 
 
 def failed(sparsity=.5, seed=0, status="diverged"):
-    return make_run(sparsity, seed, status=status, message="loss is nan", plan=None, size=None, cost=None, speed=None, quality={"after_prune": None, "after_recover": None})
+    return make_run(sparsity, seed, status=status, message="loss is nan", plan=None, size=None, cost=None, speed=None,
+                    quality={"after_prune": None, "after_recover": None})
 
 
 def make_entry(method="magnitude", runs=None, higher=True, stage="trained", variant="default"):
-    return {"schema": "entry.v2", "task": {"name": "toy", "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": higher},
-            "method": {"name": method, "variant": variant, "settings": {}, "recipe": {}, "family": "weight", "stage": stage, "paper": "p", "year": 2020},
+    return {"schema": "entry.v3", "task": {"name": "toy", "digest": "0" * 64, "track": "cnn", "metric": "accuracy",
+                                           "higher": higher},
+            "method": {"name": method, "variant": variant, "settings": {}, "recipe": {}, "family": "weight",
+                       "stage": stage, "paper": "p", "year": 2020},
             "dense": [{"seed": 0, "quality": {"accuracy": .95}, "size": SIZE, "train_seconds": None}],
             "runs": runs or [make_run(seed=s, after=.9 + s / 100) for s in range(3)],
-            "provenance": dict.fromkeys(["package", "code", "notebook", "python", "libraries", "device", "threads", "date"])}
+            "provenance": dict.fromkeys(PROVENANCE)}
 
 
 def test_a_good_entry_passes_and_survives_json():
@@ -45,7 +50,11 @@ def test_a_good_entry_passes_and_survives_json():
     (lambda e: e["runs"].append(e["runs"][0]), "twice"),
     (lambda e: e["runs"][0].update(status="ok", size=None), "does not fit"),
     (lambda e: e["runs"][0].update(status="diverged", message="x"), "does not fit"),
-    (lambda e: e["provenance"].pop("code"), "code"),
+    (lambda e: e["provenance"].pop("notebook"), "notebook"),
+    (lambda e: e["runs"][0].pop("code"), "code"),
+    (lambda e: e["runs"][0].update(code="abc"), "code"),
+    (lambda e: e.update(schema="entry.v1"), "entry.v1"),
+    (lambda e: e.update(schema="entry.v2"), "entry"),
     (lambda e: e["runs"][0].update(quality={"after_prune": {"accuracy": "0.9"}, "after_recover": None}), "quality"),
 ])
 def test_a_bad_entry_is_refused_naming_the_place(change, word):
@@ -89,7 +98,8 @@ def test_a_failed_run_voids_the_mean():
 
 
 def test_the_order_follows_the_direction_of_the_metric():
-    good, bad = make_entry("a", [make_run(seed=s, after=.9) for s in range(3)]), make_entry("b", [make_run(seed=s, after=.5) for s in range(3)])
+    good, bad = make_entry("a", [make_run(seed=s, after=.9)
+                                 for s in range(3)]), make_entry("b", [make_run(seed=s, after=.5) for s in range(3)])
     first = lambda entries: board.sort_rows(board.entry_rows(entries).query("board == 'retrained'")).method.iloc[0]
     assert first([good, bad]) == "a"
     for e in (good, bad): e["task"]["higher"] = False
@@ -105,24 +115,31 @@ def test_the_front_holds_what_nothing_beats():
     table = table[table.board == "retrained"].assign(nonzero=[.1, .2, .3, .2], value=[.5, .7, .6, .65])
     front = lambda t: board.plot_front(t).lines[-2].get_xydata().tolist()
     beside = .2 * 1.35 ** .05   # the better one of two at the same place
-    assert sum(front(table), []) == pytest.approx([.1, .5, beside, .7]) and sum(front(table.assign(higher=False)), []) == pytest.approx([.1, .5])
+    assert sum(front(table), []) == pytest.approx([.1, .5, beside, .7])
+    assert sum(front(table.assign(higher=False)), []) == pytest.approx([.1, .5])
 
 
 def test_publishing_is_repeatable_and_keeps_what_people_wrote(tmp_path):
-    for m in ("magnitude", "random"): write_json(make_entry(m), entry_path(tmp_path / "board" / "entries", make_entry(m)))
+    for m in ("magnitude", "random"):
+        write_json(make_entry(m), entry_path(tmp_path / "board" / "entries", make_entry(m)))
     readme, folder = tmp_path / "README.md", tmp_path / "board"
     readme.write_text(f"before\n{board.BEGIN_MARKER}\n{board.END_MARKER}\nafter\n")
     board.publish(folder, readme, index="")
     first = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     board.publish(folder, readme, index="")
     assert first == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n") and "*random*" in readme.read_text()
-    assert json.loads((folder / "schema" / "entry.v2.json").read_text()) == SCHEMA
+    assert readme.read_text().startswith("before\n")
+    assert readme.read_text().endswith("after\n")
+    assert "*random*" in readme.read_text()
+    for version, schema in SCHEMAS.items():
+        assert json.loads((folder / "schema" / f"{version}.json").read_text()) == schema
 
 
 def test_a_page_needs_no_network_and_escapes_names(tmp_path):
     html = board.render_html(board.entry_rows([make_entry("<script>alert(1)</script>")]))
-    assert "<script>alert(1)" not in html and "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "<script>alert(1)" not in html
+    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org",
+                                                                          "").replace("http://creativecommons.org", "")
 
 
 def test_a_readme_without_a_place_is_refused():
@@ -130,8 +147,47 @@ def test_a_readme_without_a_place_is_refused():
         board.replace_marked("nothing here", "x")
 
 
-def test_the_code_digest_is_stable_and_outputs_do_not_count(tmp_path):
-    assert code_digest() == code_digest() and len(code_digest()) == 64
+def older(entry):
+    "An entry as version 2 wrote it: one digest of the whole package, none per run."
+    runs = [{k: v for k, v in r.items() if k != "code"} for r in entry["runs"]]
+    return {**entry, "schema": "entry.v2", "runs": runs, "provenance": {**entry["provenance"], "code": None}}
+
+
+def words(table):
+    "The column `code` of a board, once per word."
+    return set(board.format_columns(table).code)
+
+
+def test_entries_of_version_2_are_read_and_are_stale():
+    assert validate(older(make_entry())) and words(board.entry_rows([older(make_entry())])) == {"stale"}
+
+
+def test_a_row_is_stale_where_the_code_is_not_todays():
+    entry = make_entry()
+    entry["task"]["name"] = "digits-mlp"
+    assert words(board.entry_rows([entry])) == {"stale"}
+    code = board.current_code(entry)
+    for r in entry["runs"]: r["code"] = code
+    table = board.entry_rows([entry])
+    assert len(code) == 64 and words(table) == {"current"}
+    assert "<td data-v=\"False\">current</td>" in board.render_html(table)
+    assert "| current |" in board.render_markdown(table)
+    entry["runs"][-1]["code"] = None
+    assert words(board.entry_rows([entry])) == {"stale"}
+    entry["runs"][-1]["code"] = "c" * 64
+    assert words(board.entry_rows([entry])) == {"stale"}
+
+
+@pytest.mark.parametrize("where", ["task", "method"])
+def test_what_no_longer_exists_is_stale(where):
+    entry = make_entry()
+    entry["task"]["name"] = "digits-mlp"
+    for r in entry["runs"]: r["code"] = board.current_code(entry)
+    entry[where]["name"] = "gone"
+    assert board.current_code(entry) is None and words(board.entry_rows([entry])) == {"stale"}
+
+
+def test_outputs_of_a_notebook_do_not_count(tmp_path):
     cell = {"cell_type": "code", "source": ["1 + 1"], "outputs": []}
     a, b = tmp_path / "a.ipynb", tmp_path / "b.ipynb"
     a.write_text(json.dumps({"cells": [cell]}))

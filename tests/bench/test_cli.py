@@ -8,7 +8,8 @@ import pytest
 
 
 def cli(*args, **kw):
-    return subprocess.run([sys.executable, "-c", "from pruning_bench.bench.cli import main; main()", *args], capture_output=True, text=True, timeout=250, **kw)
+    return subprocess.run([sys.executable, "-c", "from pruning_bench.bench.cli import main; main()", *args],
+                          capture_output=True, text=True, timeout=250, **kw)
 
 
 @pytest.mark.parametrize("args, near", [
@@ -37,15 +38,20 @@ def test_wrong_requests_are_one_line_and_exit_2(args, near, tmp_path):
 
 
 def test_missing_data_is_one_line_before_any_work(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "PRUNING_BENCH_DATA"} | {"PRUNING_BENCH_CACHE": str(tmp_path / "cache"), "PRUNING_BENCH_OFFLINE": "1"}
+    env = {k: v for k,
+           v in os.environ.items() if k != "PRUNING_BENCH_DATA"} | {"PRUNING_BENCH_CACHE": str(tmp_path / "cache"),
+                                                                    "PRUNING_BENCH_OFFLINE": "1"}
     done = cli("run", "fashion-cnn@smoke", "magnitude", cwd=tmp_path, env=env)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "set PRUNING_BENCH_DATA" in done.stderr
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "set PRUNING_BENCH_DATA" in done.stderr
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "cache/runs").exists()
 
 
 def test_lists_are_readable_by_machines(tmp_path):
     methods = json.loads(cli("methods", "*magnitude*", "--json", cwd=tmp_path).stdout)
-    assert {"magnitude", "global-magnitude"} <= {m["method"] for m in methods} and all("magnitude" in m["method"] for m in methods)
+    assert {"magnitude", "global-magnitude"} <= {m["method"] for m in methods}
+    assert all("magnitude" in m["method"] for m in methods)
     tasks = json.loads(cli("tasks", "--json", cwd=tmp_path).stdout)
     assert {"digits-mlp", "digits-cnn", "pydoc-llama", "digits-ddpm", "digits-data"} <= {t["task"] for t in tasks}
     page = json.loads(cli("tasks", "pydoc-llama", "--json", cwd=tmp_path).stdout)
@@ -53,7 +59,8 @@ def test_lists_are_readable_by_machines(tmp_path):
 
 
 def test_a_run_prints_its_entry_and_is_found_again(tmp_path):
-    args = ["run", "digits-mlp", "magnitude", "--sparsity", "0.9", "--sparsity", "0.95", "--seeds", "1", "--out", str(tmp_path / "out"), "--json"]
+    args = ["run", "digits-mlp", "magnitude", "--sparsity", "0.9", "--sparsity", "0.95", "--seeds", "1", "--out",
+            str(tmp_path / "out"), "--json"]
     done = cli(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     entry = json.loads(done.stdout)
@@ -67,4 +74,6 @@ def test_a_pattern_is_a_sparsity_and_names_the_variant(tmp_path):
     done = cli("run", "digits-mlp", "magnitude", "--sparsity", "2:4", "--seeds", "1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     entry = json.loads(done.stdout)
-    assert entry["method"]["variant"] == "2:4" and entry["runs"][0]["sparsity"] == .5 and abs(entry["runs"][0]["size"]["mask_density"] - .5) < 1e-9
+    assert entry["method"]["variant"] == "2:4"
+    assert entry["runs"][0]["sparsity"] == .5
+    assert abs(entry["runs"][0]["size"]["mask_density"] - .5) < 1e-9

@@ -7,7 +7,9 @@ import torchvision
 from torch import nn
 
 from pruning_bench import BadInput
-from pruning_bench.bench.coverage import SMALL_MODEL_CONFIGS, affects_output, torchvision_classifier, coverage_row, coverage, diffusers_transformer, prune_half, permutation_error, cached_row, masking_error, model_builders
+from pruning_bench.bench.coverage import (SMALL_MODEL_CONFIGS, affects_output, torchvision_classifier, coverage_row,
+                                          coverage, diffusers_transformer, prune_half, permutation_error, cached_row,
+                                          masking_error, model_builders)
 from pruning_bench.graph.groups import Channels
 
 SMALL = ("alexnet", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "LlamaForCausalLM", *SMALL_MODEL_CONFIGS)
@@ -17,13 +19,16 @@ models = [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in
 def test_half_of_the_multiplications(name):
     row = coverage_row(name, model_builders()[name])
     assert row["runs"] and row["groups"] > 0 and row["error"] <= 1e-5 and row["permuted"] <= 1e-4
-    small = name in SMALL_MODEL_CONFIGS or model_builders()[name] is diffusers_transformer   # coarse units, and some layers that cannot be cut
+    # coarse units, and some layers that cannot be cut
+    small = name in SMALL_MODEL_CONFIGS or model_builders()[name] is diffusers_transformer
     if name.split("For")[0] in ("Mixtral", "Qwen3Moe", "DeepseekV3"): assert row["of"] == "params"
     else: assert row["of"] == "macs" and .5 <= row["removed"] <= (.54 if small else .51) and row["prunable"] > .98
-    if model_builders()[name] is torchvision_classifier and name not in ("googlenet", "inception_v3"): assert row["heard"] == row["exact"]   # these two have heads for training only
+    if model_builders()[name] is torchvision_classifier and name not in ("googlenet", "inception_v3"):
+        assert row["heard"] == row["exact"]   # these two have heads for training only
 
 def test_no_classifier_is_left_out():
-    assert {n for n, f in model_builders().items() if f is torchvision_classifier} == set(torchvision.models.list_models(module=torchvision.models))
+    assert {n for n, f in model_builders().items()
+            if f is torchvision_classifier} == set(torchvision.models.list_models(module=torchvision.models))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
@@ -34,19 +39,24 @@ def test_the_detector_inside_is_pruned_detects_and_learns(name):
     detector = bare.detector
     assert sum(p.numel() for p in detector.parameters()) < .6 * full
     with torch.no_grad(): found = detector(list(batch))
-    assert len(found) == 2 and all(f["boxes"].shape == (len(f["scores"]), 4) and f["boxes"].isfinite().all() for f in found)
+    assert len(found) == 2
+    assert all(f["boxes"].shape == (len(f["scores"]), 4) and f["boxes"].isfinite().all() for f in found)
     detector.train()
     losses = detector(list(batch), [{"boxes": torch.tensor([[8., 8, 40, 40]]), "labels": torch.tensor([1])}] * 2)
     sum(losses.values()).backward()
-    assert all(v.isfinite() for v in losses.values()) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in detector.backbone.parameters())
+    assert all(v.isfinite() for v in losses.values())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in detector.backbone.parameters())
 
-def three(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)), torch.randn(2, 3, 9, 9)
+def three():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(),
+                         nn.Conv2d(6, 4, 3)), torch.randn(2, 3, 9, 9)
 
 def test_the_golden_rule_notices_wrong_readers_and_leaves_the_model_alone():
     model, x = three()
     groups, before = Channels(model, [x]).groups, {k: v.clone() for k, v in model.state_dict().items()}
     assert masking_error(model, x, groups) < 1e-5
-    groups["0.weight"].members["2.weight", 1] = (groups["0.weight"].members["2.weight", 1] + 1) % 8   # readers of the neighbours
+    # readers of the neighbours
+    groups["0.weight"].members["2.weight", 1] = (groups["0.weight"].members["2.weight", 1] + 1) % 8
     assert masking_error(model, x, groups) > .01
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -74,7 +84,8 @@ def test_half_is_half(width):
 def test_work_that_depends_on_the_data_is_said():
     class Fickle(nn.Module):
         "Runs its second layer as often as numbers are positive."
-        def __init__(self): super().__init__(); self.one, self.two, self.three = nn.Linear(4, 40), nn.Linear(40, 40), nn.Linear(40, 2)
+        def __init__(self):
+            super().__init__(); self.one, self.two, self.three = nn.Linear(4, 40), nn.Linear(40, 40), nn.Linear(40, 2)
         def forward(self, x):
             y = self.one(x)
             return self.three(self.two(y.expand(1 + int((y > 0).sum()), *y.shape)).relu())
@@ -82,7 +93,9 @@ def test_work_that_depends_on_the_data_is_said():
     model = Fickle()
     full = sum(p.numel() for p in model.parameters())
     [(of, removed)] = prune_half(model, torch.randn(5, 4)).items()
-    assert of == "params" and .5 <= removed <= .53 and sum(p.numel() for p in model.parameters()) == round(full * (1 - removed))
+    assert of == "params"
+    assert .5 <= removed <= .53
+    assert sum(p.numel() for p in model.parameters()) == round(full * (1 - removed))
 
 def test_a_failure_is_a_row(monkeypatch, tmp_path):
     def broken(name): raise RuntimeError("no such weather")
@@ -93,7 +106,8 @@ def test_a_failure_is_a_row(monkeypatch, tmp_path):
 
 def test_rows_are_kept(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("pruning_bench.bench.coverage.coverage_row", lambda name, make: asked.append(name) or dict(model=name, runs=True, error=1e-7))
+    monkeypatch.setattr("pruning_bench.bench.coverage.coverage_row", lambda name,
+                        make: asked.append(name) or dict(model=name, runs=True, error=1e-7))
     first, again = (cached_row("calm", None, tmp_path / "rows") for _ in range(2))
     [file] = (tmp_path / "rows").rglob("calm.json")
     assert asked == ["calm"] and first == again == json.loads(file.read_text())
@@ -116,4 +130,7 @@ def test_the_command_prints_the_table(monkeypatch, tmp_path):
     def broken(name): raise RuntimeError("no such weather")
     monkeypatch.setattr("pruning_bench.bench.coverage.model_builders", lambda: {"storm": broken, "calm": broken})
     said = CliRunner().invoke(app, ["coverage", "s*", "--json"])
-    assert said.exit_code == 0 and '"storm"' in said.output and "no such weather" in said.output and "calm" not in said.output
+    assert said.exit_code == 0
+    assert '"storm"' in said.output
+    assert "no such weather" in said.output
+    assert "calm" not in said.output

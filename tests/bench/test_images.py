@@ -1,11 +1,12 @@
-"Distances between sets of images, similarity of pairs and agreement with prompts, against numbers derived by hand and against torchmetrics."
+"Distances between sets of images, similarity of pairs and agreement with prompts: by hand and against torchmetrics."
 import copy, math
 
 import pytest
 import torch
 from torch import nn
 
-from pruning_bench.bench.measure.images import EXTRACTORS, clip_score, image_distances, make_extractor, frechet, kid, ssim, weights_hash
+from pruning_bench.bench.measure.images import (EXTRACTORS, clip_score, image_distances, make_extractor, frechet, kid,
+                                                ssim, weights_hash)
 from pruning_bench.core.inputs import BadInput
 
 
@@ -26,14 +27,17 @@ class Eye(nn.Module):
 
 def test_golden_distances():
     assert kid(torch.ones(2, 1), torch.zeros(2, 1)) == pytest.approx(7)
-    assert kid(torch.tensor([[2.], [0.]]), torch.tensor([[1.], [1.]])) == pytest.approx(1 + 8 - 2 * (27 + 1) / 2)   # pairs: 1, 8; across: 27 and 1
+    # pairs: 1, 8; across: 27 and 1
+    assert kid(torch.tensor([[2.], [0.]]), torch.tensor([[1.], [1.]])) == pytest.approx(1 + 8 - 2 * (27 + 1) / 2)
     assert frechet(torch.tensor([[0.], [2.]]), torch.tensor([[1.], [5.]])) == pytest.approx(6)
-    assert frechet(torch.tensor([[0.], [4.]]), torch.tensor([[2.], [2.]])) == pytest.approx(8)   # equal means; variances 8 and 0
+    # equal means; variances 8 and 0
+    assert frechet(torch.tensor([[0.], [4.]]), torch.tensor([[2.], [2.]])) == pytest.approx(8)
 
 def test_distances_of_shifted_clouds():
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
     assert frechet(x, x) == pytest.approx(0, abs=1e-6) and frechet(x, x + 2) == pytest.approx(24, abs=1e-4)
-    assert frechet(x, 3 * x) == pytest.approx(4 * (x.double().var(0).sum() + x.double().mean(0).square().sum()).item(), rel=1e-6)   # sd times 3: (3 - 1)^2
+    assert frechet(x, 3 * x) == pytest.approx(4 * (x.double().var(0).sum() + x.double().mean(0).square().sum()).item(),
+                                              rel=1e-6)   # sd times 3: (3 - 1)^2
     assert kid(x, x + 2) > 1 > abs(kid(x[:150], x[150:])) and kid(x, x + 2) == pytest.approx(kid(x + 2, x))
 
 def test_kid_is_unbiased_and_the_order_of_images_does_not_matter():
@@ -48,10 +52,12 @@ def test_against_torchmetrics():
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
     a, b, eye = draw(60, 3, 8, 8), draw(60, 3, 8, 8, seed=1)**2, Eye()
-    theirs = KernelInceptionDistance(feature=eye, subsets=1, subset_size=60), FrechetInceptionDistance(feature=eye, input_img_size=(3, 8, 8))
+    theirs = KernelInceptionDistance(feature=eye, subsets=1,
+                                     subset_size=60), FrechetInceptionDistance(feature=eye, input_img_size=(3, 8, 8))
     for metric in theirs: metric.update(a, real=True); metric.update(b, real=False)
     mine = image_distances(a, b, make_extractor(eye))
-    assert mine["kid"] == pytest.approx(theirs[0].compute()[0].item(), rel=1e-3) and mine["frechet"] == pytest.approx(theirs[1].compute().item(), rel=1e-3)
+    assert mine["kid"] == pytest.approx(theirs[0].compute()[0].item(), rel=1e-3)
+    assert mine["frechet"] == pytest.approx(theirs[1].compute().item(), rel=1e-3)
 
 def test_ssim():
     x = draw(4, 1, 8, 8)
@@ -63,7 +69,8 @@ def test_ssim():
 def test_ssim_against_torchmetrics():
     theirs = pytest.importorskip("torchmetrics.functional.image").structural_similarity_index_measure
     x, y = draw(4, 3, 16, 16), draw(4, 3, 16, 16, seed=1)
-    _, full = theirs(x, y, gaussian_kernel=False, kernel_size=5, data_range=1., return_full_image=True, reduction="none")
+    _, full = theirs(x, y, gaussian_kernel=False, kernel_size=5, data_range=1., return_full_image=True,
+                     reduction="none")
     assert ssim(x, y) == pytest.approx(full[..., 2:-2, 2:-2].mean().item(), abs=1e-5)   # without their padded border
 
 
@@ -80,7 +87,9 @@ def test_the_hash_is_of_the_weights():
     assert weights_hash(renamed) != weights_hash(net) and len(weights_hash(net)) == 64
     images = draw(30, 3, 8, 8)
     result = image_distances(images, images, make_extractor(net))
-    assert result["extractor"] == weights_hash(net) and result["samples"] == [30, 30] and result["frechet"] == pytest.approx(0, abs=1e-6)
+    assert result["extractor"] == weights_hash(net)
+    assert result["samples"] == [30, 30]
+    assert result["frechet"] == pytest.approx(0, abs=1e-6)
 
 def test_extractor_leaves_mode_alone_and_batches_change_nothing():
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Dropout(.5)).train()
@@ -116,8 +125,10 @@ def read(images=None, text=None, **how):
 def test_clip_score_by_hand():
     picture = lambda *rgb: torch.tensor(rgb).view(3, 1, 1).expand(3, 4, 4).float()
     images = torch.stack([picture(1, 0, 0), picture(1, 1, 0), picture(0, 1, 1)])
-    assert clip_score(images, ["red"] * 3, Colours(), read)["clip"] == pytest.approx(100 * (1 + math.sqrt(.5)) / 3, abs=1e-3)
-    assert clip_score(images, ["red", "green", "blue"], Colours(), read)["clip"] == pytest.approx(100 * (1 + 2 * math.sqrt(.5)) / 3, abs=1e-3)
+    assert clip_score(images, ["red"] * 3, Colours(),
+                      read)["clip"] == pytest.approx(100 * (1 + math.sqrt(.5)) / 3, abs=1e-3)
+    assert clip_score(images, ["red", "green", "blue"], Colours(),
+                      read)["clip"] == pytest.approx(100 * (1 + 2 * math.sqrt(.5)) / 3, abs=1e-3)
     with pytest.raises(BadInput, match="3 images and 1 prompts"): clip_score(images, ["red"], Colours(), read)
 
 def test_clip_score_of_a_negative_cosine_is_zero():
@@ -129,11 +140,14 @@ def test_clip_score_of_a_real_clip():
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=CLIPTextConfig(vocab_size=50, eos_token_id=49, max_position_embeddings=8, **small).to_dict(),
-                                 vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **small).to_dict(), projection_dim=8)).train()
+    model = CLIPModel(CLIPConfig(text_config=CLIPTextConfig(vocab_size=50, eos_token_id=49, max_position_embeddings=8,
+                                                            **small).to_dict(),
+                                 vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **small).to_dict(),
+                                 projection_dim=8)).train()
     ids = torch.tensor([[1, 5, 49], [1, 7, 49]])
     def processor(images=None, text=None, **how):
-        return {"pixel_values": torch.stack(images).float() / 255} if images is not None else {"input_ids": ids[:len(text)]}
+        return {"pixel_values": torch.stack(images).float()
+                / 255} if images is not None else {"input_ids": ids[:len(text)]}
     images = (draw(2, 3, 16, 16) * 255).round() / 255
     got = clip_score(images, ["a", "b"], model, processor)
     assert model.training and got["extractor"] == weights_hash(model)

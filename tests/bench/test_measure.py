@@ -8,7 +8,9 @@ from torch import nn
 
 from safetensors.torch import load_file
 
-from pruning_bench.bench.measure.size import FORMATS, accuracy, wall_clock, densities, disk_bytes, load_sparse, logits_of, macs, nonzero_macs, count_nonzeros, count_parameters, save_sparse, token_nll
+from pruning_bench.bench.measure.size import (FORMATS, accuracy, wall_clock, densities, disk_bytes, load_sparse,
+                                              logits_of, macs, nonzero_macs, count_nonzeros, count_parameters,
+                                              save_sparse, token_nll)
 from pruning_bench.core.inputs import BadInput
 from pruning_bench.core.mask import attach_mask
 
@@ -30,7 +32,8 @@ CASES = {
     "conv1d": (nn.Conv1d(4, 6, 3), torch.randn(2, 4, 10), 4 * 6 * 3 * 8),
     "attention": (Attention(), torch.randn(2, 5, 16), 4 * 5 * 16 * 16 + 2 * 25 * 16),
     "fused attention": (Fused(), torch.randn(2, 1, 6, 8), 2 * 36 * 8),
-    "encoder layer": (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16), 4 * 5 * 256 + 2 * 25 * 16 + 2 * 5 * 16 * 32),
+    "encoder layer": (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16),
+                      4 * 5 * 256 + 2 * 25 * 16 + 2 * 5 * 16 * 32),
 }
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,13 +49,15 @@ class Block(nn.Module):
         self.a, self.na = nn.Conv2d(i, o, 3, self.stride, 1, bias=False), nn.BatchNorm2d(o)
         self.b, self.nb = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
     def forward(self, x):
-        short = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, *[(self.b.in_channels - x.shape[1]) // 2] * 2))
+        short = F.pad(x[:, :, ::self.stride, ::self.stride],
+                      (0, 0, 0, 0, *[(self.b.in_channels - x.shape[1]) // 2] * 2))
         return F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + short)
 
 def resnet(depth):
     n = (depth - 2) // 6
     widths = [16] * (n + 1) + [32] * n + [64] * n
-    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *[Block(i, o) for i, o in zip(widths, widths[1:])],
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+                         *[Block(i, o) for i, o in zip(widths, widths[1:])],
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 @pytest.mark.parametrize("depth,by_hand", [(20, 40_551_040), (32, 68_862_592), (44, 97_174_144), (56, 125_485_696)])
@@ -69,15 +74,18 @@ def test_macs_of_the_networks_of_the_suite():
 def test_stable_diffusion_on_the_meta_device():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
-            cross_attention_dim=768, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        unet = diffusers.UNet2DConditionModel(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2,
+                                              block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",
+                                              ) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
     assert count_parameters(unet) == 859_520_964
     with pytest.raises(BadInput, match="meta device"): disk_bytes(unet)
 
 class First(nn.Module):
     "A recurrent network that returns its outputs only."
-    def __init__(self, kind, *args, **settings): super().__init__(); self.inner = getattr(nn, kind)(*args, batch_first=True, **settings)
+    def __init__(self, kind, *args, **settings):
+        super().__init__(); self.inner = getattr(nn, kind)(*args, batch_first=True, **settings)
     def forward(self, x): return self.inner(x)[0]
 
 @pytest.mark.parametrize("kind,gates", [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
@@ -97,10 +105,13 @@ def test_macs_of_a_projected_lstm_and_of_cells():
     assert macs(nn.GRUCell(4, 8), torch.randn(2, 4)) == 3 * 8 * (4 + 8)
 
 def test_counting_leaves_the_back_ends_as_they_were():
-    before = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    before = (torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(),
+              torch.backends.cuda.flash_sdp_enabled())
     for wrong in (False, True):
-        with pytest.raises(BadInput) if wrong else torch.no_grad(): macs(nn.Sequential(First("LSTM", 4, 4), *[nn.Flatten(0, 1), Bilinear()] * wrong), torch.randn(2, 5, 4))
-        assert before == (torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(), torch.backends.cuda.flash_sdp_enabled())
+        with pytest.raises(BadInput) if wrong else torch.no_grad():
+            macs(nn.Sequential(First("LSTM", 4, 4), *[nn.Flatten(0, 1), Bilinear()] * wrong), torch.randn(2, 5, 4))
+        assert before == (torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(),
+                          torch.backends.cuda.flash_sdp_enabled())
 
 class Bilinear(nn.Bilinear):
     def __init__(self): super().__init__(4, 4, 2)
@@ -116,16 +127,21 @@ def test_products_without_a_formula_are_refused_and_vectors_are_counted():
 
 class Harmless(nn.Module):
     "Names that look like products and are none."
-    def forward(self, x): return x.cummax(1).values + torch.lgamma(x.abs() + 1) + torch.linspace(0, 1, x.shape[1]) + x.to_sparse_csr().to_dense()
+    def forward(self, x):
+        return x.cummax(1).values + torch.lgamma(x.abs() + 1) + torch.linspace(
+            0, 1, x.shape[1]) + x.to_sparse_csr().to_dense()
 
-def test_names_that_look_like_products(): assert macs(nn.Sequential(Harmless(), nn.Linear(4, 2)), torch.randn(3, 4)) == 8
+def test_names_that_look_like_products():
+    assert macs(nn.Sequential(Harmless(), nn.Linear(4, 2)), torch.randn(3, 4)) == 8
 
 def test_macs_of_a_mixture_of_experts():
     from transformers import MixtralConfig, MixtralForCausalLM
     T, d = 12, 32
-    net = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=d, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+    net = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=d, intermediate_size=48, num_hidden_layers=2,
+                                           num_attention_heads=4, num_key_value_heads=4,
                                            num_local_experts=4, num_experts_per_tok=2))
-    layer = T * (4 * d * d + d * 4 + 2 * 3 * d * 48) + 2 * T * T * d        # projections, router, two experts per token; attention
+    # projections, router, two experts per token; attention
+    layer = T * (4 * d * d + d * 4 + 2 * 3 * d * 48) + 2 * T * T * d
     ids = {"input_ids": torch.arange(2 * T).view(2, T)}
     assert macs(net, ids) == nonzero_macs(net, ids) == 2 * layer + T * d * 64
     for n, p in net.named_parameters():
@@ -134,7 +150,8 @@ def test_macs_of_a_mixture_of_experts():
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
 def test_resampling_is_not_taken_for_a_product(mode):
-    assert macs(nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(1, 2, 1), nn.GELU()), torch.randn(1, 1, 4, 4)) == 2 * 64
+    assert macs(nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(1, 2, 1), nn.GELU()),
+                torch.randn(1, 1, 4, 4)) == 2 * 64
 
 def test_nonzero_macs_of_attention():
     model, x, by_hand = CASES["encoder layer"]
@@ -158,7 +175,9 @@ def test_macs_leave_mode_and_hooks_alone():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     before = copy.deepcopy(net.state_dict())
     nonzero_macs(net, torch.randn(3, 4))
-    assert net.training and not net[0]._forward_hooks and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert net.training
+    assert not net[0]._forward_hooks
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 def test_three_densities():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
@@ -182,7 +201,8 @@ def written(model, tmp_path):
     about = json.loads(json.loads(raw[8:8 + header])["__metadata__"]["tensors"])
     return len(raw) - 8 - header, about
 
-@pytest.mark.parametrize("left,best,data", [(4096, "dense", 4096 * 4), (1024, "mask", 4096 // 8 + 1024 * 4), (40, "rows", 40 * (2 + 4) + 65 * 4)])
+@pytest.mark.parametrize("left,best,data", [(4096, "dense", 4096 * 4), (1024, "mask", 4096 // 8 + 1024 * 4),
+                                            (40, "rows", 40 * (2 + 4) + 65 * 4)])
 def test_bytes_by_hand(left, best, data, tmp_path):
     net = nn.Linear(64, 64, bias=False)
     net.weight.data.view(-1)[torch.randperm(4096)[left:]] = 0
@@ -192,7 +212,8 @@ def test_bytes_by_hand(left, best, data, tmp_path):
     assert both["sparse"] == (tmp_path/"sparse").stat().st_size and 4096 * 4 < both["dense"] < 4096 * 4 + 200
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64,
+                                   torch.bool])
 @pytest.mark.parametrize("shape", [(7, 5), (1, 1), (3, 4, 2, 2), (2, 40000)])
 def test_every_format_restores_every_bit(name, dtype, shape):
     pack, read = FORMATS[name]
@@ -210,7 +231,8 @@ def test_saved_models_come_back_bit_for_bit(tmp_path):
     net.register_buffer("nothing", torch.zeros(0, 3))
     save_sparse(net, tmp_path/"net")
     again, state = load_sparse(tmp_path/"net"), net.state_dict()
-    assert list(again) == list(state) and all(again[n].dtype == t.dtype and again[n].shape == t.shape for n, t in state.items())
+    assert list(again) == list(state)
+    assert all(again[n].dtype == t.dtype and again[n].shape == t.shape for n, t in state.items())
     assert all(again[n].numpy().tobytes() == t.numpy().tobytes() for n, t in state.items())
     assert len([k for k in load_file(tmp_path/"net") if k.startswith("3.weight")]) == 0   # tied: stored once
 
@@ -221,7 +243,8 @@ def test_sparse_files_are_never_much_longer_and_shrink_with_sparsity():
         for layer in net: layer.weight.data[torch.rand(layer.weight.shape) >= keep] = 0
         sizes.append(disk_bytes(net))
     assert len({s["dense"] for s in sizes}) == 1 and all(s["sparse"] <= s["dense"] + 400 for s in sizes)
-    assert [s["sparse"] for s in sizes] == sorted((s["sparse"] for s in sizes), reverse=True) and sizes[-1]["sparse"] < sizes[0]["sparse"] / 20
+    assert [s["sparse"] for s in sizes] == sorted((s["sparse"] for s in sizes), reverse=True)
+    assert sizes[-1]["sparse"] < sizes[0]["sparse"] / 20
 
 def test_a_negative_zero_costs_what_a_number_costs(tmp_path):
     net = nn.Linear(64, 64, bias=False)

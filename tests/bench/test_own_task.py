@@ -28,9 +28,12 @@ def net():
 def test_the_original_is_never_touched_and_numbers_are_its_own(net):
     before = copy.deepcopy(net.state_dict())
     own = Task.from_parts(net, DATA, TEST, F.cross_entropy, right, recover=finetune(20))
-    assert own.metric == "right" and own.evaluate(own.dense())["right"] == right(net.eval(), [(X[150:], Y[150:])]).item()
+    assert own.metric == "right"
+    assert own.evaluate(own.dense())["right"] == right(net.eval(), [(X[150:], Y[150:])]).item()
     run, _, plan = run_with_status(own, "global-magnitude", .75, 0)
-    assert run["status"] == "ok" and abs(plan.sparsity - .75) < .01 and run["quality"]["after_recover"]["right"] >= run["quality"]["after_prune"]["right"] - .2
+    assert run["status"] == "ok"
+    assert abs(plan.sparsity - .75) < .01
+    assert run["quality"]["after_recover"]["right"] >= run["quality"]["after_prune"]["right"] - .2
     assert dense_run(own, 0)["quality"]["right"] > .8
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
@@ -40,11 +43,16 @@ def test_runs_are_bit_identical(net):
     assert a["quality"] == b["quality"] and a["plan"] == b["plan"]
 
 def test_metrics_by_name_and_own_fields(net):
-    own = Task.from_parts(net, DATA, TEST, F.cross_entropy, lambda m, loader: {"loss": sum(F.cross_entropy(m(x), y).item() for x, y in loader), "n": 1.}, higher=False, name="mine", bound=9.)
-    assert own.metric == "loss" and own.accepts(own.evaluate(own.dense())["loss"]) and describe_task(own)["metric"] == "loss (low is good)"
+    own = Task.from_parts(net, DATA, TEST, F.cross_entropy, lambda m,
+                          loader: {"loss": sum(F.cross_entropy(m(x), y).item() for x, y in loader), "n": 1.},
+                          higher=False, name="mine", bound=9.)
+    assert own.metric == "loss"
+    assert own.accepts(own.evaluate(own.dense())["loss"])
+    assert describe_task(own)["metric"] == "loss (low is good)"
 
 def test_a_function_makes_a_task_that_can_train():
-    own = Task.from_parts(lambda: nn.Linear(6, 2), DATA, TEST, F.cross_entropy, right, dense_training=finetune(100, lr=.05), recover=finetune(10))
+    own = Task.from_parts(lambda: nn.Linear(6, 2), DATA, TEST, F.cross_entropy, right,
+                          dense_training=finetune(100, lr=.05), recover=finetune(10))
     assert own.evaluate(own.trained(0))["right"] > own.evaluate(own.initial(0))["right"] and own.batches(0).steps == 100
 
 def test_data_of_dicts_and_the_models_own_loss():
@@ -65,5 +73,7 @@ def test_other_data_is_another_task(net):
     assert make(DATA) == make(TensorDataset(X[:150].clone(), Y[:150])) != make(TensorDataset(X[:150] + 1, Y[:150]))
 
 def test_refusals(net):
-    with pytest.raises(BadInput, match="empty"): Task.from_parts(net, TensorDataset(X[:0], Y[:0]), TEST, F.cross_entropy, right)
-    with pytest.raises(BadInput, match="counted and indexed|Dataset"): Task.from_parts(net, 7, TEST, F.cross_entropy, right)
+    with pytest.raises(BadInput, match="empty"):
+        Task.from_parts(net, TensorDataset(X[:0], Y[:0]), TEST, F.cross_entropy, right)
+    with pytest.raises(BadInput, match="counted and indexed|Dataset"):
+        Task.from_parts(net, 7, TEST, F.cross_entropy, right)

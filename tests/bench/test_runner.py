@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from entries import COST, SIZE
-from pruning_bench.bench import runner, worker
+from pruning_bench.bench import code, runner, worker
 from pruning_bench.bench.runner import Job, run_jobs
 
 
@@ -26,11 +26,16 @@ def cache(tmp_path, monkeypatch):
 def notebook(tmp_path, monkeypatch):
     "Put a notebook of the given code in the place of the benchmark template; no dense model is trained."
     def make(code):
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("task = method = variant = device = ''\nsparsities = seeds = []\nsettings = {}\nout = ''"), nbformat.v4.new_code_cell(code)])
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("task = method = variant = device = "
+                                                                       "''\nsparsities = seeds = []\nsettings = "
+                                                                       "{}\nout = ''"),
+                                             nbformat.v4.new_code_cell(code)])
         nb.cells[0].metadata["tags"] = ["parameters"]
         nbformat.write(nb, tmp_path / "template.ipynb")
         monkeypatch.setattr(runner, "template_notebook", lambda job: tmp_path / "template.ipynb")
-        monkeypatch.setattr(runner, "plan_steps", lambda jobs, original=runner.plan_steps: [s for s in original(jobs) if s.job and not setattr(s, "needs", frozenset())])
+        monkeypatch.setattr(runner, "plan_steps", lambda jobs,
+                            original=runner.plan_steps: [s for s in original(jobs) if s.job
+                                                         and not setattr(s, "needs", frozenset())])
     return make
 
 
@@ -38,11 +43,14 @@ QUIET = Console(quiet=True)
 JOB = Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(0,))
 GOOD = f"\nSIZE, COST = {SIZE}, {COST}" + """
 import json, pathlib
-run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None, "size": SIZE, "cost": COST, "speed": None, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
-entry = {"schema": "entry.v2", "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True}, "runs": [run],
-         "method": {"name": method, "variant": variant, "settings": settings, "recipe": {}, "family": "weight", "stage": "trained", "paper": "p", "year": 1},
+run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None, "size": SIZE, "cost": COST,
+       "speed": None, "code": None, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
+entry = {"schema": "entry.v3", "runs": [run],
+         "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True},
+         "method": {"name": method, "variant": variant, "settings": settings, "recipe": {}, "family": "weight",
+                    "stage": "trained", "paper": "p", "year": 1},
          "dense": [{"seed": 0, "quality": {"accuracy": .9}, "size": run["size"], "train_seconds": None}],
-         "provenance": dict.fromkeys(["package", "code", "notebook", "python", "libraries", "device", "threads", "date"])}
+         "provenance": dict.fromkeys(["package", "notebook", "python", "libraries", "device", "threads", "date"])}
 pathlib.Path(out).write_text(json.dumps(entry))
 """
 
@@ -61,7 +69,8 @@ def test_a_finished_job_is_not_run_again(cache, notebook):
     assert (cache / "count").read_text() == "x"
 
 
-@pytest.mark.parametrize("code, word", [("raise RuntimeError('a cell that fails')", "a cell that fails"), ("import os; os._exit(7)", "died"), ("1 + 1", "")])
+@pytest.mark.parametrize("code, word", [("raise RuntimeError('a cell that fails')", "a cell that fails"),
+                                        ("import os; os._exit(7)", "died"), ("1 + 1", "")])
 def test_a_failure_is_recorded_and_the_others_finish(cache, notebook, code, word):
     notebook("if method == 'random':\n    " + code.replace("; ", "\n    ") + "\nelse:" + GOOD.replace("\n", "\n    "))
     bad = Job("digits-mlp", "random", sparsities=(.5,), seeds=(0,))
@@ -83,7 +92,9 @@ def test_a_job_that_takes_too_long_is_stopped(cache, notebook):
     notebook("import time; time.sleep(600)")
     start = time.monotonic()
     found = run_jobs([JOB], 1, limit=6., console=QUIET)
-    assert isinstance(found[JOB.name], str) and runner.past_failures(JOB)[0]["status"] == "timeout" and time.monotonic() - start < 60
+    assert isinstance(found[JOB.name], str)
+    assert runner.past_failures(JOB)[0]["status"] == "timeout"
+    assert time.monotonic() - start < 60
 
 
 def test_half_a_result_does_not_count(cache, notebook):
@@ -103,29 +114,48 @@ def test_names_of_parameters_cannot_carry_code(cache, notebook, tmp_path):
 def test_the_digest_depends_on_everything_that_matters(notebook):
     notebook(GOOD)
     base = JOB.digest()
-    others = [Job("digits-mlp", "random", sparsities=(.5,), seeds=(0,)), Job("digits-mlp", "magnitude", sparsities=(.6,), seeds=(0,)), Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(1,)),
-              Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(0,), settings={"allocate": "erk"}), Job("digits-cnn", "magnitude", sparsities=(.5,), seeds=(0,))]
+    others = [Job("digits-mlp", "random", sparsities=(.5,), seeds=(0,)),
+              Job("digits-mlp", "magnitude", sparsities=(.6,), seeds=(0,)),
+              Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(1,)),
+              Job("digits-mlp", "magnitude", sparsities=(.5,), seeds=(0,), settings={"allocate": "erk"}),
+              Job("digits-cnn", "magnitude", sparsities=(.5,), seeds=(0,))]
     assert len({base, *[j.digest() for j in others]}) == 6
     notebook(GOOD + "\n1")
     assert JOB.digest() != base
 
 
+def test_the_digest_depends_on_the_code_of_the_run_only(notebook, monkeypatch):
+    notebook(GOOD)
+    base, original = JOB.digest(), code.module_facts
+    def edited(name):
+        "The digest of the job when one module has other code."
+        with monkeypatch.context() as m:
+            m.setattr(code, "module_facts", lambda module: ("x" if module == name else original(module)[0],
+                                                            original(module)[1]))
+            return JOB.digest()
+    assert edited("pruning_bench.bench.board") == edited("pruning_bench.weight.wanda") == base
+    assert base not in [edited(f"pruning_bench.{m}") for m in ("core.score", "bench.tasks.embedded", "bench.run")]
+
+
 def alive(pid):
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
-    return "Z" not in open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] if os.path.exists(f"/proc/{pid}/stat") else True
+    return "Z" not in open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] if os.path.exists(
+        f"/proc/{pid}/stat") else True
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_run_again_it_goes_on_where_it_was(cache, tmp_path, how):
-    args = [sys.executable, "-c", "from pruning_bench.bench.cli import main; main()", "run", "digits-mlp", "magnitude", "--seeds", "1", "--json"]
+    args = [sys.executable, "-c", "from pruning_bench.bench.cli import main; main()", "run", "digits-mlp", "magnitude",
+            "--seeds", "1", "--json"]
     env = {**os.environ, "PRUNING_BENCH_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     first = subprocess.Popen(args, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     job = Job("digits-mlp", "magnitude", seeds=(0,))
     for _ in range(3000):
         if (job.folder() / "log.txt").exists(): break
         time.sleep(.1)
-    workers = [int(p) for p in subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()]
+    workers = [int(p) for p in subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True,
+                                              text=True).stdout.split()]
     first.send_signal(how)
     first.wait(120)
     for _ in range(600):

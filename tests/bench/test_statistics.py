@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from pruning_bench.bench.measure.statistics import is_better, bootstrap_interval, t_interval, paired_interval, pareto_front, rank_intervals
+from pruning_bench.bench.measure.statistics import (is_better, bootstrap_interval, t_interval, paired_interval,
+                                                    pareto_front, rank_intervals)
 from pruning_bench.core.inputs import BadInput
 
 
@@ -12,7 +13,8 @@ from pruning_bench.core.inputs import BadInput
 
 def test_interval_by_hand():
     r = t_interval([1, 2, 3])
-    assert (r["mean"], r["sd"], r["n"]) == (2, 1, 3) and r["high"] - 2 == pytest.approx(4.302653 / 3**.5) == pytest.approx(2 - r["low"])
+    assert (r["mean"], r["sd"], r["n"]) == (2, 1, 3)
+    assert r["high"] - 2 == pytest.approx(4.302653 / 3**.5) == pytest.approx(2 - r["low"])
     assert t_interval([0, 2])["high"] - 1 == pytest.approx(12.70620)                      # sd = sqrt 2, over sqrt 2
     assert t_interval([1, 2, 3], level=.9)["high"] - 2 == pytest.approx(2.919986 / 3**.5)
     one = t_interval([5.])
@@ -28,7 +30,8 @@ def test_the_t_interval_keeps_its_promise(n, level):
 def test_interval_moves_and_scales_with_the_values():
     x = np.random.default_rng(0).normal(size=4)
     r, moved = t_interval(x), t_interval(5 - 2 * x)
-    assert (moved["mean"], moved["sd"]) == pytest.approx((5 - 2 * r["mean"], 2 * r["sd"])) and (moved["low"], moved["high"]) == pytest.approx((5 - 2 * r["high"], 5 - 2 * r["low"]))
+    assert (moved["mean"], moved["sd"]) == pytest.approx((5 - 2 * r["mean"], 2 * r["sd"]))
+    assert (moved["low"], moved["high"]) == pytest.approx((5 - 2 * r["high"], 5 - 2 * r["low"]))
     assert t_interval(x[::-1])["low"] == pytest.approx(r["low"]) and t_interval(x, .99)["low"] < r["low"]
 
 @pytest.mark.parametrize("bad", [[], [1., math.nan], [1., math.inf], [[1., 2.]]])
@@ -46,7 +49,9 @@ def test_paired_by_hand():
 
 def test_common_luck_cancels():
     luck = np.array([100., -50., 3.])
-    assert paired_interval(luck + [1, 2, 3], luck)["sd"] == pytest.approx(1) and is_better(luck + [1, 1.1, .9], luck) and not is_better(luck, luck + [1, 1.1, .9])
+    assert paired_interval(luck + [1, 2, 3], luck)["sd"] == pytest.approx(1)
+    assert is_better(luck + [1, 1.1, .9], luck)
+    assert not is_better(luck, luck + [1, 1.1, .9])
 
 def test_false_separation_is_as_rare_as_promised_and_pairing_finds_more():
     g = np.random.default_rng(0)
@@ -68,7 +73,8 @@ def test_bootstrap_of_a_large_normal_sample_is_the_t_interval():
     t = t_interval(x)
     for method in ("BCa", "percentile", "basic"):
         r = bootstrap_interval(x, method=method, draws=5000)
-        assert (r["low"], r["high"]) == pytest.approx((t["low"], t["high"]), abs=.01) and r["mean"] == pytest.approx(t["mean"])
+        assert (r["low"], r["high"]) == pytest.approx((t["low"], t["high"]), abs=.01)
+        assert r["mean"] == pytest.approx(t["mean"])
 
 def test_bootstrap_of_a_coin_by_hand():
     r = bootstrap_interval([0.] * 50 + [1.] * 50, method="percentile", draws=5000)       # binomial: .5 -+ 1.96 * .05
@@ -82,7 +88,8 @@ def test_bootstrap_is_seeded_and_refuses_a_handful():
 
 def test_bootstrap_coverage():
     g = np.random.default_rng(2)
-    hits = np.mean([(r := bootstrap_interval(g.normal(size=40), draws=300))["low"] <= 0 <= r["high"] for _ in range(300)])
+    hits = np.mean([(r := bootstrap_interval(g.normal(size=40), draws=300))["low"] <= 0 <= r["high"]
+                    for _ in range(300)])
     assert .90 <= hits <= .985
 
 
@@ -100,7 +107,8 @@ def test_exact_order_when_ten_standard_deviations_apart(seed):
     assert list(rank_intervals(results)) == [f"m{i}" for i in range(5, -1, -1)]
 
 def test_equal_methods_share_all_ranks():
-    same = {f"m{i}": [.1 + .2] * 3 for i in range(3)} | {"m3": [.3] * 3}       # 0.1 + 0.2 is not 0.3, but nearly; and no spread to hide it
+    # 0.1 + 0.2 is not 0.3, but nearly; and no spread to hide it
+    same = {f"m{i}": [.1 + .2] * 3 for i in range(3)} | {"m3": [.3] * 3}
     assert set(rank_intervals(same).values()) == {(1, 4)}
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -121,12 +129,16 @@ def test_properties_of_ranks(seed):
     n, order = len(results), g.permutation(list(results))
     assert all(1 <= best <= worst <= n for best, worst in ranks.values())
     shuffled = g.permutation(4)
-    assert ranks == rank_intervals({m: results[m] for m in order}) == rank_intervals({m: v[shuffled] for m, v in results.items()})   # names, seeds
-    assert ranks == rank_intervals({m: 3 * v + np.arange(4) for m, v in results.items()})                                         # units and common luck
+    assert ranks == rank_intervals({m: results[m]
+                                    # names, seeds
+                                    for m in order}) == rank_intervals({m: v[shuffled] for m, v in results.items()})
+    # units and common luck
+    assert ranks == rank_intervals({m: 3 * v + np.arange(4) for m, v in results.items()})
     turned = rank_intervals({m: -v for m, v in results.items()}, higher=False)
     assert turned == ranks
     place = sorted(results, key=lambda m: -results[m].mean())
-    assert all(ranks[m][0] <= place.index(m) + 1 <= ranks[m][1] for m in results)               # the observed rank is always possible
+    # the observed rank is always possible
+    assert all(ranks[m][0] <= place.index(m) + 1 <= ranks[m][1] for m in results)
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_better_method_never_ranks_lower(seed):
@@ -148,7 +160,8 @@ def test_better_is_transitive_and_never_mutual():
     assert chains > 100
 
 def test_unpaired_seeds_are_refused():
-    with pytest.raises(BadInput, match="3 and 4 seeds|4 and 3 seeds"): rank_intervals({"a": [1, 2, 3], "b": [1, 2, 3, 4]})
+    with pytest.raises(BadInput, match="3 and 4 seeds|4 and 3 seeds"):
+        rank_intervals({"a": [1, 2, 3], "b": [1, 2, 3, 4]})
     with pytest.raises(BadInput, match="one number per seed"): rank_intervals({"a": [1, 2, 3], "b": [1, 2, math.nan]})
 
 
@@ -156,7 +169,9 @@ def test_unpaired_seeds_are_refused():
 
 def test_pareto_by_hand():
     points = [(1, .7), (2, .9), (2, .8), (3, .85), (4, .95), (4, .95)]
-    assert pareto_front(points) == [0, 1, 4, 5] and pareto_front([(1, 30), (2, 20), (3, 25)], higher=False) == [0, 1] and pareto_front([]) == []
+    assert pareto_front(points) == [0, 1, 4, 5]
+    assert pareto_front([(1, 30), (2, 20), (3, 25)], higher=False) == [0, 1]
+    assert pareto_front([]) == []
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_point_off_the_front_is_beaten_by_one_on_it(seed):

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from pruning_bench.bench.tasks import embedded
-from pruning_bench.bench.task import Batches, cache_folder, load_or_train, content_hash, dense_outputs, narrower_network, find_task, tasks_table
+from pruning_bench.bench.task import (Batches, cache_folder, load_or_train, content_hash, dense_outputs,
+                                      narrower_network, find_task, tasks_table)
 from pruning_bench.core.inputs import BadInput, as_batches, as_loss, forward
 from pruning_bench.core.recovery import finetune
 
@@ -20,7 +21,8 @@ def flat(batch):
 
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
 
-def same_weights(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 @pytest.fixture
 def cold(tmp_path, monkeypatch):
@@ -103,22 +105,26 @@ def test_the_callers_random_state_and_mode_survive(cold, quick):
     assert torch.equal(before, torch.get_rng_state()) and model.training
 
 def test_identity_covers_recipe_protocol_and_data(quick):
-    changed = [{"recipe": {"steps": 21}}, {"protocol": {"metrics": "other"}}, {"fingerprint": lambda: "other"}, {"version": 2}, {"metric": "loss"}]
+    changed = [{"recipe": {"steps": 21}}, {"protocol": {"metrics": "other"}}, {"fingerprint": lambda: "other"},
+               {"version": 2}, {"metric": "loss"}]
     digests = {quick.digest, *(dataclasses.replace(quick, **c).digest for c in changed)}
     assert len(digests) == 6 and all(len(d) == 64 for d in digests)
 
 def test_content_hash_sees_shape_type_and_values():
     a = torch.arange(6.)
-    assert len({content_hash(a), content_hash(a.view(2, 3)), content_hash(a.double()), content_hash(a + 1), content_hash(a, a)}) == 5
+    assert len({content_hash(a), content_hash(a.view(2, 3)), content_hash(a.double()), content_hash(a + 1),
+                content_hash(a, a)}) == 5
 
 def test_narrower_counts_parameters():
     full, half = (sum(p.numel() for p in narrower_network(embedded.mlp, 128)(f).parameters()) for f in (1, .5))
     assert full == 26122 and abs(half / full - .5) < .02
 
 def test_names():
-    assert list(tasks_table().index)[:len(NAMES)] == NAMES and set(tasks_table().track) == {"cnn", "llm", "diffusion", "data"}
+    assert list(tasks_table().index)[:len(NAMES)] == NAMES
+    assert set(tasks_table().track) == {"cnn", "llm", "diffusion", "data"}
     with pytest.raises(BadInput, match="did you mean digits-cnn"): find_task("digit-cnn")
-    with pytest.raises(BadInput, match="unknown split 'train'"): find_task("digits-mlp").evaluate(nn.Identity(), "train")
+    with pytest.raises(BadInput, match="unknown split 'train'"):
+        find_task("digits-mlp").evaluate(nn.Identity(), "train")
 
 
 # the embedded tasks
@@ -156,7 +162,8 @@ def test_calibration_comes_from_the_training_split():
     train = {tuple(r) for r in embedded.digits("train")[0].flatten(1).tolist()}
     assert all(tuple(r) in train for x, _ in find_task("digits-cnn").calibration(0) for r in x.flatten(1).tolist())
     text = embedded.pydoc_tokens("train").unfold(0, 128, 1)
-    assert all((text == w).all(1).any() for b in find_task("pydoc-llama").calibration(0)[:1] for w in b["input_ids"][:3])
+    assert all((text == w).all(1).any() for b in find_task("pydoc-llama").calibration(0)[:1]
+               for w in b["input_ids"][:3])
 
 def test_exactly_a_fifth_of_the_labels_is_wrong_and_tests_stay_clean():
     wrong = embedded.noisy_labels() != embedded.digits("train")[1]
@@ -170,7 +177,8 @@ def test_exactly_a_fifth_of_the_labels_is_wrong_and_tests_stay_clean():
 def test_keep_restricts_training_to_those_examples():
     t = find_task("digits-data")
     images = t.examples().tensors[0][[4, 8, 15]].flatten(1).tolist()
-    assert all(r in images for x, _ in itertools.islice(t.batches(0, keep=[4, 8, 15]), 2) for r in x.flatten(1).tolist())
+    assert all(r in images for x, _ in itertools.islice(t.batches(0, keep=[4, 8, 15]),
+                                                        2) for r in x.flatten(1).tolist())
 
 def test_sampling_is_deterministic_and_follows_the_noise():
     model, noise = find_task("digits-ddpm").initial(0), embedded.fixed_noise(3, 0)
@@ -180,8 +188,11 @@ def test_sampling_is_deterministic_and_follows_the_noise():
 
 def test_noise_is_mixed_in_by_the_schedule():
     x, noise = embedded.digits("test")[0][:2], embedded.fixed_noise(2, 0)
-    (seen, target), share = embedded.noisy_inputs(x, torch.tensor([10, 900]), noise), embedded.digits_scheduler().alphas_cumprod[[10, 900]].view(2, 1, 1, 1)
-    assert target is noise and torch.allclose(seen["sample"], share.sqrt() * (2 * x - 1) + (1 - share).sqrt() * noise, atol=1e-6)
+    (seen, target), share = embedded.noisy_inputs(x, torch.tensor([10, 900]),
+                                                  noise), embedded.digits_scheduler().alphas_cumprod[[10, 900]].view(
+                                                      2, 1, 1, 1)
+    assert target is noise
+    assert torch.allclose(seen["sample"], share.sqrt() * (2 * x - 1) + (1 - share).sqrt() * noise, atol=1e-6)
 
 def test_tied_embeddings_survive_the_cache(cold):
     lm = dataclasses.replace(find_task("pydoc-llama"), name="tied", train=lambda model, data, loss, part=1.: None)

@@ -12,7 +12,8 @@ from pruning_bench.core.inputs import BadInput
 from pruning_bench.core.space import prunable_layers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-needs_data = pytest.mark.skipif(not os.environ.get("PRUNING_BENCH_DATA"), reason="needs the files of PRUNING_BENCH_DATA")
+needs_data = pytest.mark.skipif(not os.environ.get("PRUNING_BENCH_DATA"),
+                                reason="needs the files of PRUNING_BENCH_DATA")
 
 
 # networks
@@ -34,7 +35,8 @@ def test_clock_by_hand():
 def test_draws_are_times_then_noise():
     t, noise = ddpm.draw_noise(5, (1, 2, 2), 7)
     generator = torch.Generator().manual_seed(7)
-    assert torch.equal(t, torch.randint(1000, (5,), generator=generator)) and torch.equal(noise, torch.randn(5, 1, 2, 2, generator=generator))
+    assert torch.equal(t, torch.randint(1000, (5,), generator=generator))
+    assert torch.equal(noise, torch.randn(5, 1, 2, 2, generator=generator))
     assert not torch.equal(t, ddpm.draw_noise(5, (1, 2, 2), 8)[0])
 
 def test_noise_error_of_known_answers():
@@ -52,14 +54,17 @@ def test_noise_error_of_known_answers():
 def test_judge_has_features_for_its_head():
     torch.manual_seed(0)
     judge, x = ddpm.EvaluatorCNN().eval(), torch.rand(3, 1, 28, 28)
-    with torch.no_grad(): assert judge.features(x).shape == (3, 64) and torch.equal(judge.head(judge.features(x)), judge(x))
+    with torch.no_grad():
+        assert judge.features(x).shape == (3, 64) and torch.equal(judge.head(judge.features(x)), judge(x))
 
 
 # words, codec and the prompted model
 
 def test_prompts_are_different_and_fit():
     flat = [p for row in t2i.PROMPTS for p in row]
-    assert len(flat) == len(set(flat)) == 120 and "an ankle boot" in t2i.PROMPTS[9] and "a photo of a sneaker" == t2i.PROMPTS[7][0]
+    assert len(flat) == len(set(flat)) == 120
+    assert "an ankle boot" in t2i.PROMPTS[9]
+    assert "a photo of a sneaker" == t2i.PROMPTS[7][0]
     ids = t2i.token_ids(flat)
     assert ids.shape == (120, 16) and len({tuple(r) for r in ids.tolist()}) == 120
     assert (ids[:, 0] == 0).all() and (ids[:, -1] == 1).all()
@@ -68,7 +73,9 @@ def test_tokenizer_is_made_the_same_every_time():
     first = t2i.prompt_tokenizer().get_vocab()
     t2i.prompt_tokenizer.cache_clear()
     assert t2i.prompt_tokenizer().get_vocab() == first
-    assert t2i.token_ids(["a photo of a sneaker"])[0, :2].tolist() == [0, 2 + 27] and first["-"] == 28 and first["a</w>"] == 29
+    assert t2i.token_ids(["a photo of a sneaker"])[0, :2].tolist() == [0, 2 + 27]
+    assert first["-"] == 28
+    assert first["a</w>"] == 29
 
 def test_merges_by_hand():
     assert t2i.merge_pair(("a", "a", "a"), ("a", "a")) == ("aa", "a")
@@ -90,10 +97,12 @@ def test_whiten_changes_latents_and_nothing_else():
         new = net.encode(x).latent_dist
         scale = old.mean.std((0, 2, 3))
         assert torch.allclose(net(x).sample, before, atol=1e-4)
-        assert torch.allclose(new.mean, (old.mean - old.mean.mean((0, 2, 3))[:, None, None]) / scale[:, None, None], atol=1e-4)
+        assert torch.allclose(new.mean, (old.mean - old.mean.mean((0, 2, 3))[:, None, None]) / scale[:, None, None],
+                              atol=1e-4)
         assert torch.allclose(new.std, old.std / scale[:, None, None], rtol=1e-3)
 
-@pytest.mark.parametrize("skip, part", [(["unet.*"], "text_encoder"), (["text_encoder.*"], "unet"), ("unet*", "text_encoder")])
+@pytest.mark.parametrize("skip, part", [(["unet.*"], "text_encoder"), (["text_encoder.*"], "unet"),
+                                        ("unet*", "text_encoder")])
 def test_networks_are_pruned_separately(skip, part):
     torch.manual_seed(0)
     net = t2i.small_t2i((16, 32), 32)
@@ -111,7 +120,8 @@ def test_prompted_is_text_encoder_then_unet():
     ids, x, t = t2i.token_ids(["a bag", "a coat"]), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
         words = net.text_encoder(ids).last_hidden_state
-        assert torch.equal(net(input_ids=ids, sample=x, timestep=t).sample, net.unet(x, t, encoder_hidden_states=words).sample)
+        assert torch.equal(net(input_ids=ids, sample=x, timestep=t).sample,
+                           net.unet(x, t, encoder_hidden_states=words).sample)
 
 def test_pipeline_paints_the_same_twice_and_listens_to_noise():
     torch.manual_seed(0)
@@ -119,7 +129,11 @@ def test_pipeline_paints_the_same_twice_and_listens_to_noise():
     pipe = t2i.make_pipeline(net, vae)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     one, two, other = (t2i.generate_images(pipe, ["a bag", "a coat"], n, 2) for n in (noise, noise, noise.flip(0)))
-    assert one.shape == (2, 1, 32, 32) and torch.equal(one, two) and not torch.equal(one, other) and one.min() >= 0 and one.max() <= 1
+    assert one.shape == (2, 1, 32, 32)
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert one.min() >= 0
+    assert one.max() <= 1
 
 def test_obeyed_counts_what_the_judge_sees(monkeypatch):
     class Always(torch.nn.Module): # sees class 3 everywhere
@@ -127,7 +141,8 @@ def test_obeyed_counts_what_the_judge_sees(monkeypatch):
         def forward(self, x): return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10) * 50.
     monkeypatch.setattr(t2i, "evaluator", lambda name: Always())
     monkeypatch.setattr(t2i, "evaluator_features", lambda images, name: images.flatten(1)[:, :4])
-    monkeypatch.setattr(t2i, "real_features", lambda name, split: torch.rand(20, 4, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(t2i, "real_features", lambda name,
+                        split: torch.rand(20, 4, generator=torch.Generator().manual_seed(0)))
     made = {"images": torch.rand(20, 1, 28, 28), "eps-mse": torch.tensor([1., 3.])}
     got = t2i.t2i_metrics(made, "test")
     assert got["prompted"] == pytest.approx(.1) and got["confidence"] == pytest.approx(.1) and got["eps-mse"] == 2
@@ -160,8 +175,10 @@ def test_images_of_a_folder_are_split_and_resized(tmp_path):
     from PIL import Image
     for i in range(40): Image.new("RGB", (20, 10), (i, i, i)).save(tmp_path / f"{i:02}.png")
     parts = {s: ddpm.images_for(str(tmp_path), s, 8, 3) for s in ("train", "validation", "test")}
-    assert {s: tuple(x.shape) for s, x in parts.items()} == {"train": (32, 3, 8, 8), "validation": (4, 3, 8, 8), "test": (4, 3, 8, 8)}
-    assert [x[0, 0, 0].item() for x in parts["test"]] == [0, 10, 20, 30] and [x[0, 0, 0].item() for x in parts["validation"]] == [1, 11, 21, 31]
+    assert {s: tuple(x.shape) for s, x in parts.items()} == {"train": (32, 3, 8, 8), "validation": (4, 3, 8, 8),
+                                                             "test": (4, 3, 8, 8)}
+    assert [x[0, 0, 0].item() for x in parts["test"]] == [0, 10, 20, 30]
+    assert [x[0, 0, 0].item() for x in parts["validation"]] == [1, 11, 21, 31]
 
 
 # with the data
@@ -178,13 +195,16 @@ def test_splits_are_those_of_the_files(name, counts):
 def test_published_error_is_met(name, published):
     world = find_task(f"ddpm-{name}")
     net = world.dense()
-    with torch.no_grad(): found = ddpm.noise_errors(net, ddpm.scaled(ddpm.pictures(name, "test")[0][:2000]), *ddpm.draw_noise(2000, (1, 28, 28), 1)).mean().item()
+    with torch.no_grad():
+        found = ddpm.noise_errors(net, ddpm.scaled(ddpm.pictures(name, "test")[0][:2000]),
+                                  *ddpm.draw_noise(2000, (1, 28, 28), 1)).mean().item()
     assert abs(found - published) < 5.1e-6 and world.accepts(found)
 
 @needs_data
 def test_images_must_fit_the_model():
     with pytest.raises(BadInput, match="have 1 channels and the model wants 3"): ddpm.images_for("mnist", "test", 28, 3)
-    with pytest.raises(BadInput, match="28 pixels a side and the model wants 64"): ddpm.images_for("mnist", "test", 64, 1)
+    with pytest.raises(BadInput, match="28 pixels a side and the model wants 64"):
+        ddpm.images_for("mnist", "test", 64, 1)
     assert ddpm.images_for("mnist", "test", 32, 1).shape == (10000, 1, 32, 32)
 
 @needs_data
@@ -202,7 +222,10 @@ def test_training_streams_replay():
 
 @needs_data
 def test_the_weights_belong_to_their_data():
-    own, other = ({n: ddpm.noise_errors(find_task("ddpm-mnist@smoke").dense(), ddpm.scaled(ddpm.pictures(n, "test")[0][:100]), *ddpm.draw_noise(100, (1, 28, 28), 1)).mean().item()}[n] for n in ("mnist", "fashion"))
+    own, other = ({n: ddpm.noise_errors(find_task("ddpm-mnist@smoke").dense(),
+                                        ddpm.scaled(ddpm.pictures(n, "test")[0][:100]),
+                                        *ddpm.draw_noise(100, (1, 28, 28), 1)).mean().item()}[n]
+                  for n in ("mnist", "fashion"))
     assert own < .05 < .1 < other
 
 @needs_data
@@ -212,7 +235,8 @@ def test_prompts_matter():
     result = tiny.evaluate(tiny.dense())
     assert result["prompted"] >= .55 and tiny.accepts(result["prompted"]) and result["confidence"] > .5
     same = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1)
-    shoe, trousers = t2i.generate_images(t2i.make_pipeline(tiny.dense()), ["a photo of a sneaker", "a photo of trousers"], same, 10)
+    shoe, trousers = t2i.generate_images(t2i.make_pipeline(tiny.dense()),
+                                         ["a photo of a sneaker", "a photo of trousers"], same, 10)
     assert (shoe - trousers).abs().mean() > .05
 
 @needs_data

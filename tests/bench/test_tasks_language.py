@@ -12,7 +12,8 @@ from pruning_bench.bench.task import TASKS, dense_outputs, task_outputs, weights
 from pruning_bench.core.inputs import BadInput, as_loss
 from pruning_bench.core.driver import prune
 
-LANGUAGE = ["stories-llama", "stories-llama@smoke", "stories-llama@full", "stdlib-llama", "stdlib-llama@smoke", "stdlib-llama@full"]
+LANGUAGE = ["stories-llama", "stories-llama@smoke", "stories-llama@full", "stdlib-llama", "stdlib-llama@smoke",
+            "stdlib-llama@full"]
 ENCODER = ["encoder-sst2", "encoder-sst2@smoke", "encoder-sst2@full"]
 
 
@@ -52,11 +53,14 @@ def test_a_reading_by_hand():
     assert made["guess"][0, 1] == 1 and made["guess"][1, 0] == 1
     assert torch.allclose(made["logp"].exp(), torch.tensor([[.5, .5], [.25, .75], [.25, .75], [.5, .5]]))
 
-@pytest.mark.parametrize("size,n,context,points", [random.Random(i).choices(range(2, 13), k=4) for i in range(25)] + [(1, 1, 2, 1), (9, 4, 2, 30)])
+@pytest.mark.parametrize("size,n,context,points", [random.Random(i).choices(range(2, 13), k=4) for i in range(25)]
+                         + [(1, 1, 2, 1), (9, 4, 2, 30)])
 def test_a_reading_does_not_depend_on_the_batch_size(size, n, context, points):
     g = torch.Generator().manual_seed(n)
     model, windows = Bigram(torch.randn(5, 5, generator=g)), torch.randint(5, (n, context), generator=g)
-    one, many = language.token_losses(model, windows, size=1, logp_points=points), language.token_losses(model, windows, size=size, logp_points=points)
+    one, many = language.token_losses(model, windows, size=1,
+                                      logp_points=points), language.token_losses(model, windows, size=size,
+                                                                                 logp_points=points)
     assert all(torch.allclose(one[k], many[k], atol=1e-6) for k in one)
     assert one["nll"].shape == one["guess"].shape == (n, context - 1) and one["logp"].shape == (points, 5)
     whole = F.cross_entropy(model(windows).logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
@@ -65,8 +69,10 @@ def test_a_reading_does_not_depend_on_the_batch_size(size, n, context, points):
     assert torch.allclose(one["logp"], model(windows).logits[:, :-1].flatten(0, 1)[places].log_softmax(1), atol=1e-6)
 
 def test_metrics_by_hand():
-    made = {"nll": torch.tensor([[math.log(2), math.log(8)]]), "guess": torch.tensor([[0, 1]]), "logp": torch.tensor([[.5, .5], [.9, .1]]).log(), "bytes": 2}
-    dense = {"nll": torch.tensor([[math.log(4), math.log(4)]]), "guess": torch.tensor([[0, 0]]), "logp": torch.tensor([[.25, .75], [.9, .1]]).log(), "bytes": 2}
+    made = {"nll": torch.tensor([[math.log(2), math.log(8)]]), "guess": torch.tensor([[0, 1]]),
+            "logp": torch.tensor([[.5, .5], [.9, .1]]).log(), "bytes": 2}
+    dense = {"nll": torch.tensor([[math.log(4), math.log(4)]]), "guess": torch.tensor([[0, 0]]),
+             "logp": torch.tensor([[.25, .75], [.9, .1]]).log(), "bytes": 2}
     got = language.perplexity_metrics(made, "test")
     assert got == pytest.approx({"perplexity": 4, "nll": math.log(4), "bits_per_byte": 2})
     kl = .25 * math.log(.25 / .5) + .75 * math.log(.75 / .5)
@@ -84,15 +90,22 @@ def test_bytes_are_those_of_the_predicted_text():
 
 def test_a_file_belongs_to_one_split_and_keeps_it():
     split = {p: language.file_split(p) for p in language.stdlib_sources()}
-    assert {s: sum(v == s for v in split.values()) > 5 for s in ("train", "validation", "test")} == dict.fromkeys(("train", "validation", "test"), True)
-    assert (language.file_split("argparse.py"), language.file_split("json/decoder.py")) == (split["argparse.py"], split["json/decoder.py"])
-    shares = [sum(language.file_split(f"module{i}.py") == s for i in range(5000)) / 5000 for s in ("train", "validation", "test")]
+    assert {s: sum(v == s for v in split.values()) > 5 for s in ("train", "validation",
+                                                                 "test")} == dict.fromkeys(("train", "validation",
+                                                                                            "test"), True)
+    assert (language.file_split("argparse.py"),
+            language.file_split("json/decoder.py")) == (split["argparse.py"], split["json/decoder.py"])
+    shares = [sum(language.file_split(f"module{i}.py") == s for i in range(5000)) / 5000
+              for s in ("train", "validation", "test")]
     assert shares == pytest.approx([.9, .04, .06], abs=.02)
     sets = {s: set(language.stdlib_documents(s)) for s in ("train", "validation", "test")}
-    assert not sets["train"] & sets["test"] and not sets["validation"] & sets["test"] and not sets["train"] & sets["validation"]
+    assert not sets["train"] & sets["test"]
+    assert not sets["validation"] & sets["test"]
+    assert not sets["train"] & sets["validation"]
 
 def test_what_is_left_out():
-    assert not any(language.EXCLUDED_FOLDERS & set(p.split("/")) or "licen" in p.lower() or p.startswith("_sysconfigdata") for p in language.stdlib_sources())
+    assert not any(language.EXCLUDED_FOLDERS & set(p.split("/")) or "licen" in p.lower()
+                   or p.startswith("_sysconfigdata") for p in language.stdlib_sources())
     assert "argparse.py" in language.stdlib_sources() and "json/decoder.py" in language.stdlib_sources()
 
 def test_a_python_without_sources_is_refused(monkeypatch, tmp_path):
@@ -108,8 +121,10 @@ def test_windows_of_the_library_follow_one_another():
     assert sum(i == 0 for i in ids) == len(language.stdlib_documents("test", True)) == 12
 
 def test_the_unigram_reference_by_hand(monkeypatch):
-    monkeypatch.setattr(language, "library_windows", lambda split, *text: torch.tensor([[0, 0, 0, 1]]) if split == "train" else torch.tensor([[2, 0, 1]]))
-    assert language.unigram_baseline("test", 4) == pytest.approx((4 / 8 * 2 / 8)**-.5)   # counts 3, 1, 0, 0 and one each
+    monkeypatch.setattr(language, "library_windows", lambda split, *text: torch.tensor([[0, 0, 0, 1]])
+                        if split == "train" else torch.tensor([[2, 0, 1]]))
+    # counts 3, 1, 0, 0 and one each
+    assert language.unigram_baseline("test", 4) == pytest.approx((4 / 8 * 2 / 8)**-.5)
 
 def test_the_networks_have_the_sizes_that_are_written():
     count = lambda name: sum(p.numel() for p in TASKS[name].build().parameters())
@@ -132,35 +147,46 @@ def test_the_smoke_tier_learns_in_seconds(cold):
     task = TASKS["stdlib-llama@smoke"]
     model = task.dense()
     got = task.evaluate(model)
-    assert task.accepts(got["perplexity"]) and got["perplexity"] < language.unigram_baseline("test", 512, 64, True) < 512
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(task.calibration(3), task.calibration(3), strict=True))
+    assert task.accepts(got["perplexity"])
+    assert got["perplexity"] < language.unigram_baseline("test", 512, 64, True) < 512
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(task.calibration(3), task.calibration(3),
+                                                                           strict=True))
     before = task_outputs(task, model, "validation")
     prune(model, "wanda", .5, data=task.calibration(0))
     after = task.evaluate(model, "validation", dense=before)
-    assert after["flips"] > 0 and after["kl"] > 0 and .5 < after["worse"] < 1 and torch.isfinite(torch.tensor(list(after.values()))).all()
+    assert after["flips"] > 0
+    assert after["kl"] > 0
+    assert .5 < after["worse"] < 1
+    assert torch.isfinite(torch.tensor(list(after.values()))).all()
 
 
 # the published story teller
 
 def test_without_data_one_sentence_says_what_is_missing(cold):
-    with pytest.raises(BadInput, match=f"stories260K/model.safetensors.*{language.STORY_SOURCES['weights'].sha256}.*PRUNING_BENCH_DATA"): TASKS["stories-llama"].dense()
+    digest = language.STORY_SOURCES["weights"].sha256
+    with pytest.raises(BadInput, match=f"stories260K/model.safetensors.*{digest}.*PRUNING_BENCH_DATA"):
+        TASKS["stories-llama"].dense()
     with pytest.raises(BadInput, match="tinystories/valid_head.txt.gz"): language.story_text("test")
     assert TASKS["stories-llama"].digest and TASKS["stories-llama"].page()
 
 def test_the_architecture_is_the_published_one(data_dir):
     model, config = language.story_llama(), json.loads((data_dir / "stories260K/config.json").read_text())
     mine = model.config.to_dict()
-    keys = "hidden_act hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias mlp_bias".split()
-    assert {k: mine[k] for k in keys} == {k: config[k] for k in keys} and model.lm_head.weight is model.model.embed_tokens.weight
+    keys = ("hidden_act hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "vocab_size max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias mlp_bias".split())
+    assert {k: mine[k] for k in keys} == {k: config[k] for k in keys}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     facts = language.load_story_weights(model)
     from safetensors.torch import load_file
     saved = load_file(data_dir / "stories260K/model.safetensors")
-    assert facts["sha256"] == language.STORY_SOURCES["weights"].sha256 and all(torch.equal(model.state_dict()[k], v) for k, v in saved.items())
+    assert facts["sha256"] == language.STORY_SOURCES["weights"].sha256
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in saved.items())
 
 def test_story_windows(data_dir):
     w, text = language.story_windows("test"), language.story_text("test")
     assert w.shape == (760, 512) and (w[:, 0] == 1).all() and (w[:, 1:] != 1).all() and "<|endoftext|>" not in text
-    assert w[:, 1:].flatten().tolist() == language.story_tokenizer().encode(text, add_special_tokens=False).ids[:760 * 511]
+    assert w[:, 1:].flatten().tolist() == language.story_tokenizer().encode(text, add_special_tokens=False).ids[
+        :760 * 511]
     parts = [language.story_text(s) for s in ("train", "validation")]
     assert .85 < len(parts[0]) / sum(map(len, parts)) < .95
     long = [{line for line in t.split("\n") if len(line) > 60} for t in (*parts, text)]
@@ -169,7 +195,9 @@ def test_story_windows(data_dir):
 def test_greedy_text_is_the_published_sample(data_dir):
     model, ids = TASKS["stories-llama"].dense(), torch.tensor([[1]])
     for _ in range(40): ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-    assert language.story_tokenizer().decode(ids[0].tolist()).startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+    assert language.story_tokenizer().decode(ids[0].tolist()).startswith("Once upon a time, there was a little girl "
+                                                                         "named Lily. She loved to play outside in the "
+                                                                         "park.")
 
 def test_the_smoke_anchor_and_a_broken_model(data_dir):
     task = TASKS["stories-llama@smoke"]
@@ -182,7 +210,9 @@ def test_the_smoke_anchor_and_a_broken_model(data_dir):
 def test_seeds_change_calibration_and_order_but_not_the_text_they_come_from(data_dir):
     task, w = TASKS["stories-llama@smoke"], {tuple(r) for r in language.story_windows("train").tolist()}
     first = lambda seed: next(iter(task.batches(seed)))["input_ids"]
-    assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1)) and not torch.equal(task.calibration(0)[0]["input_ids"], task.calibration(1)[0]["input_ids"])
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
+    assert not torch.equal(task.calibration(0)[0]["input_ids"], task.calibration(1)[0]["input_ids"])
     assert all(tuple(r) in w for b in task.calibration(0) for r in b["input_ids"].tolist())
 
 @pytest.mark.slow
@@ -201,7 +231,9 @@ def test_the_order_of_methods(data_dir, sparsity):
         prune(model, method, sparsity, data=task.calibration(0))
         perplexity[method] = task.evaluate(model)["perplexity"]
         assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert perplexity["random"] > 10 * perplexity["magnitude"] and perplexity["magnitude"] > 1.5 * perplexity["wanda"] and perplexity["sparsegpt"] < 1.05 * perplexity["wanda"]
+    assert perplexity["random"] > 10 * perplexity["magnitude"]
+    assert perplexity["magnitude"] > 1.5 * perplexity["wanda"]
+    assert perplexity["sparsegpt"] < 1.05 * perplexity["wanda"]
 
 @pytest.mark.slow
 def test_retraining_repairs(data_dir):
@@ -210,13 +242,17 @@ def test_retraining_repairs(data_dir):
     prune(model, "magnitude", .5)
     before = task.evaluate(model)["perplexity"]
     task.recover(model, task.batches(0), task.loss)
-    assert task.evaluate(model)["perplexity"] < before / 1.5 and sum((p == 0).sum() for n, p in model.named_parameters() if "proj" in n) > 100_000
+    assert task.evaluate(model)["perplexity"] < before / 1.5
+    assert sum((p == 0).sum() for n, p in model.named_parameters() if "proj" in n) > 100_000
 
 
 def test_every_language_task_can_be_spelled(data_dir):
     text = "The cat sat on a mat."
-    for name in ("pydoc-llama", "stories-llama", "stories-llama@smoke", "stdlib-llama@smoke", f"lm:{data_dir / 'stories260K'}@smoke"):
-        encode = {"p": language.pydoc_tokenizer, "s": language.story_tokenizer, "l": language.story_tokenizer}[name[0]] if "stdlib" not in name else lambda: language.stdlib_tokenizer(512, True)
+    for name in ("pydoc-llama", "stories-llama", "stories-llama@smoke", "stdlib-llama@smoke",
+                 f"lm:{data_dir / 'stories260K'}@smoke"):
+        encode = {"p": language.pydoc_tokenizer, "s": language.story_tokenizer,
+                  "l": language.story_tokenizer}[
+                      name[0]] if "stdlib" not in name else lambda: language.stdlib_tokenizer(512, True)
         assert language.token_decoder(name)(encode().encode(text, add_special_tokens=False).ids).strip() == text
     assert language.token_decoder("encoder-sst2") is None
 
@@ -226,20 +262,34 @@ def test_every_language_task_can_be_spelled(data_dir):
 def test_window_protocol_on_a_local_model(data_dir, offline):
     name = str(data_dir / "stories260K")
     task = language.lm_family(f"{name}@smoke")
-    w, ids = language.wikitext_windows(name, "test", 512), language.load_tokenizer(name)(language.wikitext("test")[:40_000], verbose=False)["input_ids"]
-    assert len(ids) > 10_000 and w.flatten()[:len(ids) - 9].tolist() == ids[:-9] and (w.flatten() == 1).nonzero().flatten().tolist() == [0]
-    assert task.protocol["context"] == task.protocol["stride"] == 512 and task.protocol["text"] == language.WORD_TEXT_NOTE and "not comparable" in task.page()["text"]
+    w, ids = language.wikitext_windows(name, "test",
+                                       512), language.load_tokenizer(name)(language.wikitext("test")[:40_000],
+                                                                           verbose=False)["input_ids"]
+    assert len(ids) > 10_000
+    assert w.flatten()[:len(ids) - 9].tolist() == ids[:-9]
+    assert (w.flatten() == 1).nonzero().flatten().tolist() == [0]
+    assert task.protocol["context"] == task.protocol["stride"] == 512
+    assert task.protocol["text"] == language.WORD_TEXT_NOTE
+    assert "not comparable" in task.page()["text"]
     model = task.dense()
-    assert model.lm_head.weight is model.model.embed_tokens.weight and sum(p.numel() for p in model.parameters()) == 260_032
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(p.numel() for p in model.parameters()) == 260_032
     got = task.evaluate(model)
-    by_hand = sum(model(input_ids=x[None], labels=x[None]).loss.item() * 512 for x in w[:4]) / (4 * 512)   # SparseGPT's sum
-    assert task_outputs(task, model)["nll"][:4].mean().item() == pytest.approx(by_hand, rel=1e-4) and 100 < got["perplexity"] < 300
-    assert task.calibration(0)[0]["input_ids"].shape == (8, 512) and sum(len(b["input_ids"]) for b in task.calibration(0)) == 16
+    # SparseGPT's sum
+    by_hand = sum(model(input_ids=x[None], labels=x[None]).loss.item() * 512 for x in w[:4]) / (4 * 512)
+    assert task_outputs(task, model)["nll"][:4].mean().item() == pytest.approx(by_hand, rel=1e-4)
+    assert 100 < got["perplexity"] < 300
+    assert task.calibration(0)[0]["input_ids"].shape == (8, 512)
+    assert sum(len(b["input_ids"]) for b in task.calibration(0)) == 16
 
 def test_calibration_articles_are_not_evaluated(data_dir, offline):
-    lines = {s: {line for line in language.wikitext(s).split("\n") if len(line) > 100} for s in ("train", "validation", "test")}
-    assert all(len(h) > 500 for h in lines.values()) and not lines["train"] & lines["test"] and not lines["train"] & lines["validation"]
-    assert language.wikitext("validation").startswith("\n = ") and not language.wikitext("validation").startswith("\n = =")
+    lines = {s: {line for line in language.wikitext(s).split("\n") if len(line) > 100}
+             for s in ("train", "validation", "test")}
+    assert all(len(h) > 500 for h in lines.values())
+    assert not lines["train"] & lines["test"]
+    assert not lines["train"] & lines["validation"]
+    assert language.wikitext("validation").startswith("\n = ")
+    assert not language.wikitext("validation").startswith("\n = =")
 
 def test_the_family_is_known_by_its_prefix(data_dir, offline):
     from pruning_bench.bench.task import TASK_FAMILIES
@@ -251,8 +301,10 @@ def test_an_unknown_model_is_refused(offline):
 def test_another_vocabulary_and_context(tmp_path, offline, data_dir):
     "A GPT-2 in a folder: its own context length, weights read back."
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=96, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
-    model.save_pretrained(tmp_path); PreTrainedTokenizerFast(tokenizer_object=language.stdlib_tokenizer(512, True)).save_pretrained(tmp_path)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=96, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
+                                       eos_token_id=0))
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=language.stdlib_tokenizer(512, True)).save_pretrained(tmp_path)
     task = language.lm_family(f"{tmp_path}@smoke")
     again = task.dense()
     assert task.protocol["context"] == 96 and again.lm_head.weight is again.transformer.wte.weight
@@ -268,16 +320,22 @@ def test_harness_says_what_to_install():
 @pytest.mark.slow
 def test_harness_on_local_rows(data_dir, tmp_path):
     pytest.importorskip("lm_eval", reason="pip install pruning_bench[llm]")
-    rows = [l.split("\t") for l in gzip.open(data_dir / "sst2/validation.tsv.gz", "rt").read().strip("\n").split("\n")[1:]]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"sentence": t.strip(), "label": int(y)}) for t, y in rows[:40]))
-    config = {"task": "local_sst2", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
-              "doc_to_text": "{{sentence}}", "doc_to_choice": ["bad", "good"], "doc_to_target": "label", "metric_list": [{"metric": "acc"}]}
+    rows = [l.split("\t") for l in gzip.open(data_dir / "sst2/validation.tsv.gz",
+                                             "rt").read().strip("\n").split("\n")[1:]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"sentence": t.strip(), "label": int(y)})
+                                                   for t, y in rows[:40]))
+    config = {"task": "local_sst2", "dataset_path": "json",
+              "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test",
+              "output_type": "multiple_choice",
+              "doc_to_text": "{{sentence}}", "doc_to_choice": ["bad", "good"], "doc_to_target": "label",
+              "metric_list": [{"metric": "acc"}]}
     model, tokenizer = TASKS["stories-llama"].dense(), language.load_tokenizer(str(data_dir / "stories260K"))
     got = language.lm_eval_harness(model, tokenizer, [config], limit=40)["local_sst2"]
     def score(text): # nats of the two answers
         ids = [tokenizer(text + a, return_tensors="pt")["input_ids"] for a in (" bad", " good")]
         keep = tokenizer(text, return_tensors="pt")["input_ids"].shape[1]
-        return max(range(2), key=lambda i: model(input_ids=ids[i]).logits[0, keep - 1:-1].log_softmax(1).gather(1, ids[i][0, keep:, None]).sum().item())
+        return max(range(2), key=lambda i: model(input_ids=ids[i]).logits[0, keep - 1:-1].log_softmax(1).gather(
+            1, ids[i][0, keep:, None]).sum().item())
     with torch.no_grad(): by_hand = sum(score(t.strip()) == int(y) for t, y in rows[:40]) / 40
     assert 0 <= got["acc"] <= 1 and got["acc"] == pytest.approx(by_hand, abs=.026)   # one row of forty may be a tie
 
@@ -288,7 +346,8 @@ def test_pooling_ignores_padding():
     hidden = torch.tensor([[[1., 5.], [3., 7.], [100., 100.]]])
     assert encoder.mean_pool(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[2., 6.]]
     torch.manual_seed(0)
-    net = encoder.EncoderClassifier(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50).eval()
+    net = encoder.EncoderClassifier(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                    vocab_size=50).eval()
     rows = [[3, 9, 4], [7, 8, 9, 10, 11, 4], [5]]
     together = net(**encoder.pad_rows(rows))
     assert torch.allclose(together, torch.cat([net(**encoder.pad_rows([r])) for r in rows]), atol=1e-5)
@@ -296,7 +355,8 @@ def test_pooling_ignores_padding():
 @pytest.mark.parametrize("seed", range(20))
 def test_batches_by_length_are_a_partition(seed):
     draw = random.Random(seed)
-    rows, size = [[draw.randint(1, 9) for _ in range(draw.randint(1, 12))] for _ in range(draw.randint(1, 20))], draw.randint(1, 8)
+    rows, size = [[draw.randint(1, 9) for _ in range(draw.randint(1, 12))]
+                  for _ in range(draw.randint(1, 20))], draw.randint(1, 8)
     groups = encoder.length_batches(rows, size)
     assert sorted(int(i) for g in groups for i in g) == list(range(len(rows))) and max(map(len, groups)) <= size
     lengths = [len(rows[i]) for g in groups for i in g]
@@ -307,7 +367,8 @@ def test_batches_by_length_are_a_partition(seed):
 def test_the_probe_is_a_logistic_regression():
     from sklearn.linear_model import LogisticRegression
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(120, 4, generator=g); y = (x @ torch.tensor([1., -1., .5, 0.]) + torch.randn(120, generator=g) > 0).long()
+    x = torch.randn(120, 4, generator=g)
+    y = (x @ torch.tensor([1., -1., .5, 0.]) + torch.randn(120, generator=g) > 0).long()
     head = nn.Linear(4, 2); encoder.fit_probe(head, x, y)
     wanted = LogisticRegression(**encoder.PROBE_SETTINGS).fit(x.numpy(), y.numpy()).predict_proba(x.numpy())
     assert head(x).softmax(1).detach().numpy() == pytest.approx(wanted, abs=1e-4)
@@ -320,7 +381,8 @@ def test_rows_are_a_data_set_and_their_order_is_not(data_dir, monkeypatch):
     rows = encoder.sst2_rows("validation")
     assert len(rows) == 872 and rows == sorted(rows) and sum(y for _, y in rows) == 444
     parts = {s: encoder.sst2_split(s) for s in ("probe", "validation", "train", "test")}
-    assert [len(p) for p in parts.values()] == [4000, 872, 67_349 - 4872, 872] and sorted(parts["probe"] + parts["validation"] + parts["train"]) == encoder.sst2_rows("train")
+    assert [len(p) for p in parts.values()] == [4000, 872, 67_349 - 4872, 872]
+    assert sorted(parts["probe"] + parts["validation"] + parts["train"]) == encoder.sst2_rows("train")
     monkeypatch.setitem(encoder.SST2_HASHES, "validation", "0" * 64); encoder.sst2_rows.cache_clear()
     with pytest.raises(BadInput, match="not SST-2 validation"): encoder.sst2_rows("validation")
     encoder.sst2_rows.cache_clear()
@@ -356,11 +418,13 @@ def test_encoder_full_anchor(data_dir, minilm):
 def test_weights_are_named_by_their_text(monkeypatch):
     task = TASKS["stdlib-llama@smoke"]
     other = dataclasses.replace(task, fingerprint=lambda: "another Python")
-    assert weights_key(task, 0) == weights_key(task, 0) != weights_key(other, 0) and weights_key(task, 0).startswith("stdlib-llama@smoke-s0-")
+    assert weights_key(task, 0) == weights_key(task, 0) != weights_key(other, 0)
+    assert weights_key(task, 0).startswith("stdlib-llama@smoke-s0-")
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_recipe_of_the_standard_library_makes_a_language_model():
     task = TASKS["stdlib-llama"]
     got = task.evaluate(task.dense())
-    assert task.accepts(got["perplexity"]) and got["perplexity"] < language.unigram_baseline("test", 2048, 128, False) / 15
+    assert task.accepts(got["perplexity"])
+    assert got["perplexity"] < language.unigram_baseline("test", 2048, 128, False) / 15

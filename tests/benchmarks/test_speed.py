@@ -27,7 +27,8 @@ def bare(model):
         mask[w.abs().flatten().topk(w.numel() // 2).indices] = True
         w.mul_(mask.view_as(w))
 
-@pytest.mark.parametrize("parts", [dict(), dict(allocate="global"), dict(allocate="erk"), dict(pattern="2:4"), dict(schedule="cubic")], ids=str)
+@pytest.mark.parametrize("parts", [dict(), dict(allocate="global"), dict(allocate="erk"), dict(pattern="2:4"),
+                                   dict(schedule="cubic")], ids=str)
 def test_prune_costs_a_small_multiple_of_the_bare_arithmetic(parts):
     by_hand, by_library = seconds(bare), seconds(lambda model: prune(model, **parts))
     steps = 10 if "schedule" in parts else 1
@@ -35,7 +36,9 @@ def test_prune_costs_a_small_multiple_of_the_bare_arithmetic(parts):
     assert by_library < 4 * steps * by_hand
 
 def test_import_is_not_much_slower_than_that_of_torch():
-    def run(code): start = time.perf_counter(); subprocess.run([sys.executable, "-c", code], check=True); return time.perf_counter() - start
+    def run(code):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True); return time.perf_counter() - start
     run("import pruning_bench")
     alone, ours = (min(run(f"import {name}") for _ in range(3)) for name in ("torch", "pruning_bench"))
     print(f"\nimport torch {alone:.2f} s, import pruning_bench {ours:.2f} s")

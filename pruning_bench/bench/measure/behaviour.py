@@ -15,19 +15,23 @@ from ...core.inputs import BadInput
 # %% ../../../nbs/bench/measure/88_behaviour.ipynb #1fb533f9
 def check_same_shape(a:Tensor, b:Tensor)->None: # raises `BadInput`
     "Two outputs can be compared when they belong to the same examples."
-    if a.shape != b.shape: raise BadInput(f"outputs of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: pass the same examples in the same order to both models")
+    if a.shape != b.shape:
+        raise BadInput(f"outputs of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: pass the same "
+                       "examples in the same order to both models")
 
 def flips(a:Tensor, b:Tensor)->float: # (..., classes) logits each -> fraction
     "How often two models give different answers."
     check_same_shape(a, b)
     return (a.argmax(-1) != b.argmax(-1)).float().mean().item()
 
-def prediction_changes(pruned:Tensor, dense:Tensor, labels:Tensor)->dict: # {"lost", "gained", "swapped"}, three fractions that add up to `flips`
+def prediction_changes(pruned:Tensor, dense:Tensor, labels:Tensor
+    )->dict: # {"lost", "gained", "swapped"}, three fractions that add up to `flips`
     "What became of the answers: right to wrong, wrong to right, wrong to another wrong."
     check_same_shape(pruned, dense)
     now, before = pruned.argmax(-1), dense.argmax(-1)
     share = lambda which: (which & (now != before)).float().mean().item()
-    return {"lost": share(before == labels), "gained": share(now == labels), "swapped": share((before != labels) & (now != labels))}
+    return {"lost": share(before == labels), "gained": share(now == labels),
+            "swapped": share((before != labels) & (now != labels))}
 
 def kl_divergence(dense:Tensor, pruned:Tensor)->float: # nats per example
     "Mean divergence from the dense model's probabilities to the pruned model's."
@@ -41,13 +45,15 @@ def worst_class(logits:Tensor, labels:Tensor)->float: # accuracy
     right = (logits.argmax(-1) == labels).float()
     return min(right[labels == c].mean().item() for c in labels.unique())
 
-def reliability_bins(logits:Tensor, labels:Tensor, bins:int=15)->dict: # {"count", "confidence", "accuracy"}, a tensor over the bins each
+def reliability_bins(logits:Tensor, labels:Tensor, bins:int=15
+    )->dict: # {"count", "confidence", "accuracy"}, a tensor over the bins each
     "Confidence and accuracy of the answers, sorted by confidence into bins of equal width."
     confidence, answer = logits.double().softmax(-1).max(-1)
     where = (confidence * bins).ceil().long().clamp(1, bins) - 1
     add = lambda x: torch.zeros(bins, dtype=torch.double).index_add_(0, where, x.double())
     count = add(torch.ones_like(confidence))
-    return {"count": count, "confidence": add(confidence) / count.clamp(min=1), "accuracy": add(answer == labels) / count.clamp(min=1)}
+    return {"count": count, "confidence": add(confidence) / count.clamp(min=1),
+            "accuracy": add(answer == labels) / count.clamp(min=1)}
 
 def ece(logits:Tensor, labels:Tensor, bins:int=15)->float: # 0 = confidence means what it says
     "Expected calibration error (Naeini et al., 2015; Guo et al., 2017)."
@@ -57,8 +63,10 @@ def ece(logits:Tensor, labels:Tensor, bins:int=15)->float: # 0 = confidence mean
 # %% ../../../nbs/bench/measure/88_behaviour.ipynb #34c3f5f0
 def classification_metrics(logits:Tensor, labels:Tensor)->dict: # {"accuracy", "loss", "worst_class", "ece"}
     "How good a classifier is: on average, in its worst class, and in knowing what it knows."
-    if len(logits) != len(labels): raise BadInput(f"{len(logits)} outputs and {len(labels)} labels: pass one label per example")
-    return {"accuracy": (logits.argmax(-1) == labels).float().mean().item(), "loss": F.cross_entropy(logits.float(), labels).item(),
+    if len(logits) != len(labels):
+        raise BadInput(f"{len(logits)} outputs and {len(labels)} labels: pass one label per example")
+    return {"accuracy": (logits.argmax(-1) == labels).float().mean().item(),
+            "loss": F.cross_entropy(logits.float(), labels).item(),
             "worst_class": worst_class(logits, labels), "ece": ece(logits, labels)}
 
 def dense_comparison(logits:Tensor, dense:Tensor)->dict: # {"flips", "kl"}

@@ -33,7 +33,8 @@ def frechet(a:Tensor, b:Tensor)->float: # squared distance, biased upwards for f
 def weights_hash(model:nn.Module)->str: # 64 hexadecimal digits
     "SHA-256 of everything in a model's `state_dict`: names, types and values."
     state = {n: v for n, v in sorted(model.state_dict().items()) if isinstance(v, Tensor)}
-    return digest([(n, str(v.dtype)) for n, v in state.items()], content_hash(*[v.detach().cpu().float() for v in state.values()]))
+    return digest([(n, str(v.dtype)) for n, v in state.items()],
+                  content_hash(*[v.detach().cpu().float() for v in state.values()]))
 
 @dataclass(frozen=True)
 class Extractor:
@@ -46,7 +47,8 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images:Tensor, size:int=100)->Tensor: # (n, features), on the CPU
         device = device_of(self.network)
-        with in_mode(self.network, False): return torch.cat([self.look(x.to(device)).flatten(1).float().cpu() for x in images.split(size)])
+        with in_mode(self.network, False):
+            return torch.cat([self.look(x.to(device)).flatten(1).float().cpu() for x in images.split(size)])
 
 # %% ../../../nbs/bench/measure/86_images.ipynb #0bc597d6
 def inception_extractor():
@@ -81,7 +83,8 @@ def make_extractor(which="inception", # a name of EXTRACTORS, or your own networ
     build = choose(which, EXTRACTORS, "extractor")
     try: network, look = build()
     except Exception as e:
-        raise BadInput(f"extractor {which!r} cannot be had here ({type(e).__name__}): install the diffusion extra and torch-fidelity, connect once to "
+        raise BadInput(f"extractor {which!r} cannot be had here ({type(e).__name__}): install the diffusion extra and "
+                       "torch-fidelity, connect once to "
                        "download the weights, or pass a network of your own") from e
     return Extractor(which, network.eval(), look, weights_hash(network))
 
@@ -107,13 +110,16 @@ def ssim(a:Tensor, b:Tensor, # (n, channels, height, width) in [0, 1]
 @torch.no_grad()
 def clip_score(images:Tensor,     # (n, 1 or 3, height, width) in [0, 1]
                prompts:list,      # n texts
-               model:nn.Module,   # a CLIP model of `transformers`, or anything with `get_image_features` and `get_text_features`
+               # a CLIP model of `transformers`, or anything with `get_image_features` and `get_text_features`
+               model:nn.Module,
                processor:Callable, # makes its inputs: `processor(images=)` and `processor(text=)`
     )->dict:                      # {"clip", "extractor", "samples"}
     "Agreement of images and prompts: 100 max(cosine, 0), averaged (Hessel et al., 2021)."
-    if len(images) != len(prompts): raise BadInput(f"{len(images)} images and {len(prompts)} prompts: pass one prompt per image")
+    if len(images) != len(prompts):
+        raise BadInput(f"{len(images)} images and {len(prompts)} prompts: pass one prompt per image")
     with in_mode(model, False):
         seen = clip_features(model, "image", processor(images=as_uint8_images(images), return_tensors="pt"))
-        said = clip_features(model, "text", processor(text=list(prompts), return_tensors="pt", padding=True, truncation=True))
+        said = clip_features(model, "text", processor(text=list(prompts), return_tensors="pt", padding=True,
+                                                      truncation=True))
     cosine = F.cosine_similarity(seen.float(), said.float())
     return {"clip": 100 * cosine.clamp(min=0).mean().item(), "extractor": weights_hash(model), "samples": len(images)}

@@ -43,16 +43,21 @@ def compare_latency(models:dict,        # {name: model}, the reference first, al
     )->dict:                    # {"device", "threads", "rounds", "models": `latency_summary`}
     "Seconds of one forward pass, the models in turns in this process."
     devices = {str(device_of(m)) for m in models.values()}
-    if len(devices) != 1: raise BadInput(f"the models are on {' and '.join(sorted(devices)) or 'no device'}: pass models that are all on one device")
+    if len(devices) != 1:
+        raise BadInput(f"the models are on {' and '.join(sorted(devices)) or 'no device'}: pass models that are all on "
+                       "one device")
     device = torch.device(devices.pop())
     def runner(model, inputs): return lambda: forward(model, inputs)
     with fixed_threads(cores):
         states = [in_mode(m, False) for m in models.values()]
         for s in states: s.__enter__()
-        try: times = interleaved_timing({n: runner(m, to_device(batch, device)) for n, m in models.items()}, timer or stopwatch(device), pairs, budget)
+        try:
+            times = interleaved_timing({n: runner(m, to_device(batch, device)) for n, m in models.items()},
+                                       timer or stopwatch(device), pairs, budget)
         finally: [s.__exit__(None, None, None) for s in reversed(states)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "threads": cores, "rounds": len(next(iter(times.values()))), "models": latency_summary(times)}
+    return {"device": name, "threads": cores, "rounds": len(next(iter(times.values()))),
+            "models": latency_summary(times)}
 
 def latency_table(result:dict): # what `compare_latency` returns -> pandas table of text
     "Milliseconds and speed-up for people; the word *unstable* where a number would pretend to know."
@@ -79,7 +84,8 @@ class EnergyCounter:
 
 def energy_counters(folder:Path)->list: # empty where nothing is readable
     "The processors' own counters: no sub-zones, which are parts of them, and no platform total, which contains them."
-    zones = [z for z in sorted(folder.glob("intel-rapl:*")) if z.name.count(":") == 1 and (z / "name").read_text().strip() != "psys"]
+    zones = [z for z in sorted(folder.glob("intel-rapl:*")) if z.name.count(":") == 1
+             and (z / "name").read_text().strip() != "psys"]
     try: return [EnergyCounter(z) for z in zones]
     except OSError: return []
 

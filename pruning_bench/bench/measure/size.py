@@ -46,13 +46,16 @@ def token_nll(model:nn.Module, windows:Tensor, # (n, context) token ids
     )->float:                                  # nats per predicted token
     "Mean negative log-likelihood of every token after the first of each window."
     windows = windows.to(device_of(model))
-    losses = [F.cross_entropy(model(input_ids=w).logits[:, :-1].flatten(0, 1).float(), w[:, 1:].flatten(), reduction="sum").double()
+    losses = [F.cross_entropy(model(input_ids=w).logits[:, :-1].flatten(0, 1).float(), w[:, 1:].flatten(),
+                              reduction="sum").double()
               for w in windows.split(size)]
     return (sum(losses) / windows[:, 1:].numel()).item()
 
 # %% ../../../nbs/bench/measure/91_size.ipynb #90aa681a
-SCOPES = {"prunable": lambda model: {n: layer.weight for n, layer in prunable_layers(model).items()}, # linear and convolutional weights
-          "whole": lambda model: dict(model.named_parameters())}                               # everything; tied weights once
+# linear and convolutional weights
+SCOPES = {"prunable": lambda model: {n: layer.weight for n, layer in prunable_layers(model).items()},
+          # everything; tied weights once
+          "whole": lambda model: dict(model.named_parameters())}
 
 def count_parameters(model:nn.Module, scope:str="whole")->int: # numbers stored
     "How many parameters are there."
@@ -92,7 +95,8 @@ def pack_csr(t:Tensor)->dict: # {part: tensor}
     "Compressed rows: the column of every value, and where each row starts."
     keep = any_bit_set(t).view(len(t), -1)
     columns, starts = keep.nonzero()[:, 1], F.pad(keep.sum(1).cumsum(0), (1, 0))
-    return {"columns": columns.to(torch.int16 if keep.shape[1] <= 2**15 else torch.int32), "starts": starts.int(), "values": t.reshape(-1)[keep.view(-1)]}
+    return {"columns": columns.to(torch.int16 if keep.shape[1] <= 2**15 else torch.int32), "starts": starts.int(),
+            "values": t.reshape(-1)[keep.view(-1)]}
 
 def unpack_csr(parts:dict, shape:list)->Tensor:
     "Undo `pack_csr`."
@@ -101,18 +105,21 @@ def unpack_csr(parts:dict, shape:list)->Tensor:
     flat[rows * (math.prod(shape) // shape[0]) + parts["columns"].long()] = parts["values"]
     return flat.view(shape)
 
-FORMATS = {"dense": (lambda t: {"values": t}, lambda parts, shape: parts["values"].view(shape)), "mask": (pack_bitmask, unpack_bitmask), "rows": (pack_csr, unpack_csr)}
+FORMATS = {"dense": (lambda t: {"values": t}, lambda parts, shape: parts["values"].view(shape)),
+           "mask": (pack_bitmask, unpack_bitmask), "rows": (pack_csr, unpack_csr)}
 
 # %% ../../../nbs/bench/measure/91_size.ipynb #56a709b8
 def save_sparse(model:nn.Module, path)->None: # raises `BadInput` for a model without weights
     "Write everything in a model's `state_dict`, each tensor in its cheapest format; tied tensors once."
-    if any(t.is_meta for t in model.state_dict().values()): raise BadInput(f"{type(model).__name__} is on the meta device and has no weights to write: load them first")
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise BadInput(f"{type(model).__name__} is on the meta device and has no weights to write: load them first")
     parts, table, seen = {}, {}, {}
     for name, t in model.state_dict().items():
         place = (t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else name
         if seen.setdefault(place, name) != name: table[name] = ["same as", seen[place]]; continue
         t = t.detach().cpu().contiguous()
-        packed = {f: {f"{name}/{part}": p for part, p in pack(t).items()} for f, (pack, _) in FORMATS.items() if f == "dense" or t.dim() > 1 and t.numel()}
+        packed = {f: {f"{name}/{part}": p for part, p in pack(t).items()}
+                  for f, (pack, _) in FORMATS.items() if f == "dense" or t.dim() > 1 and t.numel()}
         best = min(packed, key=lambda f: sum(p.nbytes + len(n) + 100 for n, p in packed[f].items()))
         table[name] = [best, list(t.shape)]; parts |= packed[best]
     save_file(parts, path, metadata={"tensors": json.dumps(table)})
@@ -135,8 +142,10 @@ def disk_bytes(model:nn.Module)->dict: # {"dense", "sparse"}
         return {"dense": dense.stat().st_size, "sparse": sparse.stat().st_size}
 
 # %% ../../../nbs/bench/measure/91_size.ipynb #1fdbf503
-PRODUCT_NAMES = re.compile(r"(mm|mv|dot)(?![a-z])|conv(?!ert)|linear|rnn|lstm|gru|attention|encoder")   # in the name of an operation that multiplies
-NOT_PRODUCT_NAMES = re.compile(r"upsample|_thnn_fused|_fused_sdp_choice|_nnpack|prepack")              # in spite of its name
+# in the name of an operation that multiplies
+PRODUCT_NAMES = re.compile(r"(mm|mv|dot)(?![a-z])|conv(?!ert)|linear|rnn|lstm|gru|attention|encoder")
+# in spite of its name
+NOT_PRODUCT_NAMES = re.compile(r"upsample|_thnn_fused|_fused_sdp_choice|_nnpack|prepack")
 
 class UncountedProductCheck(TorchDispatchMode):
     "Refuses products which the counter would count as nothing."
@@ -145,23 +154,28 @@ class UncountedProductCheck(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        if PRODUCT_NAMES.search(name) and not NOT_PRODUCT_NAMES.search(name) and getattr(func, "_overloadpacket", func) not in self.formulas and not is_composite(func):
-            raise BadInput(f"macs has no formula for {name!r}, which would count as zero: use a model without it, or count its layers one by one")
+        product = PRODUCT_NAMES.search(name) and not NOT_PRODUCT_NAMES.search(name)
+        if product and getattr(func, "_overloadpacket", func) not in self.formulas and not is_composite(func):
+            raise BadInput(f"macs has no formula for {name!r}, which would count as zero: use a model without it, or "
+                           "count its layers one by one")
         return func(*args, **(kwargs or {}))
 
 def is_composite(func)->bool: # whether PyTorch builds this operation from smaller ones
     "Composite operations are seen again as their parts."
-    return isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd)
 
 # %% ../../../nbs/bench/measure/91_size.ipynb #4bed51f9
 @torch.no_grad()
 def count_macs(model:nn.Module, batch, formulas:dict)->int: # per example
     "Run one batch and add up the products."
-    with unfused_kernels(model), in_mode(model, False), FlopCounterMode(display=False, custom_mapping=formulas) as counter, UncountedProductCheck({*flop_registry, *formulas}):
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with unfused_kernels(model), in_mode(model, False), counter, UncountedProductCheck({*flop_registry, *formulas}):
         forward(model, batch)
     return counter.get_total_flops() // 2 // size_of(batch)
 
-def macs(model:nn.Module, batch)->int: # multiply-accumulates per example, the first dimension of the batch being examples
+def macs(model:nn.Module, batch
+    )->int: # multiply-accumulates per example, the first dimension of the batch being examples
     "Work of one forward pass, counted and not estimated; norms and element-wise steps are free."
     return count_macs(model, batch, {**VECTOR_FORMULAS, **grouped_mm_formulas(Tensor.numel)})
 
@@ -174,10 +188,14 @@ def nonzero_macs(model:nn.Module, batch)->int: # per example
     def matrices(a, b): return 2 * (left(a) * b.shape[-1] if mine(a) else a.shape[-2] * left(b))
     def images(x, w, bias, stride, padding, dilation, transposed, *rest, out_val=None):
         return 2 * left(w) * ((x if transposed else out_val).numel() // len(w))
-    two, three = raw_formula(lambda a, b, out_val=None, **how: matrices(a, b)), raw_formula(lambda c, a, b, out_val=None, **how: matrices(a, b))
-    vectors = raw_formula(lambda a, b, out_val=None: 2 * min(left(a), left(a) if not mine(b) else left(b) * (a.numel() // b.numel())))
+    two, three = raw_formula(lambda a, b, out_val=None,
+                             **how: matrices(a, b)), raw_formula(lambda c, a, b, out_val=None, **how: matrices(a, b))
+    vectors = raw_formula(lambda a, b, out_val=None: 2 * min(left(a), left(a) if not mine(b)
+                                                             else left(b) * (a.numel() // b.numel())))
     aten = torch.ops.aten
-    return count_macs(model, batch, {aten.mm: two, aten.bmm: two, aten.addmm: three, aten.baddbmm: three, aten.mv: vectors, aten.dot: vectors, aten.convolution: raw_formula(images), **grouped_mm_formulas(left)})
+    return count_macs(model, batch, {aten.mm: two, aten.bmm: two, aten.addmm: three, aten.baddbmm: three,
+                                     aten.mv: vectors, aten.dot: vectors, aten.convolution: raw_formula(images),
+                                     **grouped_mm_formulas(left)})
 
 # %% ../../../nbs/bench/measure/91_size.ipynb #d9c09e81
 @contextmanager

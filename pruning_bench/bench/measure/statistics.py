@@ -14,7 +14,8 @@ from ...core.inputs import BadInput
 def finite_values(values)->np.ndarray: # one-dimensional floats
     "Read a list of numbers; missing ones are refused, because leaving them out would hide a failed seed."
     x = np.asarray(list(values), dtype=float)
-    if x.ndim != 1 or not len(x) or not np.isfinite(x).all(): raise BadInput(f"values {values!r} are not a list of finite numbers: pass one number per seed")
+    if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
+        raise BadInput(f"values {values!r} are not a list of finite numbers: pass one number per seed")
     return x
 
 def t_interval(values,         # one number per seed
@@ -34,7 +35,9 @@ def paired_interval(a,              # one number per seed
     )->dict:               # `t_interval` of the differences a - b
     "How much more a is than b, seed by seed."
     a, b = finite_values(a), finite_values(b)
-    if len(a) != len(b): raise BadInput(f"{len(a)} and {len(b)} seeds cannot be paired: pass results of the same seeds in the same order")
+    if len(a) != len(b):
+        raise BadInput(
+            f"{len(a)} and {len(b)} seeds cannot be paired: pass results of the same seeds in the same order")
     return t_interval(a - b, level)
 
 # %% ../../../nbs/bench/measure/89_statistics.ipynb #a267ba5c
@@ -47,9 +50,12 @@ def bootstrap_interval(values,          # many numbers, or differences of pairs
     "Bootstrap confidence interval of the mean; raises `BadInput` below ten values."
     from scipy.stats import bootstrap
     x = finite_values(values)
-    if len(x) < 10: raise BadInput(f"{len(x)} values are too few to resample: use interval() for seeds, and examples or windows for a bootstrap")
+    if len(x) < 10:
+        raise BadInput(f"{len(x)} values are too few to resample: use interval() for seeds, and examples or windows "
+                       "for a bootstrap")
     if np.ptp(x) == 0: return {"n": len(x), "mean": float(x[0]), "low": float(x[0]), "high": float(x[0])}
-    found = bootstrap((x,), np.mean, confidence_level=level, method=method, n_resamples=draws, rng=np.random.default_rng(seed)).confidence_interval
+    found = bootstrap((x,), np.mean, confidence_level=level, method=method, n_resamples=draws,
+                      rng=np.random.default_rng(seed)).confidence_interval
     return {"n": len(x), "mean": float(x.mean()), "low": float(found.low), "high": float(found.high)}
 
 # %% ../../../nbs/bench/measure/89_statistics.ipynb #29745d0e

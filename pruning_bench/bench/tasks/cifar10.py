@@ -24,7 +24,8 @@ from ..sources import Source, data_folder, fetch, check_content, read_image_stri
 from ..task import Batches, Task, cache_folder, digest, register_task
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #fd01f6e3
-CIFAR10_HASHES = {"train": "7cbf3400da2b07dac2f1a0ff0035db9407900941b616fb2fb9dd91faf72eca67", "test": "38fa480347072f30992349b834b33ab92f1db655d7a69e9e4e66eb22c61bcee1"}
+CIFAR10_HASHES = {"train": "7cbf3400da2b07dac2f1a0ff0035db9407900941b616fb2fb9dd91faf72eca67",
+                  "test": "38fa480347072f30992349b834b33ab92f1db655d7a69e9e4e66eb22c61bcee1"}
 CIFAR10_SOURCE = "CIFAR-10 (Krizhevsky, 2009), no formal licence: https://www.cs.toronto.edu/~kriz/cifar.html"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -42,12 +43,15 @@ def download_cifar10(split:str)->tuple: # as `cifar10_images`
     from torchvision.datasets import CIFAR10 as Official
     try: found = Official(str(cache_folder() / "data" / "cifar10-original"), train=split == "train", download=True)
     except Exception as e:
-        raise BadInput(f"CIFAR-10 is not here and could not be downloaded ({type(e).__name__}): set PRUNING_BENCH_DATA to a folder with cifar10/train_1.zip ... test.zip, or connect to the internet once") from None
+        raise BadInput(f"CIFAR-10 is not here and could not be downloaded ({type(e).__name__}): set PRUNING_BENCH_DATA "
+                       "to a folder with cifar10/train_1.zip ... test.zip, or connect to the internet once") from None
     return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #73090167
-NORMALISATIONS = {"imagenet": ((.485, .456, .406), (.229, .224, .225)), "half": ((.5,) * 3, (.5,) * 3)} # mean and deviation of every channel
-SPLIT_ROWS = {"train": ("train", slice(0, 45_000)), "validation": ("train", slice(45_000, None)), "test": ("test", slice(None))}
+# mean and deviation of every channel
+NORMALISATIONS = {"imagenet": ((.485, .456, .406), (.229, .224, .225)), "half": ((.5,) * 3, (.5,) * 3)}
+SPLIT_ROWS = {"train": ("train", slice(0, 45_000)), "validation": ("train", slice(45_000, None)),
+              "test": ("test", slice(None))}
 
 def cifar10_split(split:str)->tuple: # images uint8, labels
     "Training (45,000), validation (5,000) or test pictures (10,000)."
@@ -66,7 +70,8 @@ def augment_images(images:Tensor, generator)->Tensor: # uint8
     dy, dx = torch.randint(9, (2, n), generator=generator)
     wide, steps = F.pad(images, (4, 4, 4, 4)), torch.arange(32)
     columns = torch.where(torch.rand(n, 1, generator=generator) < .5, steps, 31 - steps) + dx[:, None]
-    return wide[torch.arange(n)[:, None, None], :, (steps + dy[:, None])[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    return wide[torch.arange(n)[:, None, None], :, (steps + dy[:, None])[:, :, None],
+                columns[:, None]].permute(0, 3, 1, 2)
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #bb9fc133
 class PadShortcut(nn.Module):
@@ -80,7 +85,8 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
         self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
-        self.downsample = nn.Identity() if stride == 1 else PadShortcut(outside - inside) if option == "A" else nn.Sequential(
+        self.downsample = nn.Identity() if stride == 1 else PadShortcut(
+            outside - inside) if option == "A" else nn.Sequential(
             nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
 
     def forward(self, x): return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x))
@@ -90,7 +96,8 @@ class ResNet(nn.Module):
     def __init__(self, depth:int=20, option:str="A"):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        group = lambda i, o, s: nn.Sequential(BasicBlock(i, o, s, option), *[BasicBlock(o, o, 1, option) for _ in range((depth - 2) // 6 - 1)])
+        group = lambda i, o, s: nn.Sequential(BasicBlock(i, o, s, option),
+                                              *[BasicBlock(o, o, 1, option) for _ in range((depth - 2) // 6 - 1)])
         self.layer1, self.layer2, self.layer3 = group(16, 16, 1), group(16, 32, 2), group(32, 64, 2)
         self.linear = nn.Linear(64, 10)
 
@@ -99,27 +106,35 @@ class ResNet(nn.Module):
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #1fb519e7
 RESNET_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-RESNET_WEIGHTS = {20: ("832838b29b61a72ea534f5383377ab1b1e8c49fb869d1354b0c7fb40b7ea9fbf", "12fca82f", .9173), 32: ("67b656a97e72f71bf359f34e6786973e1e4d236acabdb4ff4b9fb19b2dd8f68c", "d509ac18", .9263),
-           44: ("7dbf01a8afae448fc155dd624512271e77764bc457a6b02b5fae383ca030fb6e", "014dd654", .9310), 56: ("1cf949b719537eba4149aa95ae27d9b5eef4951995acaf2116ed0f18cdbc1f9f", "4bfd9763", .9339)}
+RESNET_WEIGHTS = {20: ("832838b29b61a72ea534f5383377ab1b1e8c49fb869d1354b0c7fb40b7ea9fbf", "12fca82f", .9173),
+                  32: ("67b656a97e72f71bf359f34e6786973e1e4d236acabdb4ff4b9fb19b2dd8f68c", "d509ac18", .9263),
+           44: ("7dbf01a8afae448fc155dd624512271e77764bc457a6b02b5fae383ca030fb6e", "014dd654", .9310),
+                  56: ("1cf949b719537eba4149aa95ae27d9b5eef4951995acaf2116ed0f18cdbc1f9f", "4bfd9763", .9339)}
 
 def published_weights(depth:int)->dict: # state dict
-    "The weights of a published ResNet, from the data folder or from their repository; raises `BadInput` for other weights."
+    "Published ResNet weights, from the data folder or from their repository; raises `BadInput` for other weights."
     wanted, tag, _ = RESNET_WEIGHTS[depth]
     file = (data_folder() or cache_folder()) / f"resnet_cifar10/resnet{depth}.safetensors"
     if file.is_file(): state = load_file(file)
     else:
         name = f"resnet{depth}-{tag}.th"
-        saved = torch.load(fetch(Source(f"resnet_cifar10/{name}", tag, (RESNET_URL + name,), f"ResNet-{depth} for CIFAR-10 by Y. Idelbayev", "BSD-2-Clause")), map_location="cpu", weights_only=True)
-        state = {k.removeprefix("module."): v for k, v in saved["state_dict"].items() if not k.endswith("num_batches_tracked")}
+        saved = torch.load(fetch(Source(f"resnet_cifar10/{name}", tag, (RESNET_URL + name,),
+                                        f"ResNet-{depth} for CIFAR-10 by Y. Idelbayev", "BSD-2-Clause")),
+                           map_location="cpu", weights_only=True)
+        state = {k.removeprefix("module."): v
+                 for k, v in saved["state_dict"].items() if not k.endswith("num_batches_tracked")}
     check_content(f"ResNet-{depth}", wanted, *[state[k] for k in sorted(state)])
     return state
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #37632498
-def cifar10_batches(split:str="train", normalisation:str="imagenet", size:int=128, steps:int=100, augment:bool=True): # fn(seed, keep=None) -> Batches
+# fn(seed, keep=None) -> Batches
+def cifar10_batches(split:str="train", normalisation:str="imagenet", size:int=128, steps:int=100, augment:bool=True):
     "Replayable batches of pictures and labels."
     def batches(seed, keep=None):
         images, labels = cifar10_split(split)
-        def take(ids, generator): return normalise_images(augment_images(images[ids], generator) if augment else images[ids], normalisation), labels[ids]
+        def take(ids, generator):
+            return normalise_images(augment_images(images[ids], generator) if augment else images[ids],
+                                    normalisation), labels[ids]
         return Batches(take, range(len(labels)) if keep is None else keep, size, steps, seed)
     return batches
 
@@ -128,10 +143,12 @@ def cifar10_outputs(normalisation:str="imagenet", limit:int|None=None): # fn(mod
     @torch.no_grad()
     def run(model, split):
         images = cifar10_split(split)[0][:limit]
-        return torch.cat([model(normalise_images(x, normalisation).to(device_of(model))).float().cpu() for x in images.split(500)])
+        return torch.cat([model(normalise_images(x, normalisation).to(device_of(model))).float().cpu()
+                          for x in images.split(500)])
     return run
 
-def cifar10_metrics(logits:Tensor, split:str)->dict: return classification_metrics(logits, cifar10_split(split)[1][:len(logits)])
+def cifar10_metrics(logits:Tensor, split:str)->dict:
+    return classification_metrics(logits, cifar10_split(split)[1][:len(logits)])
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #37b4265a
 def cifar10_task(name:str, about:str, build, # as in `Task`
@@ -150,11 +167,16 @@ def cifar10_task(name:str, about:str, build, # as in `Task`
                 "calibration": "256 training pictures, not augmented",
                 "splits": "train 45,000, validation the last 5,000 of the training pictures, test 10,000",
                 "test pictures": "all" if limit is None else f"the first {limit:,}",
-                "CIFAR-10 train": CIFAR10_HASHES["train"], "CIFAR-10 test": CIFAR10_HASHES["test"], **({"budget": budget} if budget else {})}
-    fields = dict(track="cnn", about=about, build=build, batches=cifar10_batches(normalisation=normalisation, size=size, steps=train["steps"]),
-        calibration=lambda seed: list(calm(1000 + seed)), outputs=cifar10_outputs(normalisation, limit), metrics=cifar10_metrics, behaviour=dense_comparison,
-        metric="accuracy", higher=True, loss=F.cross_entropy, threads=2, train=finetune(label=f"training {name}", **train),
-        recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(), examples=lambda: TrainingImages(normalisation),
+                "CIFAR-10 train": CIFAR10_HASHES["train"], "CIFAR-10 test": CIFAR10_HASHES["test"],
+                **({"budget": budget} if budget else {})}
+    fields = dict(track="cnn", about=about, build=build,
+                  batches=cifar10_batches(normalisation=normalisation, size=size, steps=train["steps"]),
+        calibration=lambda seed: list(calm(1000 + seed)), outputs=cifar10_outputs(normalisation, limit),
+                  metrics=cifar10_metrics, behaviour=dense_comparison,
+        metric="accuracy", higher=True, loss=F.cross_entropy, threads=2,
+                  train=finetune(label=f"training {name}", **train),
+        recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(),
+                  examples=lambda: TrainingImages(normalisation),
         recipe={"train": train, "recover": retrain, "batch": size, "augmentation": "shift by up to 4 pixels, mirror"},
         fingerprint=lambda: digest(CIFAR10_HASHES), protocol=protocol, sources=(CIFAR10_SOURCE,))
     return register_task(Task(name, **{**fields, **more}))
@@ -168,8 +190,10 @@ class TrainingImages(torch.utils.data.Dataset):
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #7a59d820
 DENSE_TRAINING = dict(steps=200 * 351, lr=.1, optimizer="sgd", weight_decay=1e-4) # 200 epochs of 45,000 pictures
-RETRAINING_BY_TIER = {"": dict(steps=100, lr=.01, optimizer="sgd", weight_decay=1e-4), "@smoke": dict(steps=5, lr=.01, optimizer="sgd", weight_decay=1e-4),
-           "@oneshot": None, "@two-epochs": dict(steps=2 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4), "@full": dict(steps=40 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4)}
+RETRAINING_BY_TIER = {"": dict(steps=100, lr=.01, optimizer="sgd", weight_decay=1e-4),
+                      "@smoke": dict(steps=5, lr=.01, optimizer="sgd", weight_decay=1e-4),
+           "@oneshot": None, "@two-epochs": dict(steps=2 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4),
+                      "@full": dict(steps=40 * 351, lr=.01, optimizer="sgd", weight_decay=1e-4)}
 
 def published_task(depth:int, tier:str)->Task: # registered
     "A published ResNet with one of five budgets."
@@ -177,20 +201,27 @@ def published_task(depth:int, tier:str)->Task: # registered
         model.load_state_dict(published_weights(depth))
         return {"source": "published", "content": RESNET_WEIGHTS[depth][0], "seconds": None}
     smoke = dict(anchor=None, bound=.85) if tier == "@smoke" else {}
-    return cifar10_task(f"cifar10-resnet{depth}{tier}", f"CIFAR-10, published ResNet-{depth}", functools.partial(ResNet, depth), DENSE_TRAINING, RETRAINING_BY_TIER[tier],
-        limit=500 if tier == "@smoke" else None, weights=weights, varies=("calibration", "random masks", "recovery order"),
-        sources=(CIFAR10_SOURCE, f"ResNet-{depth}: Y. Idelbayev, BSD-2-Clause, {RESNET_URL}"), **{"anchor": (RESNET_WEIGHTS[depth][2], 5e-5), **smoke})
+    return cifar10_task(f"cifar10-resnet{depth}{tier}", f"CIFAR-10, published ResNet-{depth}",
+                        functools.partial(ResNet, depth), DENSE_TRAINING, RETRAINING_BY_TIER[tier],
+        limit=500 if tier == "@smoke" else None, weights=weights, varies=("calibration", "random masks",
+                                                                          "recovery order"),
+        sources=(CIFAR10_SOURCE, f"ResNet-{depth}: Y. Idelbayev, BSD-2-Clause, {RESNET_URL}"),
+                        **{"anchor": (RESNET_WEIGHTS[depth][2], 5e-5), **smoke})
 
 for depth, tier in itertools.product(RESNET_WEIGHTS, RETRAINING_BY_TIER): published_task(depth, tier)
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #8c66a6d1
-DISTILLER_WEIGHTS = {"dense": ("85364844ae57eed30e5856475d18f85766a534f4c58f74f2ceebe9de97c9c64d", .9171), "channel_regularized": ("63f263e838517ac6e0d71f8b8b71ecdc9dd28edb3f97bd39c40333308e430e73", .9081),
-             "channels_removed": ("b70ee1b5c4222128d9740e9a70053336810a6ef9906f44627ed9f4f73a0592c9", .9114), "channels_removed_finetuned": ("b7fc7135a8a97918403a53fea13f0dc823e0e5b48c85e70994deb1851a54513e", .9154),
+DISTILLER_WEIGHTS = {"dense": ("85364844ae57eed30e5856475d18f85766a534f4c58f74f2ceebe9de97c9c64d", .9171),
+                     "channel_regularized": ("63f263e838517ac6e0d71f8b8b71ecdc9dd28edb3f97bd39c40333308e430e73", .9081),
+             "channels_removed": ("b70ee1b5c4222128d9740e9a70053336810a6ef9906f44627ed9f4f73a0592c9", .9114),
+                     "channels_removed_finetuned": ("b7fc7135a8a97918403a53fea13f0dc823e0e5b48c85e70994deb1851a54513e",
+                                                    .9154),
              "layers_zeroed": ("a9203c0b3d15ebd41ec5240c6a2ec457e5f78f8b9acb1f4bf745d352a5cc0018", .9072)}
 
 def distiller_resnet20(name:str)->nn.Module: # in evaluation mode
     "A published structurally pruned ResNet-20 (option B), rebuilt from the vanilla class and its difference."
-    file = fetch(Source(f"resnet20_ssl_distiller/{name}.safetensors", DISTILLER_WEIGHTS[name][0], (), "structured-sparsity ResNet-20 of Intel's Distiller, converted", "Apache-2.0"))
+    file = fetch(Source(f"resnet20_ssl_distiller/{name}.safetensors", DISTILLER_WEIGHTS[name][0], (),
+                        "structured-sparsity ResNet-20 of Intel's Distiller, converted", "Apache-2.0"))
     state = {k.replace("fc.", "linear."): v for k, v in load_file(file).items()}
     model = reshape_model(ResNet(20, "B"), state)
     model.load_state_dict(state)
@@ -201,17 +232,21 @@ def vgg(width:int=64)->nn.Module: # 14.7M parameters at 64, 0.9M at 16
     "VGG-16 with batch norm for 32 x 32 pictures: thirteen convolutions, one linear layer (Simonyan & Zisserman, 2015)."
     layers, inside = [], 3
     for block in ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8)):
-        for w in block: layers += [nn.Conv2d(inside, w * width, 3, padding=1, bias=False), nn.BatchNorm2d(w * width), nn.ReLU()]; inside = w * width
+        for w in block:
+            layers += [nn.Conv2d(inside, w * width, 3, padding=1, bias=False), nn.BatchNorm2d(w * width), nn.ReLU()]
+            inside = w * width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inside, 10))
 
 def vit(width:int=96, depth:int=4, heads:int=3)->nn.Module: # 0.33M parameters at 96 x 4
     "A vision transformer on patches of 4 x 4 pixels (Dosovitskiy et al., 2021)."
     from torchvision.models import VisionTransformer
-    return VisionTransformer(image_size=32, patch_size=4, num_layers=depth, num_heads=heads, hidden_dim=width, mlp_dim=2 * width, num_classes=10)
+    return VisionTransformer(image_size=32, patch_size=4, num_layers=depth, num_heads=heads, hidden_dim=width,
+                             mlp_dim=2 * width, num_classes=10)
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #b151239c
-def epoch_training(n:float, lr:float, optimizer:str="sgd", weight_decay:float=5e-4, **more)->dict: # arguments of `finetune`
+def epoch_training(n:float, lr:float, optimizer:str="sgd", weight_decay:float=5e-4, **more
+    )->dict: # arguments of `finetune`
     "A training of n passes over 45,000 pictures in batches of 128."
     return dict(steps=round(n * 351), lr=lr, optimizer=optimizer, weight_decay=weight_decay, **more)
 
@@ -220,18 +255,26 @@ def register_tiers(name:str, about:str, build, small:dict, full:dict, wide=None,
     again = lambda recipe, share: {**recipe, "steps": max(1, round(share * recipe["steps"])), "lr": recipe["lr"] / 10}
     brief = {**small, "steps": min(small["steps"], 702)}
     cifar10_task(name, f"CIFAR-10, {about}", build, small, again(small, .1), bound=bound, **more)
-    cifar10_task(f"{name}@smoke", f"CIFAR-10, {about}, two epochs", build, brief, again(brief, .02), bound=.3, limit=1000, **more)
-    cifar10_task(f"{name}@full", f"CIFAR-10, {about}, the full recipe", wide or build, full, again(full, .2), bound=bound + .1, **more)
+    cifar10_task(f"{name}@smoke", f"CIFAR-10, {about}, two epochs", build, brief, again(brief, .02), bound=.3,
+                 limit=1000, **more)
+    cifar10_task(f"{name}@full", f"CIFAR-10, {about}, the full recipe", wide or build, full, again(full, .2),
+                 bound=bound + .1, **more)
 
 ADAMW_SETTINGS = dict(optimizer="adamw", weight_decay=.05, clip=1., warmup=.1)
-register_tiers("cifar10-resnet20-scratch", "ResNet-20 from scratch", ResNet, epoch_training(10, .1, clip=5., warmup=.05), epoch_training(200, .1, weight_decay=1e-4), bound=.8)
-register_tiers("cifar10-vgg16bn", "VGG-16 with batch norm (a quarter of the width; the full tier has all of it)", functools.partial(vgg, 16), epoch_training(10, .05, clip=5., warmup=.05), epoch_training(200, .05), wide=vgg, bound=.75)
-register_tiers("vit-tiny", "a vision transformer on 4 x 4 patches", vit, epoch_training(10, 1e-3, **ADAMW_SETTINGS), epoch_training(200, 1e-3, **ADAMW_SETTINGS), wide=functools.partial(vit, 192, 9), bound=.5)
+register_tiers("cifar10-resnet20-scratch", "ResNet-20 from scratch", ResNet,
+               epoch_training(10, .1, clip=5., warmup=.05), epoch_training(200, .1, weight_decay=1e-4), bound=.8)
+register_tiers("cifar10-vgg16bn", "VGG-16 with batch norm (a quarter of the width; the full tier has all of it)",
+               functools.partial(vgg, 16), epoch_training(10, .05, clip=5., warmup=.05), epoch_training(200, .05),
+               wide=vgg, bound=.75)
+register_tiers("vit-tiny", "a vision transformer on 4 x 4 patches", vit, epoch_training(10, 1e-3, **ADAMW_SETTINGS),
+               epoch_training(200, 1e-3, **ADAMW_SETTINGS), wide=functools.partial(vit, 192, 9), bound=.5)
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #f9df33b8
-DATA_TIERS = {"": (epoch_training(4, .1, clip=5., warmup=.05), None), "@smoke": (epoch_training(.2, .05), 1000), "@full": (epoch_training(200, .1), None)}
+DATA_TIERS = {"": (epoch_training(4, .1, clip=5., warmup=.05), None), "@smoke": (epoch_training(.2, .05), 1000),
+              "@full": (epoch_training(200, .1), None)}
 DATA_PROTOCOLS = {"cifar10-data": ("fixed steps: the same number for every subset", lambda kept: 1.),
              "cifar10-data-epochs": ("fixed epochs: steps in proportion to the pictures kept", lambda kept: kept)}
 for (name, (budget, share)), (tier, (recipe, first)) in itertools.product(DATA_PROTOCOLS.items(), DATA_TIERS.items()):
     about = f"CIFAR-10, training ResNet-20 on a part of the pictures, {budget.partition(':')[0]}"
-    cifar10_task(name + tier, about, ResNet, recipe, recipe, first, track="data", share=share, recover=none(), budget=budget)
+    cifar10_task(name + tier, about, ResNet, recipe, recipe, first, track="data", share=share, recover=none(),
+                 budget=budget)

@@ -46,15 +46,21 @@ def evaluator_batches(name:str): # fn(seed, keep=None) -> Batches of (images in 
     "Training images with labels."
     def batches(seed, keep=None):
         x, y = mnist_images(name, "train")
-        return Batches(lambda ids, generator: (x[ids] / 255, y[ids]), range(len(y)) if keep is None else keep, 64, EVALUATOR_TRAINING["steps"], seed)
+        return Batches(lambda ids, generator: (x[ids] / 255, y[ids]), range(len(y)) if keep is None else keep, 64,
+                       EVALUATOR_TRAINING["steps"], seed)
     return batches
 
 def evaluator_logits(model, split, name): return logits_of(model, mnist_images(name, split)[0] / 255)
 
-EVALUATOR_TASKS = {n: Task(f"judge-{n}", "cnn", f"tells the ten classes of {n} apart", build=EvaluatorCNN, batches=evaluator_batches(n), calibration=lambda seed: [],
-                  outputs=functools.partial(evaluator_logits, name=n), metrics=lambda logits, split, n=n: {"accuracy": accuracy(logits, mnist_images(n, split)[1])},
-                  metric="accuracy", higher=True, bound=bound, train=finetune(label=f"training the judge of {n}", **EVALUATOR_TRAINING), recover=finetune(1),
-                  fingerprint=functools.partial(images_digest, n), loss=F.cross_entropy, recipe={"train": EVALUATOR_TRAINING, "batch": 64}, varies=("calibration",))
+EVALUATOR_TASKS = {n: Task(f"judge-{n}", "cnn", f"tells the ten classes of {n} apart", build=EvaluatorCNN,
+                           batches=evaluator_batches(n), calibration=lambda seed: [],
+                  outputs=functools.partial(evaluator_logits, name=n), metrics=lambda logits, split,
+                           n=n: {"accuracy": accuracy(logits, mnist_images(n, split)[1])},
+                  metric="accuracy", higher=True, bound=bound,
+                           train=finetune(label=f"training the judge of {n}", **EVALUATOR_TRAINING),
+                           recover=finetune(1),
+                  fingerprint=functools.partial(images_digest, n), loss=F.cross_entropy,
+                           recipe={"train": EVALUATOR_TRAINING, "batch": 64}, varies=("calibration",))
           for n, bound in (("mnist", .98), ("fashion", .88))}
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #5f3f5c8c
@@ -92,24 +98,27 @@ class NormConvBlock(nn.Module):
     def forward(self, x): return F.silu(self.conv2(F.silu(self.conv1(self.ln(x) if self.norm else x))))
 
 def time_embedding_table()->Tensor: # (1000, 100)
-    "The table of times as it was published: sines in the even rows, cosines of those sines in the odd ones, counted from the end."
-    table, even = torch.arange(1000).double()[:, None] / 10_000**(torch.arange(100).double() / 50), torch.arange(0, 1000, 2)
+    "The published time embedding: sines in even rows, cosines of those sines in odd rows, counted from the end."
+    table, even = torch.arange(1000).double()[:, None] / 10_000**(torch.arange(100).double()
+                                                                  / 50), torch.arange(0, 1000, 2)
     table[even] = table[even].sin()
     table[1 - even] = table[even].cos()
     return table.float()
 
-UNET_LEVELS = {"1": (28, 1, 10, 10, 10), "2": (14, 10, 20, 20, 20), "3": (7, 20, 40, 40, 40), "_mid": (3, 40, 20, 20, 40), # name: side, widths
+UNET_LEVELS = {"1": (28, 1, 10, 10, 10), "2": (14, 10, 20, 20, 20), "3": (7, 20, 40, 40, 40),
+               "_mid": (3, 40, 20, 20, 40), # name: side, widths
           "4": (7, 80, 40, 20, 20), "5": (14, 40, 20, 10, 10), "_out": (28, 20, 10, 10, 10)}
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #4b938fed
 class SmallUNet(nn.Module):
-    "The U-Net of BrianPulfer/PapersReimplementations (MIT), written again; the names are those of the published weights."
+    "The U-Net of BrianPulfer/PapersReimplementations (MIT), with the names of the published weights."
     def __init__(self):
         super().__init__()
         self.time_embed = nn.Embedding(1000, 100).requires_grad_(False)
         self.time_embed.weight.data = time_embedding_table()
         for name, (side, first, *widths) in UNET_LEVELS.items():
-            blocks = [NormConvBlock(a, b, side, norm=name != "_out" or i < 2) for i, (a, b) in enumerate(itertools.pairwise((first, *widths)))]
+            blocks = [NormConvBlock(a, b, side, norm=name != "_out" or i < 2)
+                      for i, (a, b) in enumerate(itertools.pairwise((first, *widths)))]
             setattr(self, f"te{name}", nn.Sequential(nn.Linear(100, first), nn.SiLU(), nn.Linear(first, first)))
             setattr(self, f"b{name}", nn.Sequential(*blocks))
         self.down1, self.down2 = nn.Conv2d(10, 10, 4, 2, 1), nn.Conv2d(20, 20, 4, 2, 1)
@@ -128,8 +137,10 @@ class SmallUNet(nn.Module):
         return UNet2DOutput(self.conv_out(at("_out", torch.cat([one, self.up3(up)], 1))))
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #a0019faf
-DDPM_WEIGHTS = {n: Source(f"ddpm_unet_28x28/ddpm_{n}.safetensors", h, (), f"U-Net trained on {n}, BrianPulfer/PapersReimplementations@eb15d5f", "MIT") for n, h in (
-    ("mnist", "81d637b8acc36558f10be21894e26a202ad643db6a6e66e581d7930c827cfcec"), ("fashion", "df6dcef79eb08378b668710c76749ef4ccd5308b05d71dcee0ab169203e29b84"))}
+DDPM_WEIGHTS = {n: Source(f"ddpm_unet_28x28/ddpm_{n}.safetensors", h, (),
+                          f"U-Net trained on {n}, BrianPulfer/PapersReimplementations@eb15d5f", "MIT") for n, h in (
+    ("mnist", "81d637b8acc36558f10be21894e26a202ad643db6a6e66e581d7930c827cfcec"),
+    ("fashion", "df6dcef79eb08378b668710c76749ef4ccd5308b05d71dcee0ab169203e29b84"))}
 
 def published_loader(name:str): # (model) -> facts
     "A loader of the published weights; every name and shape must agree."
@@ -161,7 +172,8 @@ def predict_noise(model:nn.Module, inputs:dict)->Tensor: # predicted noise, on t
 def noise_errors(model:nn.Module, x:Tensor, t:Tensor, noise:Tensor, scheduler=None, size:int=250)->Tensor: # (n,)
     "Mean squared error of the predicted noise, image by image."
     batches = (add_noise(*part, scheduler) for part in zip(x.split(size), t.split(size), noise.split(size)))
-    return torch.cat([(predict_noise(model, inputs) - target).square().flatten(1).mean(1) for inputs, target in batches])
+    return torch.cat([(predict_noise(model, inputs) - target).square().flatten(1).mean(1)
+                      for inputs, target in batches])
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #a5f18ce3
 NOISE_SEEDS = {"test": 1, "validation": 2}   # of times and noise; images start from the seed plus 10
@@ -172,14 +184,18 @@ def generator_outputs(name:str, errors:int, images:int, steps:int): # fn(model, 
         x = scale_pixels(mnist_images(name, split)[0][:errors])
         start = torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(NOISE_SEEDS[split] + 10))
         made = torch.cat([ddim_sample(model, ddpm_scheduler(), z, steps).cpu() for z in start.split(100)])
-        return {"eps-mse": noise_errors(model, x, *draw_noise(len(x), (1, 28, 28), NOISE_SEEDS[split])), "images": (made.clamp(-1, 1) + 1) / 2}
+        return {"eps-mse": noise_errors(model, x, *draw_noise(len(x), (1, 28, 28), NOISE_SEEDS[split])),
+                "images": (made.clamp(-1, 1) + 1) / 2}
     return outputs
 
 def generator_metrics(name:str): # fn(outputs, split) -> {metric: number}
     "Metrics of a generator of small grey images."
     def metrics(made, split):
-        features, real, look = evaluator_features(made["images"], name), real_features(name, split), evaluator(name)(made["images"]).softmax(1)
-        return {"eps-mse": made["eps-mse"].mean().item(), "kid-phi": kid(features, real), "fid-phi": frechet(features, real), "confidence": look.amax(1).mean().item()}
+        features, real, look = evaluator_features(made["images"],
+                                                  name), real_features(name, split), evaluator(name)(
+                                                      made["images"]).softmax(1)
+        return {"eps-mse": made["eps-mse"].mean().item(), "kid-phi": kid(features, real),
+                "fid-phi": frechet(features, real), "confidence": look.amax(1).mean().item()}
     return metrics
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #9fc7a656
@@ -188,7 +204,8 @@ def noisy_batches(name:str, size:int, steps:int): # fn(seed, keep=None) -> Batch
     def batches(seed, keep=None):
         x = mnist_images(name, "train")[0]
         def take(ids, generator):
-            return add_noise(scale_pixels(x[ids]), torch.randint(1000, (len(ids),), generator=generator), torch.randn(len(ids), 1, 28, 28, generator=generator))
+            return add_noise(scale_pixels(x[ids]), torch.randint(1000, (len(ids),), generator=generator),
+                             torch.randn(len(ids), 1, 28, 28, generator=generator))
         return Batches(take, range(len(x)) if keep is None else keep, size, steps, seed)
     return batches
 
@@ -200,41 +217,60 @@ def ddpm_task(name:str, about:str, data:str, build, # as in `Task`; "mnist" or "
     )->Task:                                        # registered
     "A task of generating 28 x 28 images."
     stream = noisy_batches(data, size, train["steps"])
-    return register_task(Task(name, "diffusion", about, build=functools.partial(build, **(network or {})), batches=stream, outputs=generator_outputs(data, errors, images, steps), metrics=generator_metrics(data), behaviour=image_similarity,
-        metric="eps-mse", higher=False, calibration=lambda seed: list(itertools.islice(stream(1000 + seed), 4)), loss=noise_mse,
+    return register_task(Task(name, "diffusion", about, build=functools.partial(build, **(network or {})),
+                              batches=stream, outputs=generator_outputs(data, errors, images, steps),
+                              metrics=generator_metrics(data), behaviour=image_similarity,
+        metric="eps-mse", higher=False, calibration=lambda seed: list(itertools.islice(stream(1000 + seed), 4)),
+                              loss=noise_mse,
         train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **retrain),
         fingerprint=functools.partial(images_digest, data), varies=("calibration", "random masks", "recovery order"),
-        recipe={"network": network or build.__name__, "train": train, "recover": retrain, "batch": size, "times": "uniform over 1,000", "betas": "linear, 1e-4 to 0.02"},
-        protocol={"eps-mse": f"first {errors:,} images of the split, one time each, times then noise from a generator with seed 1 (test) or 2 (validation)",
-                  "sampler": f"DDIM, eta 0, {steps} steps, trailing, predicted image clipped", "samples": images, "phi": f"features of judge-{data}, mean 0 and deviation 1 over training images",
-                  "kid-phi": "unbiased, cubic kernel, against 2,000 real images of the split", "similarity": "to the dense model at the same noise; SSIM window 5"},
-        sources=tuple(f"{s.about}: {s.licence}" for s in {s.about: s for s in IMAGE_SOURCES[data].values()}.values()) + more.pop("sources", ()), **more))
+        recipe={"network": network or build.__name__, "train": train, "recover": retrain, "batch": size,
+                "times": "uniform over 1,000", "betas": "linear, 1e-4 to 0.02"},
+        protocol={"eps-mse": f"first {errors:,} images of the split, one time each, times then noise from a generator "
+                             "with seed 1 (test) or 2 (validation)",
+                  "sampler": f"DDIM, eta 0, {steps} steps, trailing, predicted image clipped", "samples": images,
+                  "phi": f"features of judge-{data}, mean 0 and deviation 1 over training images",
+                  "kid-phi": "unbiased, cubic kernel, against 2,000 real images of the split",
+                  "similarity": "to the dense model at the same noise; SSIM window 5"},
+        sources=tuple(f"{s.about}: {s.licence}" for s in {s.about: s for s in IMAGE_SOURCES[data].values()}.values())
+                              + more.pop("sources", ()), **more))
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #ad43e57a
-SCRATCH_TRAINING, DDPM_RETRAINING = dict(steps=500, lr=1e-3, optimizer="adam"), dict(steps=100, lr=3e-4, optimizer="adam")
+SCRATCH_TRAINING, DDPM_RETRAINING = dict(steps=500, lr=1e-3,
+                                         optimizer="adam"), dict(steps=100, lr=3e-4, optimizer="adam")
 
 for data, anchor in (("mnist", .0289062), ("fashion", .0489466)):
-    facts = dict(data=data, build=SmallUNet, weights=published_loader(data), sources=(f"{DDPM_WEIGHTS[data].about}: {DDPM_WEIGHTS[data].licence}",))
-    about = f"a published U-Net of 0.5M weights that generates {'handwritten digits' if data == 'mnist' else 'clothing'}"
+    facts = dict(data=data, build=SmallUNet, weights=published_loader(data),
+                 sources=(f"{DDPM_WEIGHTS[data].about}: {DDPM_WEIGHTS[data].licence}",))
+    about = ("a published U-Net of 0.5M weights that generates "
+             f"{'handwritten digits' if data == 'mnist' else 'clothing'}")
     ddpm_task(f"ddpm-{data}", about, train=SCRATCH_TRAINING, retrain=DDPM_RETRAINING, anchor=(anchor, 2e-6), **facts)
-    ddpm_task(f"ddpm-{data}@smoke", f"{about}; 100 test images, 20 made", train=SCRATCH_TRAINING, retrain={**DDPM_RETRAINING, "steps": 10}, errors=100, images=20, steps=10, **facts)
-    ddpm_task(f"ddpm-{data}@full", f"{about}; all test images, 2,000 made", train={**SCRATCH_TRAINING, "steps": 8600}, retrain={**DDPM_RETRAINING, "steps": 2000},
+    ddpm_task(f"ddpm-{data}@smoke", f"{about}; 100 test images, 20 made", train=SCRATCH_TRAINING,
+              retrain={**DDPM_RETRAINING, "steps": 10}, errors=100, images=20, steps=10, **facts)
+    ddpm_task(f"ddpm-{data}@full", f"{about}; all test images, 2,000 made", train={**SCRATCH_TRAINING, "steps": 8600},
+              retrain={**DDPM_RETRAINING, "steps": 2000},
               errors=10000, images=2000, steps=50, size=128, **facts)
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #aa5c865d
 def fashion_unet(widths=(16, 32, 48))->nn.Module: # UNet2DModel for 28 x 28 pixels
     "The U-Net of `diffusers`: three levels, attention at the lowest."
     from diffusers import UNet2DModel
-    return UNet2DModel(sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=widths, norm_num_groups=8, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"))
+    return UNet2DModel(sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=widths,
+                       norm_num_groups=8, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"))
 
 LONG_TRAINING = dict(steps=1200, lr=2e-3, optimizer="adam", warmup=.05, clip=1.)
 
-ddpm_task("ddpm-fashion-unet", "generating clothing, a U-Net of diffusers", "fashion", fashion_unet, LONG_TRAINING, DDPM_RETRAINING, size=32, network=dict(widths=(16, 32, 48)), bound=.06)
-ddpm_task("ddpm-fashion-unet@smoke", "the same for some seconds: it has learned little", "fashion", fashion_unet, {**LONG_TRAINING, "steps": 20}, {**DDPM_RETRAINING, "steps": 5},
+ddpm_task("ddpm-fashion-unet", "generating clothing, a U-Net of diffusers", "fashion", fashion_unet, LONG_TRAINING,
+          DDPM_RETRAINING, size=32, network=dict(widths=(16, 32, 48)), bound=.06)
+ddpm_task("ddpm-fashion-unet@smoke", "the same for some seconds: it has learned little", "fashion", fashion_unet,
+          {**LONG_TRAINING, "steps": 20}, {**DDPM_RETRAINING, "steps": 5},
           errors=100, images=20, steps=10, size=16)
-ddpm_task("ddpm-fashion-unet@full", "the same with 64 to 256 channels, for a GPU", "fashion", fashion_unet, {**LONG_TRAINING, "steps": 40000, "lr": 2e-4},
-          {**DDPM_RETRAINING, "steps": 2000}, errors=10000, images=2000, steps=50, size=128, network=dict(widths=(64, 128, 256)));
+ddpm_task("ddpm-fashion-unet@full", "the same with 64 to 256 channels, for a GPU", "fashion", fashion_unet,
+          {**LONG_TRAINING, "steps": 40000, "lr": 2e-4},
+          {**DDPM_RETRAINING, "steps": 2000}, errors=10000, images=2000, steps=50, size=128,
+          network=dict(widths=(64, 128, 256)));
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #88baa332
 @functools.cache
@@ -243,11 +279,14 @@ def folder_images(folder:str, side:int, channels:int)->Tensor: # (n, channels, s
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    if len(paths) < 30: raise BadInput(f"{folder!r} holds {len(paths)} images: name a folder with at least 30 png, jpg, webp or bmp files, or one of {', '.join(IMAGE_SOURCES)}, cifar10")
-    return torch.stack([pil_to_tensor(ImageOps.fit(Image.open(p).convert("L" if channels == 1 else "RGB"), (side, side))) for p in paths])
+    if len(paths) < 30:
+        raise BadInput(f"{folder!r} holds {len(paths)} images: name a folder with at least 30 png, jpg, webp or bmp "
+                       f"files, or one of {', '.join(IMAGE_SOURCES)}, cifar10")
+    return torch.stack([pil_to_tensor(ImageOps.fit(Image.open(p).convert("L" if channels == 1 else "RGB"),
+                                                   (side, side))) for p in paths])
 
 def images_for(source:str, split:str, side:int, channels:int)->Tensor: # (n, channels, side, side) uint8
-    "Real images of a split by name: of a data set, or of a folder (every tenth for the test, every tenth for validation)."
+    "Real images of a split: of a data set, or of a folder, with a tenth for the test and a tenth for validation."
     if source in IMAGE_SOURCES: x = mnist_images(source, split)[0]
     elif source == "cifar10":
         from pruning_bench.bench.tasks.cifar10 import cifar10_split
@@ -256,9 +295,13 @@ def images_for(source:str, split:str, side:int, channels:int)->Tensor: # (n, cha
         x = folder_images(source, side, channels)
         place = torch.arange(len(x)) % 10
         x = x[{"test": place == 0, "validation": place == 1, "train": place > 1}[split]]
-    if x.shape[1] != channels: raise BadInput(f"the images of {source!r} have {x.shape[1]} channels and the model wants {channels}: name other images after the comma")
+    if x.shape[1] != channels:
+        raise BadInput(f"the images of {source!r} have {x.shape[1]} channels and the model wants {channels}: name "
+                       "other images after the comma")
     gap = side - x.shape[-1]
-    if gap and not 0 < gap <= 8: raise BadInput(f"the images of {source!r} have {x.shape[-1]} pixels a side and the model wants {side}: name a folder of images after the comma")
+    if gap and not 0 < gap <= 8:
+        raise BadInput(f"the images of {source!r} have {x.shape[-1]} pixels a side and the model wants {side}: name a "
+                       "folder of images after the comma")
     return F.pad(x, (gap // 2, gap - gap // 2) * 2) if gap else x
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #4d22cdee
@@ -267,34 +310,49 @@ def load_ddpm_pipeline(name:str): # DDPMPipeline
     from diffusers import DDPMPipeline
     try: return DDPMPipeline.from_pretrained(name, low_cpu_mem_usage=False)
     except Exception as e:
-        raise BadInput(f"the pipeline {name!r} cannot be had here ({type(e).__name__}): name a folder written by save_pretrained, or connect once so that diffusers can download it") from e
+        raise BadInput(f"the pipeline {name!r} cannot be had here ({type(e).__name__}): name a folder written by "
+                       "save_pretrained, or connect once so that diffusers can download it") from e
 
 @task_family("ddpm")
 def ddpm_family(name:str)->Task: # ddpm:NAME or ddpm:NAME,IMAGES
     "Any unconditional pipeline of `diffusers`, measured on real images."
     name, _, source = name.partition(",")
     pipe = load_ddpm_pipeline(name)
-    unet, plan, (side, channels) = pipe.unet, pipe.scheduler, (pipe.unet.config.sample_size, pipe.unet.config.in_channels)
+    unet, plan, (side, channels) = pipe.unet, pipe.scheduler, (pipe.unet.config.sample_size,
+                                                               pipe.unet.config.in_channels)
     source = source or ("fashion" if channels == 1 else "cifar10")
     real = functools.cache(functools.partial(images_for, source, side=side, channels=channels))
     seen_in = content_hash(real("test"))
     def batches(seed, keep=None, size=16, steps=100):
         x = real("train")
         def take(ids, generator):
-            return add_noise(scale_pixels(x[ids]), torch.randint(plan.config.num_train_timesteps, (len(ids),), generator=generator), torch.randn(len(ids), *x.shape[1:], generator=generator), plan)
+            return add_noise(scale_pixels(x[ids]), torch.randint(plan.config.num_train_timesteps, (len(ids),),
+                                                                 generator=generator),
+                             torch.randn(len(ids), *x.shape[1:], generator=generator), plan)
         return Batches(take, range(len(x)) if keep is None else keep, size, steps, seed)
     def outputs(model, split):
-        x, start = scale_pixels(real(split)[:200]), torch.randn(8, channels, side, side, generator=torch.Generator().manual_seed(NOISE_SEEDS[split] + 10))
-        return {"eps-mse": noise_errors(model, x, *draw_noise(len(x), x.shape[1:], NOISE_SEEDS[split]), plan, 50), "images": (ddim_sample(model, plan, start, 10).cpu().clamp(-1, 1) + 1) / 2}
+        x, start = scale_pixels(real(split)[:200]), torch.randn(8, channels, side, side,
+                                                                generator=torch.Generator().manual_seed(
+                                                                    NOISE_SEEDS[split] + 10))
+        return {"eps-mse": noise_errors(model, x, *draw_noise(len(x), x.shape[1:], NOISE_SEEDS[split]), plan, 50),
+                "images": (ddim_sample(model, plan, start, 10).cpu().clamp(-1, 1) + 1) / 2}
     return pipeline_task(name, source, unet, seen_in, batches, outputs)
 
 # %% ../../../nbs/bench/tasks/74_ddpm.ipynb #fc126373
-def pipeline_task(name:str, source:str, unet:nn.Module, seen_in:str, batches, outputs)->Task: # not registered: it has a name
+def pipeline_task(name:str, source:str, unet:nn.Module, seen_in:str, batches, outputs
+    )->Task: # not registered: it has a name
     "The task around a network that was loaded."
-    return Task(f"ddpm:{name},{source}", "diffusion", f"the pipeline {name}, measured on images of {source}", build=lambda: copy.deepcopy(unet), batches=batches,
-        calibration=lambda seed: list(itertools.islice(batches(1000 + seed), 4)), outputs=outputs, metrics=lambda made, split: {"eps-mse": made["eps-mse"].mean().item()},
-        behaviour=image_similarity, metric="eps-mse", higher=False, train=finetune(100, lr=1e-4), recover=finetune(100, lr=1e-4), loss=noise_mse,
-        weights=lambda model: {"source": name, "sha256": weights_hash(model), "seconds": None}, fingerprint=lambda: digest(seen_in, weights_hash(unet)),
-        varies=("calibration", "random masks", "recovery order"), recipe={"recover": {"steps": 100, "lr": 1e-4}, "batch": 16},
-        protocol={"eps-mse": "first 200 images of the split, one time each, times then noise from seed 1 (test) or 2 (validation)", "images": source,
-                  "sampler": "DDIM, eta 0, 10 steps", "samples": 8, "similarity": "to the dense model at the same noise; SSIM window 5"})
+    return Task(f"ddpm:{name},{source}", "diffusion", f"the pipeline {name}, measured on images of {source}",
+                build=lambda: copy.deepcopy(unet), batches=batches,
+        calibration=lambda seed: list(itertools.islice(batches(1000 + seed), 4)), outputs=outputs, metrics=lambda made,
+                split: {"eps-mse": made["eps-mse"].mean().item()},
+        behaviour=image_similarity, metric="eps-mse", higher=False, train=finetune(100, lr=1e-4),
+                recover=finetune(100, lr=1e-4), loss=noise_mse,
+        weights=lambda model: {"source": name, "sha256": weights_hash(model), "seconds": None},
+                fingerprint=lambda: digest(seen_in, weights_hash(unet)),
+        varies=("calibration", "random masks", "recovery order"), recipe={"recover": {"steps": 100, "lr": 1e-4},
+                                                                          "batch": 16},
+        protocol={"eps-mse": "first 200 images of the split, one time each, times then noise from seed 1 (test) or 2 "
+                             "(validation)", "images": source,
+                  "sampler": "DDIM, eta 0, 10 steps", "samples": 8,
+                  "similarity": "to the dense model at the same noise; SSIM window 5"})

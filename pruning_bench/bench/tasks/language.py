@@ -45,31 +45,42 @@ def token_losses(model:nn.Module, windows:Tensor, # (n, context) token ids
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #468130f3
 def perplexity_metrics(made:dict, split:str)->dict: # {"perplexity", "nll", "bits_per_byte"}
-    "Mean cost per predicted token, its exponential, and the cost per byte of text, which does not depend on the tokenizer."
+    "Perplexity, mean loss per predicted token, and bits per byte, which do not depend on the tokenizer."
     nll = made["nll"].double()
-    return {"perplexity": nll.mean().exp().item(), "nll": nll.mean().item(), "bits_per_byte": nll.sum().item() / math.log(2) / made["bytes"]}
+    return {"perplexity": nll.mean().exp().item(), "nll": nll.mean().item(),
+            "bits_per_byte": nll.sum().item() / math.log(2) / made["bytes"]}
 
 def divergence_from_dense(made:dict, dense:dict)->dict: # {"flips", "kl", "worse"}
-    "How often the guess is another one, the divergence from the dense distribution in nats, and the share of tokens that cost more than before."
+    "Changed predictions, divergence from the dense model in nats, and the share of tokens with a higher loss."
     kl = (dense["logp"].exp() * (dense["logp"] - made["logp"])).sum(1)
     return {"flips": (made["guess"] != dense["guess"]).float().mean().item(), "kl": kl.double().mean().item(),
             "worse": (made["nll"] > dense["nll"]).float().mean().item()}
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #5582e5fa
-_story_source = functools.partial(Source, about="stories260K by A. Karpathy (tinyllamas) in the form of transformers; from DaveBben/esp32-llm@934dab4 data/stories260K.bin, tok512.bin", licence="MIT")
+_story_source = functools.partial(Source, about="stories260K by A. Karpathy (tinyllamas) in the form of transformers; "
+                                                "from DaveBben/esp32-llm@934dab4 data/stories260K.bin, tok512.bin",
+                                  licence="MIT")
 _tinystories_source = functools.partial(Source, licence="CDLA-Sharing-1.0")
-STORY_SOURCES = {"weights": _story_source("stories260K/model.safetensors", "407a7c581bdd66972383ce9ad24857713fb98786d06ea564a2fe9b34ebe77dfd"),
-           "tokenizer": _story_source("stories260K/tokenizer.json", "175f1f62751350581deb56a265532506f8f77f7a314be5c9b160f6362969a71d"),
-           "train": _tinystories_source("tinystories/train_head.txt.gz", "6fa68d08755c804511dbf8f5a22039a1c06c2f2c36624678e170dc7f2d63b5c7",
-                           about="first 2,316 stories of TinyStories-train; from gusjengis/toy-RNN@e4c7ff8 data/tinystories_sample.txt"),
-           "test": _tinystories_source("tinystories/valid_head.txt.gz", "3c6a950add2abefc06b1d15020cb70ea08dbb372d9ca7d7d8418164649185f5d",
-                          about="head of TinyStories-valid; from yuninxia/moe-routing-bench@bb9bb0b data/tinystories_val.txt")}
+STORY_SOURCES = {"weights": _story_source("stories260K/model.safetensors",
+                                          "407a7c581bdd66972383ce9ad24857713fb98786d06ea564a2fe9b34ebe77dfd"),
+           "tokenizer": _story_source("stories260K/tokenizer.json",
+                                      "175f1f62751350581deb56a265532506f8f77f7a314be5c9b160f6362969a71d"),
+           "train": _tinystories_source("tinystories/train_head.txt.gz",
+                                        "6fa68d08755c804511dbf8f5a22039a1c06c2f2c36624678e170dc7f2d63b5c7",
+                           about="first 2,316 stories of TinyStories-train; from gusjengis/toy-RNN@e4c7ff8 "
+                                 "data/tinystories_sample.txt"),
+           "test": _tinystories_source("tinystories/valid_head.txt.gz",
+                                       "3c6a950add2abefc06b1d15020cb70ea08dbb372d9ca7d7d8418164649185f5d",
+                          about="head of TinyStories-valid; from yuninxia/moe-routing-bench@bb9bb0b "
+                                "data/tinystories_val.txt")}
 
 def story_llama()->nn.Module: # 260,032 parameters
     "The architecture of stories260K."
     from transformers import LlamaConfig, LlamaForCausalLM
-    return LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, use_cache=False))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5,
+                                        num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=1,
+                                        eos_token_id=2, use_cache=False))
 
 def load_story_weights(model:nn.Module)->dict: # facts
     "Load the published weights."
@@ -85,7 +96,7 @@ def story_tokenizer(): # sentencepiece vocabulary, 512 tokens
 
 @functools.cache
 def story_text(split:str)->str: # stories and paragraphs on lines of their own
-    "TinyStories: train and validation are nine tenths and the last tenth of the stories of the training file, test is the head of the validation file."
+    "TinyStories: the first 90 % (train) and the last 10 % (validation) of one file; test is the head of another."
     text = gzip.open(fetch(STORY_SOURCES["test" if split == "test" else "train"]), "rt", encoding="utf-8").read()
     if split != "test":
         parts = [s.strip("\n") for s in text.split("<|endoftext|>")]
@@ -113,22 +124,33 @@ def story_outputs(model:nn.Module, split:str, limit=None)->dict: # as `token_los
 def story_batches(seed:int, keep=None, size:int=4, steps:int=100)->Batches: # batches {"input_ids": (size, 512)}
     "Random windows of the training stories; `keep` = windows to draw from."
     w = story_windows("train")
-    return Batches(lambda ids, generator: {"input_ids": w[ids]}, range(len(w)) if keep is None else keep, size, steps, seed)
+    return Batches(lambda ids, generator: {"input_ids": w[ids]}, range(len(w)) if keep is None else keep, size, steps,
+                   seed)
 
-LM_PROTOCOL = {"metrics": "exp of the mean cross-entropy per predicted token; bits per byte of the decoded text", "dtype": "float32", "remainder": "dropped"}
-STORY_PROTOCOL = {**LM_PROTOCOL, "tokenizer": "tok512 (sentencepiece)", "bos": "before every window", "context": "512: start token and 511 of text", "stride": 511,
-         "blank lines": "replaced by single line breaks", "validation": "last tenth of the training file, seen in pretraining"}
+LM_PROTOCOL = {"metrics": "exp of the mean cross-entropy per predicted token; bits per byte of the decoded text",
+               "dtype": "float32", "remainder": "dropped"}
+STORY_PROTOCOL = {**LM_PROTOCOL, "tokenizer": "tok512 (sentencepiece)", "bos": "before every window",
+                  "context": "512: start token and 511 of text", "stride": 511,
+         "blank lines": "replaced by single line breaks",
+                  "validation": "last tenth of the training file, seen in pretraining"}
 STORY_RETRAINING = dict(steps=100, lr=1e-3, clip=1., warmup=.1)
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #92560eea
 def story_task(tier:str, windows, retrain:dict, size:int, anchor)->Task: # registered
     "`stories-llama` in one of its sizes."
-    return register_task(Task("stories-llama" + tier, "llm", "TinyStories, the pretrained LLaMA stories260K", build=story_llama, weights=load_story_weights,
-        batches=functools.partial(story_batches, size=size, steps=retrain["steps"]), calibration=lambda seed: list(story_batches(1000 + seed, size=8, steps=2 if windows else 16)),
-        outputs=functools.partial(story_outputs, limit=windows), metrics=perplexity_metrics, behaviour=divergence_from_dense, metric="perplexity", higher=False, anchor=anchor,
-        train=none(), recover=finetune(label=f"retraining stories-llama{tier}", **retrain), sources=tuple(map(str, STORY_SOURCES.values())),
-        fingerprint=lambda: digest([s.sha256 for s in STORY_SOURCES.values()]), varies=("calibration", "random masks", "recovery order"),
-        recipe={"weights": STORY_SOURCES["weights"].sha256, "recover": retrain, "batch": size, "calibration": f"{16 if windows else 128} windows of 512 training tokens"},
+    return register_task(Task("stories-llama" + tier, "llm", "TinyStories, the pretrained LLaMA stories260K",
+                              build=story_llama, weights=load_story_weights,
+        batches=functools.partial(story_batches, size=size, steps=retrain["steps"]),
+                              calibration=lambda seed: list(story_batches(1000 + seed, size=8,
+                                                                          steps=2 if windows else 16)),
+        outputs=functools.partial(story_outputs, limit=windows), metrics=perplexity_metrics,
+                              behaviour=divergence_from_dense, metric="perplexity", higher=False, anchor=anchor,
+        train=none(), recover=finetune(label=f"retraining stories-llama{tier}", **retrain),
+                              sources=tuple(map(str, STORY_SOURCES.values())),
+        fingerprint=lambda: digest([s.sha256 for s in STORY_SOURCES.values()]),
+                              varies=("calibration", "random masks", "recovery order"),
+        recipe={"weights": STORY_SOURCES["weights"].sha256, "recover": retrain, "batch": size,
+                "calibration": f"{16 if windows else 128} windows of 512 training tokens"},
         protocol={**STORY_PROTOCOL, "windows": f"first {windows}" if windows else "all 760"}))
 
 story_task("", None, STORY_RETRAINING, 4, (4.946, .001))
@@ -136,15 +158,19 @@ story_task("@smoke", 32, {**STORY_RETRAINING, "steps": 10}, 4, (3.922, .001))
 story_task("@full", None, {**STORY_RETRAINING, "steps": 4000}, 32, (4.946, .001));
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #e88702e6
-EXCLUDED_FOLDERS = frozenset("test tests idle_test idlelib lib2to3 encodings pydoc_data site-packages dist-packages __pycache__".split())
+EXCLUDED_FOLDERS = frozenset("test tests idle_test idlelib lib2to3 encodings pydoc_data site-packages dist-packages "
+                             "__pycache__".split())
 
 @functools.cache
 def stdlib_sources()->dict: # {path below the library: text}
     "The sources of the standard library, without tests, tables, generated files and licences."
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(f.relative_to(root).as_posix() for f in root.rglob("*.py"))
-    paths = [p for p in paths if not EXCLUDED_FOLDERS & set(p.split("/")) and not p.startswith(("_sysconfigdata", "config-")) and "licen" not in p.lower()]
-    if len(paths) < 200: raise BadInput(f"this Python carries {len(paths)} source files of its standard library, and stdlib-llama needs at least 200: use a Python that was installed with them")
+    paths = [p for p in paths if not EXCLUDED_FOLDERS & set(p.split("/"))
+             and not p.startswith(("_sysconfigdata", "config-")) and "licen" not in p.lower()]
+    if len(paths) < 200:
+        raise BadInput(f"this Python carries {len(paths)} source files of its standard library, and stdlib-llama needs "
+                       "at least 200: use a Python that was installed with them")
     return {p: (root / p).read_text(encoding="utf-8", errors="replace") for p in paths}
 
 def file_split(path:str)->str: # "train" (90 %), "validation" (4 %) or "test" (6 %)
@@ -165,63 +191,90 @@ def stdlib_tokenizer(vocabulary:int, tiny:bool=False): # byte-level BPE
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(stdlib_documents("train", tiny), trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, special_tokens=["<|endoftext|>"],
-                                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(stdlib_documents("train", tiny),
+                            trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False,
+                                                special_tokens=["<|endoftext|>"],
+                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return bpe
 
 @functools.cache
 def stdlib_windows(split:str, vocabulary:int, context:int, tiny:bool=False)->Tensor: # (n, context)
     "The files of a split one after another, in windows that follow one another; the remainder is dropped."
     bpe = stdlib_tokenizer(vocabulary, tiny)
-    ids = torch.tensor([i for e in bpe.encode_batch(stdlib_documents(split, tiny), add_special_tokens=False) for i in [0, *e.ids]])
+    ids = torch.tensor([i for e in bpe.encode_batch(stdlib_documents(split, tiny), add_special_tokens=False)
+                        for i in [0, *e.ids]])
     return ids[:len(ids) // context * context].view(-1, context)
 
 def stdlib_outputs(model:nn.Module, split:str, *text)->dict: # as `token_losses`, with "bytes"
     "A reading of the standard library; `pydoc_batches` = vocabulary, context, few."
     w = stdlib_windows(split, *text)
-    return {**token_losses(model, w, size=max(1, 4096 // w.shape[1])), "bytes": text_bytes(stdlib_tokenizer(text[0], text[2]), w)}
+    return {**token_losses(model, w, size=max(1, 4096 // w.shape[1])),
+            "bytes": text_bytes(stdlib_tokenizer(text[0], text[2]), w)}
 
 def unigram_baseline(split:str, *text)->float: # perplexity
-    "What knowing the token frequencies of the training text gives, add-one smoothed: the number a language model must beat."
+    "Perplexity of add-one smoothed unigram frequencies, which a language model must beat."
     counts = torch.bincount(stdlib_windows("train", *text).flatten(), minlength=text[0]) + 1.
     return (-(counts / counts.sum()).log()[stdlib_windows(split, *text)[:, 1:]].double().mean()).exp().item()
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #0873a594
-def code_llama(width:int, layers:int, heads:int, kv:int, ffn:int, vocabulary:int, context:int)->nn.Module: # random weights
+def code_llama(width:int, layers:int, heads:int, kv:int, ffn:int, vocabulary:int, context:int
+    )->nn.Module: # random weights
     "A LLaMA with grouped-query attention and tied embeddings."
     from transformers import LlamaConfig, LlamaForCausalLM
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, use_cache=False))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=ffn,
+                                        num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=0,
+                                        eos_token_id=0, use_cache=False))
 
-def stdlib_task(tier:str, about:str, network:dict, train:dict, retrain:dict, size:int, bound:float, tiny:bool=False)->Task: # registered
+def stdlib_task(tier:str, about:str, network:dict, train:dict, retrain:dict, size:int, bound:float,
+                tiny:bool=False)->Task: # registered
     "`stdlib-llama` in one of its sizes."
     text = network["vocabulary"], network["context"], tiny
     def batches(seed, keep=None, size=size, steps=train["steps"]):
         w = stdlib_windows("train", *text)
-        return Batches(lambda ids, generator: {"input_ids": w[ids]}, range(len(w)) if keep is None else keep, size, steps, seed)
-    return register_task(Task(f"stdlib-llama{tier}", "llm", f"Python's standard library, {about}", build=functools.partial(code_llama, **network), batches=batches,
-        calibration=lambda seed: list(batches(1000 + seed, size=8, steps=2 if tiny else 16)), outputs=lambda model, split: stdlib_outputs(model, split, *text),
-        metrics=perplexity_metrics, behaviour=divergence_from_dense, metric="perplexity", higher=False, bound=bound, train=finetune(label=f"training stdlib-llama{tier}", **train),
-        recover=finetune(label=f"retraining stdlib-llama{tier}", **retrain), fingerprint=lambda: digest([stdlib_documents(s, tiny) for s in ("train", "validation", "test")]),
-        varies=("calibration", "random masks", "recovery order"), sources=("sources of the standard library of this Python, and pydoc_data.topics (licence: PSF)",),
-        recipe={"network": network, "train": train, "recover": retrain, "batch": size, "calibration": f"{16 if tiny else 128} training windows"},
-        protocol={**LM_PROTOCOL, "tokenizer": f"byte-level BPE, {network['vocabulary']:,} tokens, trained on the training files", "bos": "one token before every file, none per window",
-                  "context": network["context"], "stride": network["context"], "windows": "all", "split": "by file, by the hash of its path", "files": "first 12" if tiny else "all"}))
+        return Batches(lambda ids, generator: {"input_ids": w[ids]}, range(len(w)) if keep is None else keep, size,
+                       steps, seed)
+    return register_task(Task(f"stdlib-llama{tier}", "llm", f"Python's standard library, {about}",
+                              build=functools.partial(code_llama, **network), batches=batches,
+        calibration=lambda seed: list(batches(1000 + seed, size=8, steps=2 if tiny else 16)), outputs=lambda model,
+                              split: stdlib_outputs(model, split, *text),
+        metrics=perplexity_metrics, behaviour=divergence_from_dense, metric="perplexity", higher=False, bound=bound,
+                              train=finetune(label=f"training stdlib-llama{tier}", **train),
+        recover=finetune(label=f"retraining stdlib-llama{tier}", **retrain),
+                              fingerprint=lambda: digest([stdlib_documents(s, tiny)
+                                                          for s in ("train", "validation", "test")]),
+        varies=("calibration", "random masks", "recovery order"),
+                              sources=("sources of the standard library of this Python, and pydoc_data.topics "
+                                       "(licence: PSF)",),
+        recipe={"network": network, "train": train, "recover": retrain, "batch": size,
+                "calibration": f"{16 if tiny else 128} training windows"},
+        protocol={**LM_PROTOCOL, "tokenizer": f"byte-level BPE, {network['vocabulary']:,} tokens, trained on the "
+                                              "training files", "bos": "one token before every file, none per window",
+                  "context": network["context"], "stride": network["context"], "windows": "all",
+                  "split": "by file, by the hash of its path", "files": "first 12" if tiny else "all"}))
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #a19a310f
 CODE_TRAINING = dict(steps=2500, lr=3e-3, weight_decay=.05, clip=1., warmup=.05)
-stdlib_task("", "a LLaMA of 2.0M parameters", dict(width=160, layers=6, heads=4, kv=2, ffn=432, vocabulary=2048, context=128),
+stdlib_task("", "a LLaMA of 2.0M parameters", dict(width=160, layers=6, heads=4, kv=2, ffn=432, vocabulary=2048,
+                                                   context=128),
              CODE_TRAINING, {**CODE_TRAINING, "steps": 150, "lr": 5e-4}, 8, bound=40.)
-stdlib_task("@smoke", "a LLaMA of 0.1M parameters", dict(width=48, layers=2, heads=4, kv=2, ffn=128, vocabulary=512, context=64),
+stdlib_task("@smoke", "a LLaMA of 0.1M parameters", dict(width=48, layers=2, heads=4, kv=2, ffn=128, vocabulary=512,
+                                                         context=64),
              {**CODE_TRAINING, "steps": 120}, {**CODE_TRAINING, "steps": 10, "lr": 1e-3}, 8, bound=200., tiny=True)
-stdlib_task("@full", "a LLaMA of 14.6M parameters, for a GPU", dict(width=384, layers=8, heads=6, kv=3, ffn=1024, vocabulary=4096, context=256),
-             {**CODE_TRAINING, "steps": 2500, "lr": 1e-3, "weight_decay": .1}, {**CODE_TRAINING, "steps": 250, "lr": 3e-4}, 32, bound=40.);
+stdlib_task("@full", "a LLaMA of 14.6M parameters, for a GPU", dict(width=384, layers=8, heads=6, kv=3, ffn=1024,
+                                                                    vocabulary=4096, context=256),
+             {**CODE_TRAINING, "steps": 2500, "lr": 1e-3, "weight_decay": .1},
+            {**CODE_TRAINING, "steps": 250, "lr": 3e-4}, 32, bound=40.);
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #de60daf2
 RAW_TEXT_NOTE = "wikitext-2-raw-v1 of Salesforce/wikitext: raw text, lines joined by blank lines"
-WORD_TEXT_NOTE = "WikiText-2 in tokenised words with <unk>, another data set than wikitext-2-raw-v1: perplexities are not comparable"
-WIKITEXT_SOURCES = {s: Source(f"wikitext2/{f}.txt.gz", h, about=f"WikiText-2 {s} in tokenised words; from pytorch/examples@77f55b9 word_language_model/data/wikitext-2/{f}.txt", licence="CC BY-SA 3.0")
-            for s, f, h in (("validation", "valid", "a92a2da4418be833a842d30edb1711a363eaa9194c4b4e4d0953daf9af231e8f"), ("test", "test", "a7f70ace9020b0d6daf21ea9f7666bc824aae4e8a3d5d7a1bd7820b2110da32d"))}
+WORD_TEXT_NOTE = ("WikiText-2 in tokenised words with <unk>, another data set than wikitext-2-raw-v1: perplexities are "
+                  "not comparable")
+WIKITEXT_SOURCES = {s: Source(f"wikitext2/{f}.txt.gz", h,
+                              about=f"WikiText-2 {s} in tokenised words; from pytorch/examples@77f55b9 "
+                                    f"word_language_model/data/wikitext-2/{f}.txt", licence="CC BY-SA 3.0")
+            for s, f, h in (("validation", "valid", "a92a2da4418be833a842d30edb1711a363eaa9194c4b4e4d0953daf9af231e8f"),
+                            ("test", "test", "a7f70ace9020b0d6daf21ea9f7666bc824aae4e8a3d5d7a1bd7820b2110da32d"))}
 
 @functools.cache
 def raw_wikitext()->dict|None: # {split: text}
@@ -229,14 +282,16 @@ def raw_wikitext()->dict|None: # {split: text}
     if os.environ.get("PRUNING_BENCH_OFFLINE") == "1": return None
     try:
         from datasets import load_dataset
-        return {s: "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=s)["text"]) for s in ("train", "validation", "test")}
+        return {s: "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=s)["text"])
+                for s in ("train", "validation", "test")}
     except (ImportError, OSError, ValueError): return None
 
 @functools.cache
 def wikitext(split:str)->str: # text
     "WikiText-2: raw from the hub, else in words; then one half of the validation text stands in for the training text."
     if raw := raw_wikitext(): return raw[split]
-    text = gzip.open(fetch(WIKITEXT_SOURCES["test" if split == "test" else "validation"]), "rt", encoding="utf-8").read()
+    text = gzip.open(fetch(WIKITEXT_SOURCES["test" if split == "test" else "validation"]), "rt",
+                     encoding="utf-8").read()
     half = re.compile("\n = (?!=)").search(text, len(text) // 2).start()
     return {"test": text, "train": text[:half], "validation": text[half:]}[split]
 
@@ -258,7 +313,8 @@ def load_config(name:str): # of transformers
     from transformers import AutoConfig
     try: return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as e:
-        raise BadInput(f"no language model {name!r}: neither a folder with config.json nor a model that the hub gives out here ({type(e).__name__}); pass a path or a name such as facebook/opt-125m") from None
+        raise BadInput(f"no language model {name!r}: neither a folder with config.json nor a model that the hub gives "
+                       f"out here ({type(e).__name__}); pass a path or a name such as facebook/opt-125m") from None
 
 def checkpoint_dtype()->torch.dtype|str: # what `from_pretrained` takes
     "The checkpoint's own type on a GPU, float32 on a CPU."
@@ -271,35 +327,51 @@ def load_published_lm(model:nn.Module, name:str)->dict: # facts
     ready = AutoModelForCausalLM.from_pretrained(name, dtype=checkpoint_dtype())
     model.load_state_dict(ready.state_dict(), assign=True)
     model.tie_weights()
-    return {"source": name, "revision": getattr(ready.config, "_commit_hash", None), "dtype": str(ready.dtype), "seconds": None}
+    return {"source": name, "revision": getattr(ready.config, "_commit_hash", None), "dtype": str(ready.dtype),
+            "seconds": None}
 
-def wikitext_outputs(model:nn.Module, split:str, name:str, context:int, limit=None)->dict: # as `token_losses`, with "bytes"
+def wikitext_outputs(model:nn.Module, split:str, name:str, context:int, limit=None
+    )->dict: # as `token_losses`, with "bytes"
     "A reading of WikiText-2."
     w = wikitext_windows(name, split, context)[:limit]
     return {**token_losses(model, w, size=max(1, 4096 // context)), "bytes": text_bytes(load_tokenizer(name), w)}
 
-def wikitext_batches(seed:int, keep=None, name:str="", context:int=2048, size:int=8, steps:int=16)->Batches: # batches {"input_ids": (size, context)}
+def wikitext_batches(seed:int, keep=None, name:str="", context:int=2048, size:int=8, steps:int=16
+    )->Batches: # batches {"input_ids": (size, context)}
     "Random windows of the training articles."
     w = wikitext_windows(name, "train", context)
-    return Batches(lambda ids, generator: {"input_ids": w[ids]}, range(len(w)) if keep is None else keep, size, steps, seed)
+    return Batches(lambda ids, generator: {"input_ids": w[ids]}, range(len(w)) if keep is None else keep, size, steps,
+                   seed)
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #60fd33dc
 @task_family("lm")
 def lm_family(name:str)->Task: # not listed
-    "WikiText-2 on any causal language model: `lm:facebook/opt-125m`, `lm:./my-model`; with `@smoke` only the first 32 windows."
+    "WikiText-2 on a causal language model, as in `lm:facebook/opt-125m`; with `@smoke` the first 32 windows."
     name, _, tier = name.partition("@")
     config, limit = load_config(name), 32 if tier == "smoke" else None
     from transformers import AutoModelForCausalLM
     context = min(2048, getattr(config, "max_position_embeddings", None) or 2048)
-    size, raw, draw = max(1, 4096 // context), raw_wikitext(), functools.partial(wikitext_batches, name=name, context=context)
-    return Task(f"lm:{name}{'@' + tier if tier else ''}", "llm", f"WikiText-2, {name}", build=lambda: AutoModelForCausalLM.from_config(config),
-        weights=functools.partial(load_published_lm, name=name), batches=functools.partial(draw, size=size), metric="perplexity", higher=False, train=none(), recover=none(),
-        calibration=lambda seed: list(draw(1000 + seed, size=size, steps=(16 if limit else 128) // size)), metrics=perplexity_metrics, behaviour=divergence_from_dense,
-        outputs=functools.partial(wikitext_outputs, name=name, context=context, limit=limit), fingerprint=lambda: digest(wikitext("test"), wikitext("train")),
-        varies=("calibration", "random masks"), sources=(RAW_TEXT_NOTE,) if raw else tuple(map(str, WIKITEXT_SOURCES.values())),
-        recipe={"weights": name, "recover": None, "calibration": f"{16 if limit else 128} windows of " + ("the training articles" if raw else "the first half of the validation articles")},
-        protocol={**LM_PROTOCOL, "text": RAW_TEXT_NOTE if raw else WORD_TEXT_NOTE, "tokenizer": "the model's own, the text tokenised once", "bos": "once at the start where the tokenizer adds it, none per window",
-                  "context": context, "stride": context, "windows": f"first {limit}" if limit else "all", "dtype": "the checkpoint's on a GPU, float32 on a CPU"})
+    size, raw = max(1, 4096 // context), raw_wikitext()
+    draw = functools.partial(wikitext_batches, name=name, context=context)
+    articles = "the training articles" if raw else "the first half of the validation articles"
+    return Task(
+        f"lm:{name}{'@' + tier if tier else ''}", "llm", f"WikiText-2, {name}",
+        build=lambda: AutoModelForCausalLM.from_config(config),
+        weights=functools.partial(load_published_lm, name=name), batches=functools.partial(draw, size=size),
+        metric="perplexity", higher=False, train=none(), recover=none(),
+        calibration=lambda seed: list(draw(1000 + seed, size=size, steps=(16 if limit else 128) // size)),
+        metrics=perplexity_metrics, behaviour=divergence_from_dense,
+        outputs=functools.partial(wikitext_outputs, name=name, context=context, limit=limit),
+        fingerprint=lambda: digest(wikitext("test"), wikitext("train")),
+        varies=("calibration", "random masks"),
+        sources=(RAW_TEXT_NOTE,) if raw else tuple(map(str, WIKITEXT_SOURCES.values())),
+        recipe={"weights": name, "recover": None,
+                "calibration": f"{16 if limit else 128} windows of {articles}"},
+        protocol={**LM_PROTOCOL, "text": RAW_TEXT_NOTE if raw else WORD_TEXT_NOTE,
+                  "tokenizer": "the model's own, the text tokenised once",
+                  "bos": "once at the start where the tokenizer adds it, none per window",
+                  "context": context, "stride": context, "windows": f"first {limit}" if limit else "all",
+                  "dtype": "the checkpoint's on a GPU, float32 on a CPU"})
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #e065095a
 def token_decoder(name:str): # fn(token ids) -> text, or None for a task whose model does not write
@@ -307,7 +379,8 @@ def token_decoder(name:str): # fn(token ids) -> text, or None for a task whose m
     base, tier = name.partition("@")[0], name.partition("@")[2]
     if base.startswith("lm:"): return load_tokenizer(base[3:]).decode
     if base == "stories-llama": return story_tokenizer().decode
-    if base == "stdlib-llama": return stdlib_tokenizer(TASKS[name].recipe["network"]["vocabulary"], tier == "smoke").decode
+    if base == "stdlib-llama":
+        return stdlib_tokenizer(TASKS[name].recipe["network"]["vocabulary"], tier == "smoke").decode
     if base == "pydoc-llama": return pydoc_tokenizer().decode
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #e73b427b
@@ -320,6 +393,9 @@ def lm_eval_harness(model:nn.Module, # a causal language model of transformers
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-    except ImportError: raise BadInput("harness needs the lm-evaluation-harness: pip install pruning_bench[llm]") from None
-    found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0)["results"]
-    return {name: {k.partition(",")[0]: v for k, v in made.items() if isinstance(v, (int, float))} for name, made in found.items()}
+    except ImportError:
+        raise BadInput("harness needs the lm-evaluation-harness: pip install pruning_bench[llm]") from None
+    found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit,
+                            bootstrap_iters=0)["results"]
+    return {name: {k.partition(",")[0]: v for k, v in made.items() if isinstance(v, (int, float))}
+            for name, made in found.items()}

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLASS_NAMES', 'PROMPT_TEMPLATES', 'PROMPTS', 'AUTOENCODER_TASK', 'NOISE_SEEDS', 'T2I_TRAINING', 'T2I_RETRAINING',
-           'PARTI_SOURCE', 'COCO_SOURCE', 'TIER_SIZES', 'make_prompt', 'merge_pair', 'learn_merges', 'prompt_tokenizer',
-           'token_ids', 'autoencoder', 'autoencoder_loss', 'whiten_latents', 'pad_images', 'autoencoder_batches',
-           'autoencoder_task', 'TextConditionedUNet', 'small_t2i', 't2i_scheduler', 'trained_autoencoder',
-           'image_latents', 'prompt_batches', 'make_pipeline', 'generate_images', 't2i_outputs', 't2i_metrics',
-           't2i_comparison', 't2i_task', 'parti_prompts', 'coco_captions', 'load_sd_pipeline', 'clip_model',
-           'NamedPipeline', 'stable_diffusion']
+           'PARTI_REPOSITORY', 'PARTI_SOURCE', 'COCO_SOURCE', 'TIER_SIZES', 'make_prompt', 'merge_pair', 'learn_merges',
+           'prompt_tokenizer', 'token_ids', 'autoencoder', 'autoencoder_loss', 'whiten_latents', 'pad_images',
+           'autoencoder_batches', 'autoencoder_task', 'TextConditionedUNet', 'small_t2i', 't2i_scheduler',
+           'trained_autoencoder', 'image_latents', 'prompt_batches', 'make_pipeline', 'generate_images', 't2i_outputs',
+           't2i_metrics', 't2i_comparison', 't2i_task', 'parti_prompts', 'coco_captions', 'load_sd_pipeline',
+           'clip_model', 'NamedPipeline', 'stable_diffusion']
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #85926cb2
 import copy, functools, gzip, itertools, json, re, string
@@ -27,15 +27,19 @@ from ..sources import Source, fetch
 from ..task import Batches, Task, digest, task_family, register_task
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #46e9a38d
-CLASS_NAMES = (("t-shirt", "top"), ("trousers", "pair of trousers"), ("pullover", "sweater"), ("dress", "gown"), ("coat", "jacket"),
-         ("sandal", "open shoe"), ("shirt", "blouse"), ("sneaker", "running shoe"), ("bag", "handbag"), ("ankle boot", "boot"))
-PROMPT_TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "a small photo of {}", "a grey picture of {}", "{}")
+CLASS_NAMES = (("t-shirt", "top"), ("trousers", "pair of trousers"), ("pullover", "sweater"), ("dress", "gown"),
+               ("coat", "jacket"),
+         ("sandal", "open shoe"), ("shirt", "blouse"), ("sneaker", "running shoe"), ("bag", "handbag"),
+               ("ankle boot", "boot"))
+PROMPT_TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "a small photo of {}", "a grey picture of {}",
+                    "{}")
 
 def make_prompt(name:str, template:str=PROMPT_TEMPLATES[0])->str: # "a photo of a sneaker"
     "Ask for something."
     return template.format(f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
 
-PROMPTS = [[make_prompt(name, frame) for frame in PROMPT_TEMPLATES for name in names] for names in CLASS_NAMES]   # ten classes, twelve prompts each
+# ten classes, twelve prompts each
+PROMPTS = [[make_prompt(name, frame) for frame in PROMPT_TEMPLATES for name in names] for names in CLASS_NAMES]
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #ff56177c
 def merge_pair(parts:tuple, pair:tuple)->tuple: # the parts, with the pair as one wherever it occurs
@@ -59,8 +63,10 @@ def learn_merges(words)->list: # pairs, in the order in which they are joined
 def prompt_tokenizer(): # CLIPTokenizer
     "CLIP's tokenizer with a vocabulary made from the prompts: letters, and the words they form."
     from transformers import CLIPTokenizer
-    merges, letters = learn_merges(re.findall("[a-z]+|-", " ".join(itertools.chain(*PROMPTS)))), [*string.ascii_lowercase, "-"]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *[f"{c}</w>" for c in letters], *["".join(m) for m in merges]]
+    merges, letters = learn_merges(re.findall("[a-z]+|-",
+                                              " ".join(itertools.chain(*PROMPTS)))), [*string.ascii_lowercase, "-"]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *[f"{c}</w>" for c in letters],
+             *["".join(m) for m in merges]]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=16)
 
 def token_ids(prompts)->Tensor: # (n, 16)
@@ -71,7 +77,8 @@ def token_ids(prompts)->Tensor: # (n, 16)
 def autoencoder()->nn.Module: # AutoencoderKL
     "32 x 32 grey pixels to 4 x 8 x 8 latents and back."
     from diffusers import AutoencoderKL
-    return AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=32,
+    return AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(16, 32, 64), layers_per_block=1,
+                         latent_channels=4, norm_num_groups=8, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, scaling_factor=1.)
 
 @batch_loss
@@ -101,16 +108,23 @@ def pad_images(images:Tensor)->Tensor: # (n, 1, 32, 32) in [-1, 1]
 def autoencoder_batches(seed:int, keep=None, size:int=32, steps:int=600)->Batches: # batches of images
     "Training images for the autoencoder."
     x = mnist_images("fashion", "train")[0]
-    return Batches(lambda ids, generator: pad_images(x[ids]), range(len(x)) if keep is None else keep, size, steps, seed)
+    return Batches(lambda ids, generator: pad_images(x[ids]), range(len(x)) if keep is None else keep, size, steps,
+                   seed)
 
 def autoencoder_task(name:str, train:dict)->Task: # not registered: nobody prunes it
     "The training of the autoencoder."
     fit = finetune(label=f"training {name}", **train)
-    def trained(model, data, loss, part=1.): fit(model, data, loss, part); whiten_latents(model, pad_images(mnist_images("fashion", "train")[0][:1000]))
-    return Task(name, "diffusion", "the autoencoder of t2i-tiny", build=autoencoder, batches=functools.partial(autoencoder_batches, steps=train["steps"]), calibration=lambda seed: [],
-        outputs=lambda model, split: model(pad_images(mnist_images("fashion", split)[0][:500]), sample_posterior=False).sample, train=trained, recover=none(),
-        metrics=lambda again, split: {"mse": (again - pad_images(mnist_images("fashion", split)[0][:500])).square().mean().item() / 4}, metric="mse", higher=False,
-        fingerprint=functools.partial(images_digest, "fashion"), loss=autoencoder_loss, recipe={"train": train, "batch": 32, "loss": "L1 + MSE + 0.001 KL"}, varies=("calibration",))
+    def trained(model, data, loss, part=1.):
+        fit(model, data, loss, part); whiten_latents(model, pad_images(mnist_images("fashion", "train")[0][:1000]))
+    return Task(name, "diffusion", "the autoencoder of t2i-tiny", build=autoencoder,
+                batches=functools.partial(autoencoder_batches, steps=train["steps"]), calibration=lambda seed: [],
+        outputs=lambda model, split: model(pad_images(mnist_images("fashion", split)[0][:500]),
+                                           sample_posterior=False).sample, train=trained, recover=none(),
+        metrics=lambda again,
+                split: {"mse": (again - pad_images(mnist_images("fashion", split)[0][:500])).square().mean().item()
+                        / 4}, metric="mse", higher=False,
+        fingerprint=functools.partial(images_digest, "fashion"), loss=autoencoder_loss,
+                recipe={"train": train, "batch": 32, "loss": "L1 + MSE + 0.001 KL"}, varies=("calibration",))
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #3a003862
 class TextConditionedUNet(nn.Module):
@@ -126,10 +140,14 @@ def small_t2i(widths=(48, 64), words:int=64)->TextConditionedUNet: # 1.5M parame
     "CLIP's text encoder with two layers, and the conditional U-Net of `diffusers` with two levels."
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(prompt_tokenizer()), hidden_size=words, intermediate_size=4 * words, num_hidden_layers=2, num_attention_heads=4,
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(prompt_tokenizer()), hidden_size=words,
+                                        intermediate_size=4 * words, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
-    return TextConditionedUNet(text, UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=widths, layers_per_block=1, cross_attention_dim=words,
-        attention_head_dim=4, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2))
+    return TextConditionedUNet(text, UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4,
+                                                          block_out_channels=widths, layers_per_block=1,
+                                                          cross_attention_dim=words,
+        attention_head_dim=4, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",) * 2,
+                                                          up_block_types=("CrossAttnUpBlock2D",) * 2))
 
 @functools.cache
 def t2i_scheduler(): # 1,000 steps, betas from 1e-4 to 0.02
@@ -138,7 +156,8 @@ def t2i_scheduler(): # 1,000 steps, betas from 1e-4 to 0.02
     return DDIMScheduler(num_train_timesteps=1000, clip_sample=False, steps_offset=1, timestep_spacing="trailing")
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #428492f2
-AUTOENCODER_TASK = autoencoder_task("t2i-tiny-autoencoder", dict(steps=600, lr=2e-3, weight_decay=0., warmup=.05, clip=1.))
+AUTOENCODER_TASK = autoencoder_task("t2i-tiny-autoencoder", dict(steps=600, lr=2e-3, weight_decay=0., warmup=.05,
+                                                                 clip=1.))
 
 @functools.cache
 def trained_autoencoder()->nn.Module: # AutoencoderKL, in evaluation mode
@@ -149,16 +168,20 @@ def trained_autoencoder()->nn.Module: # AutoencoderKL, in evaluation mode
 @torch.no_grad()
 def image_latents(split:str, n:int)->Tensor: # (n, 4, 8, 8)
     "The first images of a split in the format of the pipeline."
-    return torch.cat([trained_autoencoder().encode(pad_images(x).to(device_of(trained_autoencoder()))).latent_dist.mean.cpu() for x in mnist_images("fashion", split)[0][:n].split(250)])
+    return torch.cat(
+        [trained_autoencoder().encode(pad_images(x).to(device_of(trained_autoencoder()))).latent_dist.mean.cpu()
+         for x in mnist_images("fashion", split)[0][:n].split(250)])
 
-def prompt_batches(seed:int, keep=None, size:int=48, steps:int=1500, images:int=10000)->Batches: # batches ({"input_ids", "sample", "timestep"}, noise)
+def prompt_batches(seed:int, keep=None, size:int=48, steps:int=1500, images:int=10000
+    )->Batches: # batches ({"input_ids", "sample", "timestep"}, noise)
     "Latents at random times with a random prompt of their class; a tenth of the prompts is empty."
     z, y = image_latents("train", images), mnist_images("fashion", "train")[1]
     ids, empty = token_ids(itertools.chain(*PROMPTS)).view(10, -1, 16), token_ids([""])
     def take(rows, generator):
         words = ids[y[rows], torch.randint(ids.shape[1], (len(rows),), generator=generator)]
         words = torch.where(torch.rand(len(rows), 1, generator=generator) < .1, empty, words)
-        t, noise = torch.randint(1000, (len(rows),), generator=generator), torch.randn(len(rows), 4, 8, 8, generator=generator)
+        t, noise = torch.randint(1000, (len(rows),),
+                                 generator=generator), torch.randn(len(rows), 4, 8, 8, generator=generator)
         return {"input_ids": words, "sample": t2i_scheduler().add_noise(z[rows], noise, t), "timestep": t}, noise
     return Batches(take, range(images) if keep is None else keep, size, steps, seed)
 
@@ -166,8 +189,10 @@ def prompt_batches(seed:int, keep=None, size:int=48, steps:int=1500, images:int=
 def make_pipeline(model:TextConditionedUNet, vae=None, **parts)->nn.Module: # StableDiffusionPipeline
     "The pipeline around a model; `parts` replaces the tokenizer, the scheduler and the rest."
     from diffusers import StableDiffusionPipeline
-    own = {"vae": vae, "tokenizer": prompt_tokenizer(), "scheduler": t2i_scheduler(), "safety_checker": None, "feature_extractor": None} if not parts else {"vae": vae, **parts}
-    pipe = StableDiffusionPipeline(**{**own, "vae": vae or trained_autoencoder(), "text_encoder": model.text_encoder, "unet": model.unet}, requires_safety_checker=False)
+    own = {"vae": vae, "tokenizer": prompt_tokenizer(), "scheduler": t2i_scheduler(), "safety_checker": None,
+           "feature_extractor": None} if not parts else {"vae": vae, **parts}
+    pipe = StableDiffusionPipeline(**{**own, "vae": vae or trained_autoencoder(), "text_encoder": model.text_encoder,
+                                      "unet": model.unet}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device_of(model))
 
@@ -180,69 +205,98 @@ def generate_images(pipe, prompts:list,  # texts
     )->Tensor:                 # (n, channels, height, width)
     "Images for prompts: the same noise and the same prompt give the same image."
     parts = [slice(i, i + size) for i in range(0, len(prompts), size)]
-    return torch.cat([pipe(prompts[p], latents=noise[p], num_inference_steps=steps, guidance_scale=guidance, output_type=kind,
+    return torch.cat([pipe(prompts[p], latents=noise[p], num_inference_steps=steps, guidance_scale=guidance,
+                           output_type=kind,
                            generator=torch.Generator().manual_seed(0)).images for p in parts])
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #5bff6339
 NOISE_SEEDS = {"test": 1, "validation": 2}   # of times and noise; images start from the seed plus 10
 
 def t2i_outputs(noises_per_prompt:int, errors:int, steps:int): # fn(model, split) -> {"images", "eps-mse"}
-    "What a model paints for the ten first prompts, from the same noises for each, and its errors on real images with their own prompts."
+    "Generated images for ten prompts from the same noises, and denoising errors on real images with their prompts."
     def outputs(model, split):
-        noise = torch.randn(noises_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(NOISE_SEEDS[split] + 10)).repeat(10, 1, 1, 1)
-        made = generate_images(make_pipeline(model), [p[0] for p in PROMPTS for _ in range(noises_per_prompt)], noise, steps)
+        noise = torch.randn(noises_per_prompt, 4, 8, 8,
+                            generator=torch.Generator().manual_seed(NOISE_SEEDS[split] + 10)).repeat(10, 1, 1, 1)
+        made = generate_images(make_pipeline(model), [p[0] for p in PROMPTS for _ in range(noises_per_prompt)], noise,
+                               steps)
         z, (t, noise) = image_latents(split, errors), draw_noise(errors, (4, 8, 8), NOISE_SEEDS[split])
         words = token_ids([PROMPTS[c][0] for c in mnist_images("fashion", split)[1][:errors].tolist()])
         parts = zip(words.split(100), t2i_scheduler().add_noise(z, noise, t).split(100), t.split(100), noise.split(100))
-        return {"images": made[:, :, 2:-2, 2:-2].float().cpu(), "eps-mse": torch.cat([(predict_noise(model, {"input_ids": i, "sample": s, "timestep": t}) - e).square().flatten(1).mean(1) for i, s, t, e in parts])}
+        return {"images": made[:, :, 2:-2, 2:-2].float().cpu(),
+                "eps-mse": torch.cat([(predict_noise(model, {"input_ids": i, "sample": s, "timestep": t})
+                                       - e).square().flatten(1).mean(1) for i, s, t, e in parts])}
     return outputs
 
 def t2i_metrics(made:dict, split:str)->dict: # {metric: number}
     "Does the judge see what was asked for?"
-    classes, look = torch.arange(10).repeat_interleave(len(made["images"]) // 10), evaluator("fashion")(made["images"]).softmax(1)
-    return {"prompted": (look.argmax(1) == classes).float().mean().item(), "confidence": look[torch.arange(len(look)), classes].mean().item(),
-            "kid-phi": kid(evaluator_features(made["images"], "fashion"), real_features("fashion", split)), "eps-mse": made["eps-mse"].mean().item()}
+    classes, look = torch.arange(10).repeat_interleave(len(made["images"]) // 10), evaluator("fashion")(
+        made["images"]).softmax(1)
+    return {"prompted": (look.argmax(1) == classes).float().mean().item(),
+            "confidence": look[torch.arange(len(look)), classes].mean().item(),
+            "kid-phi": kid(evaluator_features(made["images"], "fashion"), real_features("fashion", split)),
+            "eps-mse": made["eps-mse"].mean().item()}
 
 def t2i_comparison(made:dict, dense:dict)->dict: # {"ssim", "mse", "flips"}
     "Against the dense model at the same noise: similarity, and how often the judge sees another class."
     see = lambda images: evaluator("fashion")(images).argmax(1)
-    return {**image_similarity(made, dense), "flips": (see(made["images"]) != see(dense["images"])).float().mean().item()}
+    return {**image_similarity(made, dense),
+            "flips": (see(made["images"]) != see(dense["images"])).float().mean().item()}
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #de437696
-def t2i_task(name:str, about:str, network:dict, train:dict, retrain:dict, # as in `Task`; arguments of `small_t2i` and of `finetune`
-             noises_per_prompt:int=15, errors:int=500, steps:int=20, # images per prompt, real images, network calls per image
+# as in `Task`; arguments of `small_t2i` and of `finetune`
+def t2i_task(name:str, about:str, network:dict, train:dict, retrain:dict,
+             # images per prompt, real images, network calls per image
+             noises_per_prompt:int=15, errors:int=500, steps:int=20,
              size:int=48, images:int=10000, **more,     # of a training batch; training images; further fields
     )->Task:                                            # registered
     "A task of painting what a prompt asks for."
     stream = functools.partial(prompt_batches, size=size, steps=train["steps"], images=images)
-    return register_task(Task(name, "diffusion", about, build=functools.partial(small_t2i, **network), batches=stream, outputs=t2i_outputs(noises_per_prompt, errors, steps), metrics=t2i_metrics, behaviour=t2i_comparison,
-        metric="prompted", higher=True, calibration=lambda seed: list(itertools.islice(stream(1000 + seed), 4)), loss=noise_mse,
+    return register_task(Task(name, "diffusion", about, build=functools.partial(small_t2i, **network), batches=stream,
+                              outputs=t2i_outputs(noises_per_prompt, errors, steps), metrics=t2i_metrics,
+                              behaviour=t2i_comparison,
+        metric="prompted", higher=True, calibration=lambda seed: list(itertools.islice(stream(1000 + seed), 4)),
+                              loss=noise_mse,
         train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **retrain),
-        fingerprint=functools.partial(images_digest, "fashion"), varies=("calibration", "random masks", "recovery order"),
-        recipe={"network": network, "train": train, "recover": retrain, "batch": size, "images": images, "codec": AUTOENCODER_TASK.recipe, "prompts": "10 classes, 2 names, 6 frames, a tenth empty", "betas": "linear, 1e-4 to 0.02"},
-        protocol={"prompted": "share of images in which judge-fashion sees the prompted class", "prompts": f"'{PROMPTS[0][0]}' and so on, {noises_per_prompt} noises, the same for every class",
-                  "sampler": f"StableDiffusionPipeline, DDIM, eta 0, {steps} steps, trailing, guidance 3", "eps-mse": f"first {errors} images of the split with their prompts, fixed times and noise",
-                  "kid-phi": "features of judge-fashion, against 2,000 real images of the split", "similarity": "to the dense model at the same noise; SSIM window 5"},
+        fingerprint=functools.partial(images_digest, "fashion"), varies=("calibration", "random masks",
+                                                                         "recovery order"),
+        recipe={"network": network, "train": train, "recover": retrain, "batch": size, "images": images,
+                "codec": AUTOENCODER_TASK.recipe, "prompts": "10 classes, 2 names, 6 frames, a tenth empty",
+                "betas": "linear, 1e-4 to 0.02"},
+        protocol={"prompted": "share of images in which judge-fashion sees the prompted class",
+                  "prompts": f"'{PROMPTS[0][0]}' and so on, {noises_per_prompt} noises, the same for every class",
+                  "sampler": f"StableDiffusionPipeline, DDIM, eta 0, {steps} steps, trailing, guidance 3",
+                  "eps-mse": f"first {errors} images of the split with their prompts, fixed times and noise",
+                  "kid-phi": "features of judge-fashion, against 2,000 real images of the split",
+                  "similarity": "to the dense model at the same noise; SSIM window 5"},
         sources=("Fashion-MNIST (Xiao, Rasul, Vollgraf): MIT", "weights: made by this recipe"), **more))
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #a732d9ba
-T2I_TRAINING, T2I_RETRAINING = dict(steps=1500, lr=1e-3, weight_decay=0., warmup=.05, clip=1.), dict(steps=60, lr=3e-4, weight_decay=0., clip=1.)
+T2I_TRAINING, T2I_RETRAINING = dict(steps=1500, lr=1e-3, weight_decay=0., warmup=.05,
+                                    clip=1.), dict(steps=60, lr=3e-4, weight_decay=0., clip=1.)
 
-t2i_task("t2i-tiny", "text to image: a complete Stable Diffusion pipeline of 2.1M weights, clothing", dict(widths=(48, 64), words=64), T2I_TRAINING, T2I_RETRAINING, bound=.55)
-t2i_task("t2i-tiny@smoke", "the same pipeline, hardly trained", dict(widths=(16, 32), words=32), {**T2I_TRAINING, "steps": 10}, {**T2I_RETRAINING, "steps": 2},
+t2i_task("t2i-tiny", "text to image: a complete Stable Diffusion pipeline of 2.1M weights, clothing",
+         dict(widths=(48, 64), words=64), T2I_TRAINING, T2I_RETRAINING, bound=.55)
+t2i_task("t2i-tiny@smoke", "the same pipeline, hardly trained", dict(widths=(16, 32), words=32),
+         {**T2I_TRAINING, "steps": 10}, {**T2I_RETRAINING, "steps": 2},
          noises_per_prompt=2, errors=50, steps=4, size=8, images=500)
-t2i_task("t2i-tiny@full", "the same with 128 and 256 channels, for a GPU", dict(widths=(128, 256), words=128), {**T2I_TRAINING, "steps": 20000, "lr": 3e-4}, {**T2I_RETRAINING, "steps": 1000},
+t2i_task("t2i-tiny@full", "the same with 128 and 256 channels, for a GPU", dict(widths=(128, 256), words=128),
+         {**T2I_TRAINING, "steps": 20000, "lr": 3e-4}, {**T2I_RETRAINING, "steps": 1000},
          noises_per_prompt=100, errors=5000, steps=50, size=256, images=55000);
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #a9685d7e
-PARTI_SOURCE = Source("parti_prompts/PartiPrompts.tsv", "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
-               ("https://raw.githubusercontent.com/google-research/parti/5a657978134374ce28973948331b319adef164bd/PartiPrompts.tsv",), "PartiPrompts (Yu et al., 2022)", "Apache-2.0")
-COCO_SOURCE = Source("coco_captions/captions_val2017.json.gz", "bbfa72540dba605b648907516fdd204942d9254b642849d391e0f002c58e1baf", (), "captions of COCO val2017 (Lin et al., 2014)", "CC BY 4.0")
+PARTI_REPOSITORY = "https://raw.githubusercontent.com/google-research/parti/5a657978134374ce28973948331b319adef164bd"
+PARTI_SOURCE = Source("parti_prompts/PartiPrompts.tsv",
+                      "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
+                      (f"{PARTI_REPOSITORY}/PartiPrompts.tsv",), "PartiPrompts (Yu et al., 2022)", "Apache-2.0")
+COCO_SOURCE = Source("coco_captions/captions_val2017.json.gz",
+                     "bbfa72540dba605b648907516fdd204942d9254b642849d391e0f002c58e1baf", (),
+                     "captions of COCO val2017 (Lin et al., 2014)", "CC BY 4.0")
 
 @functools.cache
 def parti_prompts(n:int, split:str)->list: # n prompts
     "Prompts spread over PartiPrompts: even rows for the test, odd rows for validation."
-    rows = [line.split("\t")[0] for line in fetch(PARTI_SOURCE).read_text(encoding="utf-8").splitlines()[1:]][split != "test"::2]
+    rows = [line.split("\t")[0]
+            for line in fetch(PARTI_SOURCE).read_text(encoding="utf-8").splitlines()[1:]][split != "test"::2]
     return [rows[i * len(rows) // n] for i in range(n)]
 
 @functools.cache
@@ -257,15 +311,20 @@ TIER_SIZES = {"smoke": (2, 2), "small": (16, 20), "full": (800, 50)}   # prompts
 def load_sd_pipeline(name:str): # StableDiffusionPipeline
     "A pipeline by name or path; raises `BadInput` when it cannot be had."
     from diffusers import StableDiffusionPipeline
-    try: return StableDiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False, low_cpu_mem_usage=False)
+    try:
+        return StableDiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False,
+                                                       low_cpu_mem_usage=False)
     except Exception as e:
-        raise BadInput(f"the pipeline {name!r} cannot be had here ({type(e).__name__}): name a folder written by save_pretrained, or connect once so that diffusers can download it") from e
+        raise BadInput(f"the pipeline {name!r} cannot be had here ({type(e).__name__}): name a folder written by "
+                       "save_pretrained, or connect once so that diffusers can download it") from e
 
 @functools.cache
 def clip_model(name:str="openai/clip-vit-base-patch32"): # (model, processor), or None
     "A CLIP model, if the local cache of `transformers` has it."
     from transformers import AutoProcessor, CLIPModel
-    try: return CLIPModel.from_pretrained(name, local_files_only=True).eval(), AutoProcessor.from_pretrained(name, local_files_only=True)
+    try:
+        return CLIPModel.from_pretrained(name, local_files_only=True).eval(), AutoProcessor.from_pretrained(
+            name, local_files_only=True)
     except Exception: return None
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #486bd346
@@ -275,7 +334,8 @@ class NamedPipeline:
         self.pipe, self.prompts, self.steps = load_sd_pipeline(name), *TIER_SIZES[tier]
         self.shape = (self.pipe.unet.config.in_channels, *[self.pipe.unet.config.sample_size] * 2)
         self.hash = weights_hash(TextConditionedUNet(self.pipe.text_encoder, self.pipe.unet))
-        self.dense, self.dreamed = functools.cache(lambda split: self.outputs(self.build(), split)), functools.cache(self.dreams)
+        self.dense, self.dreamed = functools.cache(lambda split: self.outputs(self.build(),
+                                                                              split)), functools.cache(self.dreams)
 
     def build(self): return copy.deepcopy(TextConditionedUNet(self.pipe.text_encoder, self.pipe.unet))
 
@@ -285,22 +345,28 @@ class NamedPipeline:
 
     def outputs(self, model, split):
         noise = torch.randn(self.prompts, *self.shape, generator=torch.Generator().manual_seed(NOISE_SEEDS[split] + 10))
-        return {"images": generate_images(self.around(model), parti_prompts(self.prompts, split), noise, self.steps, 7.5, 4).float().cpu()}
+        return {"images": generate_images(self.around(model), parti_prompts(self.prompts, split), noise, self.steps,
+                                          7.5, 4).float().cpu()}
 
     def measured(self, made, split): # {metric: number}
         looks = clip_model()
-        return {**image_similarity(made, self.dense(split)), **({"clip": clip_score(made["images"], parti_prompts(self.prompts, split), *looks)["clip"]} if looks else {})}
+        return {**image_similarity(made, self.dense(split)),
+                **({"clip": clip_score(made["images"], parti_prompts(self.prompts, split), *looks)["clip"]} if looks
+                   else {})}
 
     @torch.no_grad()
     def dreams(self): # token ids of eight captions, and the latents that the dense pipeline makes of them
         noise, tokens = torch.randn(8, *self.shape, generator=torch.Generator().manual_seed(0)), self.pipe.tokenizer
-        words = tokens(coco_captions(8), padding="max_length", max_length=tokens.model_max_length, truncation=True, return_tensors="pt").input_ids
-        return words, generate_images(self.around(self.build()), coco_captions(8), noise, self.steps, 7.5, 4, "latent").cpu()
+        words = tokens(coco_captions(8), padding="max_length", max_length=tokens.model_max_length, truncation=True,
+                       return_tensors="pt").input_ids
+        return words, generate_images(self.around(self.build()), coco_captions(8), noise, self.steps, 7.5, 4,
+                                      "latent").cpu()
 
     def batches(self, seed, keep=None, size=4, steps=2): # batches ({"input_ids", "sample", "timestep"}, noise)
         (words, z), plan = self.dreamed(), self.pipe.scheduler
         def take(rows, generator):
-            t, noise = torch.randint(plan.config.num_train_timesteps, (len(rows),), generator=generator), torch.randn(len(rows), *self.shape, generator=generator)
+            t, noise = torch.randint(plan.config.num_train_timesteps, (len(rows),),
+                                     generator=generator), torch.randn(len(rows), *self.shape, generator=generator)
             return {"input_ids": words[rows], "sample": plan.add_noise(z[rows], noise, t), "timestep": t}, noise
         return Batches(take, range(len(z)) if keep is None else keep, size, steps, seed)
 
@@ -308,12 +374,20 @@ class NamedPipeline:
 @task_family("sd")
 def stable_diffusion(name:str)->Task: # sd:NAME_OR_PATH, with @smoke or @full at its end for another tier
     "Any Stable Diffusion pipeline, before and after pruning, at the same prompts and noises."
-    path, tier = (name.rpartition("@")[0], name.rpartition("@")[2]) if name.rpartition("@")[2] in TIER_SIZES else (name, "small")
+    path, tier = (name.rpartition("@")[0],
+                  name.rpartition("@")[2]) if name.rpartition("@")[2] in TIER_SIZES else (name, "small")
     world, looks = NamedPipeline(path, tier), clip_model()
-    return Task(f"sd:{name}", "diffusion", f"the pipeline {path}", build=world.build, batches=world.batches, calibration=lambda seed: list(world.batches(1000 + seed)),
-        outputs=world.outputs, metrics=world.measured, metric="ssim", higher=True, bound=.999, loss=noise_mse, train=none(), recover=none(),
-        weights=lambda model: {"source": path, "sha256": world.hash, "seconds": None}, fingerprint=lambda: digest(PARTI_SOURCE.sha256, COCO_SOURCE.sha256, world.hash),
-        varies=("calibration", "random masks"), recipe={"recover": "none", "calibration": "8 captions of COCO, painted by the dense pipeline, at random times"},
-        protocol={"prompts": f"{world.prompts} of PartiPrompts, even rows for test, odd for validation", "ssim": "to the dense model at the same noise; window 5",
-                  "sampler": f"the pipeline's own scheduler, {world.steps} steps, guidance 7.5", "clip": weights_hash(looks[0]) if looks else "absent: no CLIP model in the local cache"},
+    return Task(f"sd:{name}", "diffusion", f"the pipeline {path}", build=world.build, batches=world.batches,
+                calibration=lambda seed: list(world.batches(1000 + seed)),
+        outputs=world.outputs, metrics=world.measured, metric="ssim", higher=True, bound=.999, loss=noise_mse,
+                train=none(), recover=none(),
+        weights=lambda model: {"source": path, "sha256": world.hash, "seconds": None},
+                fingerprint=lambda: digest(PARTI_SOURCE.sha256, COCO_SOURCE.sha256, world.hash),
+        varies=("calibration", "random masks"),
+                recipe={"recover": "none",
+                        "calibration": "8 captions of COCO, painted by the dense pipeline, at random times"},
+        protocol={"prompts": f"{world.prompts} of PartiPrompts, even rows for test, odd for validation",
+                  "ssim": "to the dense model at the same noise; window 5",
+                  "sampler": f"the pipeline's own scheduler, {world.steps} steps, guidance 7.5",
+                  "clip": weights_hash(looks[0]) if looks else "absent: no CLIP model in the local cache"},
         sources=tuple(f"{s.about}: {s.licence}" for s in (PARTI_SOURCE, COCO_SOURCE)))
