@@ -84,6 +84,7 @@ class ProductRecorder(TorchDispatchMode):
             self.found.append((macs, mine.pop() if len(mine) == 1 else None))
         return out
 
+# %% ../../nbs/graph/44_budgets.ipynb #a9c848f2
 def storage_pointer(t:Tensor, # any tensor
     )->int:
     "The address of the memory of a tensor."
@@ -181,7 +182,7 @@ def macs(space, # with groups of units and a batch
     work, size = MacsByWidth(space, batch), size_of(batch)
     heavy = [p or "products of activations" for _, p in work.dense]
     def per_example(kept): return work.total(kept) // size
-    def heaviest(kept): return heavy[max(range(len(heavy)), key=lambda i: work.one(i, kept))]
+    def heaviest(kept): return heavy[max(range(len(heavy)), key=lambda i: work.product_macs(i, kept))]
     return Price(per_example, heaviest=heaviest)
 
 # %% ../../nbs/graph/44_budgets.ipynb #effcaf60
@@ -192,7 +193,7 @@ def latency(space,          # where the groups are
             tries:int=6,    # candidates: the fraction is found up to 2 to the power of -tries
             timer=None,     # run -> seconds; the device's own clock if not given
     )->Price: # as a fraction of the dense time
-    "Seconds of a forward pass on the first batch of data, by interleaved measurements of candidates and the dense model."
+    "Seconds of a forward pass on the first batch of data, by interleaved timing of candidates and the dense model."
     dense, batch, seen = copy.deepcopy(space.model), to_device(space.batch, device_of(space.model)), {}
     clock, last = timer or stopwatch(device_of(dense)), {}
     def measured(kept):

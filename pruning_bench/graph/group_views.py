@@ -105,7 +105,7 @@ def node_positions(net,          # of `groups_digraph`
 def draw_groups(c,       # DependencyGroups
                 ax=None, # a matplotlib axis
     ): # the axis
-    "Squares are groups, circles are modules; arrows show which channels are written and read, dotted lines carried ones."
+    "Squares are groups, circles are modules; arrows: channels that are written and read, dotted lines: carried."
     import matplotlib.pyplot as plt, networkx as nx
     net = groups_digraph(c)
     at = node_positions(net, c.modules)

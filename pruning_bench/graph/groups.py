@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['components', 'component_labels', 'resolve_splits', 'Group', 'DependencyGroups', 'flags_at', 'remark_indices',
-           'remark_text', 'AtomNotes', 'atom_notes', 'group_units', 'make_group', 'with_producers', 'name_groups',
-           'frozen_layers', 'ungrouped_params', 'dependency_groups', 'Channels', 'producer_layers', 'write_values']
+           'AtomNotes', 'atom_notes', 'group_units', 'make_group', 'with_producers', 'name_groups', 'frozen_layers',
+           'ungrouped_params', 'dependency_groups', 'prunable_groups', 'Channels']
 
 # %% ../../nbs/graph/40_groups.ipynb #306c332e
 from dataclasses import dataclass, replace
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 from ..core.inputs import BadInput, first_batch, forward, select_forward
-from ..core.space import Layer, weight_layers, name_matches, group_pairs, space
+from ..core.space import name_matches, group_pairs, space
 from .gates import gated
 from .group_views import draw_groups, group_tree, groups_html, groups_table, plot_groups
-from .surgery import cut_and_compare, cut_checked, error_line, kept_slices, mask_slices
+from .surgery import (cut_and_compare, cut_checked, error_line, kept_slices, mask_slices,
+                                         producer_layers, write_values)
 from .trace import TraceGraph, active_axes, fixed_atoms, tie_other_axes, trace_model
 from .verification import subset, verify_groups
 
@@ -81,6 +82,7 @@ class Group:
     @property
     def exact(self)->bool: return not self.inexact_reason   # removing units equals not reading them
 
+# %% ../../nbs/graph/40_groups.ipynb #621250be
 @dataclass(repr=False)
 class DependencyGroups:
     "The groups of a model, and the parameters that belong to none, with the reason."
@@ -118,12 +120,7 @@ def remark_indices(n:int,     # atoms
     for i in reversed(range(len(remarks))): about[label[remarks[i][0]]] = i
     return about[label]
 
-def remark_text(remarks, # [(atoms, text)]
-                i:int,   # number of one, or -1
-    )->str: # its text, or ""
-    "The text of a remark."
-    return remarks[i][1] if i >= 0 else ""
-
+# %% ../../nbs/graph/40_groups.ipynb #80b273a7
 @dataclass
 class AtomNotes:
     "The constraints of a trace, spread over connected components: one entry per atom."
@@ -172,11 +169,13 @@ def make_group(g:TraceGraph,    # of one forward pass
     numeric = {key: i for key, i in indices.items() if key[0] in g.numeric_width}
     members = {key: i for key, i in indices.items() if key not in numeric}
     def with_role(role): return [g.dims[d] for d in np.unique(dims[notes.role_atoms[role][atoms].any(0)])]
+    def text(remarks, i): return remarks[i][1] if i >= 0 else ""
     def has_role(role): return bool(notes.unit_roles[role][unit])
     return Group("", members, with_role("produces"), with_role("consumes"), has_role("residual"), numeric,
-                 remark_text(g.inexact, notes.inexact[unit]), remark_text(g.assumptions, notes.assumed[unit]),
+                 text(g.inexact, notes.inexact[unit]), text(g.assumptions, notes.assumed[unit]),
                  has_role("heads"))
 
+# %% ../../nbs/graph/40_groups.ipynb #00b06959
 def with_producers(groups:list, # of Group, changed in place
                    own:dict,    # {name: parameter}
     )->list: # the groups that a parameter writes
@@ -235,6 +234,22 @@ def dependency_groups(model:nn.Module, # left as it is
     ungrouped = ungrouped_params(g, notes, [n for n in own if n not in known])
     return DependencyGroups(name_groups(groups), frozen, unused, [n for n, _ in model.named_modules()], ungrouped)
 
+# %% ../../nbs/graph/40_groups.ipynb #1f4a1281
+def prunable_groups(space,         # its model, coupling and example
+                    skip,          # patterns of parameter names; a group with one of them is left out
+                    residual:bool, # whether residual streams are pruned
+    )->dict: # {name: Group}
+    "The groups of a model that pass a dry run; raises `BadInput` when there is none."
+    def skipped(g): return any(name_matches(p, skip) for p, _ in g.members)
+    groups = [g for g in space.coupling.groups if residual or not g.residual]
+    found = {g.name: g for g in groups if len(g) > 1 and not skipped(g)}
+    if found: found = verify_groups(space.model, space.example, space.run, space.coupling, found, dependency_groups)
+    if not found:
+        outside = "" if residual else " outside its residual streams"
+        raise BadInput(f"{type(space.model).__name__} has no channels to remove{outside}: "
+                       "dependency_groups(model, batch).table() lists the reasons")
+    return found
+
 # %% ../../nbs/graph/40_groups.ipynb #f9f5ef6e
 @space
 class Channels:
@@ -249,19 +264,9 @@ class Channels:
         except Exception as e:
             raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
         self.example = subset(model, self.batch, self.run)
-        self.groups = self.verified([g for g in self.coupling.groups if residual or not g.residual], skip)
-        if not self.groups:
-            outside = "" if residual else " outside its residual streams"
-            raise BadInput(f"{type(model).__name__} has no channels to remove{outside}: "
-                           "dependency_groups(model, batch).table() lists the reasons")
+        self.groups = prunable_groups(self, skip, residual)
         self.kept = {n: torch.ones(len(g), dtype=torch.bool) for n, g in self.groups.items()}
         self.layers, self.cuts = producer_layers(model, self.groups), {}
-
-    def verified(self, groups, skip): # {name: Group}: those that a dry run can remove units from
-        def skipped(g): return any(name_matches(p, skip) for p, _ in g.members)
-        found = {g.name: g for g in groups if len(g) > 1 and not skipped(g)}
-        if not found: return found
-        return verify_groups(self.model, self.example, self.run, self.coupling, found, dependency_groups)
 
     def names(self): return list(self.groups)
     def cost(self, name): return 1.
@@ -292,26 +297,3 @@ class Channels:
 
     @staticmethod
     def restore(model, plan): cut_checked(model, plan.slices)
-
-# %% ../../nbs/graph/40_groups.ipynb #6a23ae0b
-def producer_layers(model:nn.Module, # holds the parameters
-                    groups:dict,     # {name: Group}
-    )->dict: # {parameter: Layer}
-    "The layers whose rows write the channels of the groups."
-    layers, own = weight_layers(model), dict(model.named_parameters())
-    wanted = {p for g in groups.values() for p, _ in g.produces}
-    out = {n: l for n, l in layers.items() if n in wanted}
-    for g in groups.values():   # without a layer of their own: all experts in one tensor, for instance
-        if any(p in layers for p, _ in g.produces): continue
-        for p, d in g.produces:
-            owner, _, attribute = p.rpartition(".")
-            rest = [i for i in range(own[p].dim()) if i != d]
-            out[p] = Layer(model.get_submodule(owner), attribute, (d, *rest))
-    return out
-
-def write_values(model:nn.Module, # changed in place
-                 values:dict,     # {parameter or buffer: values}
-    )->None:
-    "Write the values that a solver found for the layers that read the channels."
-    named = dict(model.named_parameters()) | dict(model.named_buffers()) if values else {}
-    for n, t in values.items(): named[n].data.copy_(t)

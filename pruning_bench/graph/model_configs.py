@@ -102,7 +102,7 @@ AFTER_CUT.append(sync_model)
 
 def config_mismatches(model:nn.Module, # of `transformers` or `diffusers`
     )->list: # names of tensors, empty if none differs; the error if no model can be built
-    "The tensors whose shapes differ in a model built from the configuration; raises `BadInput` without a configuration."
+    "The tensors whose shapes differ in a model built from the configuration; raises `BadInput` without one."
     if not hasattr(model, "config"):
         raise BadInput(f"{type(model).__name__} has no configuration: save it with plan.save(folder)")
     make = type(model) if hasattr(model.config, "save_pretrained") else type(model).from_config

@@ -30,6 +30,7 @@ def convolution_rule(g, outs, a):
             if d > 1: freeze_axis(g, f, d, "is convolved")
     return [place_on_axis(out, 1, outs[0].dim()), *without_axes(g, a.input, *range(1, a.input.dim()))]
 
+# %% ../../nbs/graph/38_rules.ipynb #8e601f35
 def join_depthwise(g:TraceGraph, # takes the constraints
                    x:np.ndarray, # (inputs,) atoms of the input channels
                    w:np.ndarray, # (outputs,) atoms of the rows of the filters
@@ -76,7 +77,7 @@ def freeze_along(g:TraceGraph, # takes the constraints
 def join_overlapping(g:TraceGraph, # takes the constraints
                      fs:list,      # arrays of atoms with an axis in common
     )->np.ndarray: # their common array
-    "Arrays along the same axes agree; an array of several axes that meets one of a single axis is tied to its first axis."
+    "Arrays along the same axes agree; one of several axes that meets one of a single axis is tied to its first axis."
     wide = max(fs, key=lambda f: len(active_axes(f)))
     if any(active_axes(f) != active_axes(wide) for f in fs):
         c = active_axes(wide)[0]
@@ -167,6 +168,7 @@ def mark_weight(g:TraceGraph,    # takes the roles
     g.mark_role("consumes", into)
     g.mark_role("produces", out)
 
+# %% ../../nbs/graph/38_rules.ipynb #893d8674
 @operation_rule("mm", "bmm")
 def matmul_rule(g, outs, a):
     "A matrix product."

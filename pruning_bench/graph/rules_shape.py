@@ -7,7 +7,7 @@ __all__ = ['POOLING', 'POOLING_OPS', 'match_axes', 'view_atoms', 'inferred_axis'
            'passes', 'strided_view_rule', 'same_axes', 'without_heads', 'cat_rule', 'stack_rule', 'join_equal_parts',
            'split_rule', 'select_rule', 'expand_rule', 'pad_rule', 'spatial_rule', 'pixel_shuffle_rule',
            'pixel_unshuffle_rule', 'channel_shuffle_rule', 'glu_rule', 'sort_rule', 'complex_view_rule', 'single_axis',
-           'view_write_rule', 'sample_regions_rule', 'index_put_rule']
+           'view_write_rule']
 
 # %% ../../nbs/graph/38_rules_shape.ipynb #c87dc4be
 import math, re
@@ -271,8 +271,9 @@ def view_write_rule(g, outs, a):
     view, whole = a.self, a.self._base
     if whole is None: return OPERATION_RULES["partial_write"](g, outs, a)
     others = [t for t in tensors_in(vars(a)) if t is not view]
+    # axis of the view -> axis of the whole tensor
     seat = {d: e for d in range(view.dim()) for e in range(whole.dim())
-            if (view.shape[d], view.stride(d)) == (whole.shape[e], whole.stride(e))}   # axis of the view -> of the whole
+            if (view.shape[d], view.stride(d)) == (whole.shape[e], whole.stride(e))}
     back, known = {e: d for d, e in seat.items()}, g.atoms_of(whole)
     if known and all(single_axis(f) in back for f in known):
         g.tensor_atoms[view] = [place_on_axis(f.ravel(), back[single_axis(f)], view.dim()) for f in known]
@@ -284,23 +285,3 @@ def view_write_rule(g, outs, a):
         for f in written: g.assume(f, "is written into a piece of a tensor")
         return written
     return freeze_inputs(g, outs, [whole, view, *others], f"`{g.op}` writes into a part of a tensor")
-
-# %% ../../nbs/graph/38_rules_shape.ipynb #e109ea64
-@operation_rule("roi_align", "roi_pool", "grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
-def sample_regions_rule(g, outs, a):
-    "Regions are sampled from a feature map: its channels are kept, positions and boxes are frozen."
-    for f in without_axes(g, a.input, 1): g.freeze(f, "boxes are cut out of it")
-    for t in tensors_in(vars(a)):
-        if t is not a.input: freeze_inputs(g, [], [t], "holds positions")
-    return [[place_on_axis(axis_atoms(g, a.input, 1), 1, outs[0].dim())], *[[] for _ in outs[1:]]]
-
-@operation_rule("index_put", "_index_put_impl")
-def index_put_rule(g, outs, a):
-    "Rows are written into another tensor: all axes but the first agree; for a tensor without atoms this is assumed."
-    n = a.self.dim()
-    if len(a.indices) != 1:
-        return freeze_inputs(g, outs, [a.self, a.values], f"`{g.op}` writes into a part of a tensor")
-    given = [*g.atoms_of(a.self), *(f.reshape((1,) * (n - f.ndim) + f.shape) for f in g.atoms_of(a.values))]
-    left = freeze_along(g, given, 0, "positions are picked by numbers")
-    for f in left: g.assume(f, "is written into another tensor")
-    return join_aligned(g, a.self.shape, [(f.shape, [f]) for f in left])

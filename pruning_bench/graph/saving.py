@@ -47,7 +47,7 @@ def reshape_model(model:nn.Module, # of the vanilla class; changed in place
 
 # %% ../../nbs/graph/43_saving.ipynb #2efc8aba
 def load_pruned(folder, # written by `plan.save`
-                base,   # a model of the vanilla class (changed in place), a function that makes one, or a configuration's path
+                base,   # a model of the vanilla class (changed in place), what makes one, or a configuration's path
     )->nn.Module: # the pruned model, on the base's device and in its mode
     "Rebuild a pruned model; raises `BadInput` for files that are altered or do not fit, with the base untouched."
     about, state = read_pruned(Path(folder))
@@ -112,6 +112,7 @@ def base_model(base, # a model, something that makes one, or the path of a confi
     if not isinstance(made, nn.Module): raise BadInput(f"{name!r} made {type(made).__name__} instead of a model")
     return made
 
+# %% ../../nbs/graph/43_saving.ipynb #832457b4
 def rebuild_model(model:nn.Module, # of the vanilla class, changed in place
                   about:dict,      # of `read_pruned`
                   state:dict,      # of `read_pruned`

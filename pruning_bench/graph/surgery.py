@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFTER_CUT', 'cut', 'index_dims', 'set_norm_width', 'sync_attributes', 'removed_indices', 'tensor_shapes',
-           'kept_slices', 'mask_slices', 'error_line', 'example_outputs', 'outputs_close', 'same_shape', 'module_state',
-           'restore_modules', 'cut_and_compare', 'cut_checked']
+           'kept_slices', 'producer_layers', 'write_values', 'mask_slices', 'error_line', 'example_outputs',
+           'outputs_close', 'same_shape', 'module_state', 'restore_modules', 'cut_and_compare', 'cut_checked']
 
 # %% ../../nbs/graph/39_surgery.ipynb #89d1df2b
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import nn, Tensor
 from ..core.inputs import BadInput, in_mode, seeded
 from ..core.mask import attach_mask, install_hooks, mask_of, masks_of, remove_masks, transfer_mask
+from ..core.space import Layer, weight_layers
 from .norms import no_affine
 from .trace import storage_key, tensors_in
 
@@ -104,6 +105,29 @@ def kept_slices(model:nn.Module, # left as it is
         kept_mask[removed] = False
         out.setdefault(p, {})[d] = np.flatnonzero(kept_mask).tolist()
     return out
+
+# %% ../../nbs/graph/39_surgery.ipynb #6a23ae0b
+def producer_layers(model:nn.Module, # holds the parameters
+                    groups:dict,     # {name: Group}
+    )->dict: # {parameter: Layer}
+    "The layers whose rows write the channels of the groups."
+    layers, own = weight_layers(model), dict(model.named_parameters())
+    wanted = {p for g in groups.values() for p, _ in g.produces}
+    out = {n: l for n, l in layers.items() if n in wanted}
+    for g in groups.values():   # without a layer of their own: all experts in one tensor, for instance
+        if any(p in layers for p, _ in g.produces): continue
+        for p, d in g.produces:
+            owner, _, attribute = p.rpartition(".")
+            rest = [i for i in range(own[p].dim()) if i != d]
+            out[p] = Layer(model.get_submodule(owner), attribute, (d, *rest))
+    return out
+
+def write_values(model:nn.Module, # changed in place
+                 values:dict,     # {parameter or buffer: values}
+    )->None:
+    "Write the values that a solver found for the layers that read the channels."
+    named = dict(model.named_parameters()) | dict(model.named_buffers()) if values else {}
+    for n, t in values.items(): named[n].data.copy_(t)
 
 # %% ../../nbs/graph/39_surgery.ipynb #6858b610
 def mask_slices(model:nn.Module, # gets masks

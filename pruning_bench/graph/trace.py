@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OPERATION_RULES', 'WHOLE_FUNCTIONS', 'TRACE_CONTEXTS', 'fixed_atoms', 'place_on_axis', 'active_axes', 'storage_key',
            'tensors_in', 'TraceGraph', 'tie_other_axes', 'freeze_axis', 'axis_atoms', 'without_axes', 'operation_rule',
-           'rule_of', 'record_operation', 'apply_rule', 'is_partial', 'freeze_inputs', 'unknown_rule',
-           'partial_write_rule', 'OperationRecorder', 'CallRecorder', 'trace', 'traced', 'meta_copy', 'trace_model']
+           'rule_of', 'record_operation', 'apply_rule', 'freeze_inputs', 'unknown_rule', 'partial_write_rule',
+           'OperationRecorder', 'CallRecorder', 'trace', 'traced', 'meta_copy', 'trace_model']
 
 # %% ../../nbs/graph/37_trace.ipynb #d7e1ae38
 import copy
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -142,8 +142,7 @@ def without_axes(g:TraceGraph, # holds the atoms of the tensor
     return [f for f in g.atoms_of(t) if all(f.shape[d] == 1 for d in dims)]
 
 # %% ../../nbs/graph/37_trace.ipynb #b7c53457
-# operation -> function(graph, outputs, arguments) -> atoms of outputs
-OPERATION_RULES = Registry("operation rule", group="")
+OPERATION_RULES = Registry("operation rule", group="")   # operation -> function(graph, outputs, arguments)
 
 def operation_rule(*names,               # ATen names without overload and trailing underscore
                    replaces:bool=False,  # whether the rule of another function may be replaced
@@ -161,11 +160,14 @@ def rule_of(func, # an ATen operation
     pointwise, add = OPERATION_RULES.get("pointwise"), OPERATION_RULES.get("add")
     found = OPERATION_RULES.get(func._schema.name.split("::")[1].rstrip("_"))
     if found is None and torch.Tag.pointwise in func.tags: found = pointwise
-    if func._schema.is_mutable and is_partial(args[0]):
+    t = args[0] if args else None
+    partial = isinstance(t, Tensor) and t.untyped_storage().nbytes() > t.numel() * t.element_size()
+    if func._schema.is_mutable and partial:   # a part of a larger tensor
         elementwise = func._schema.name.endswith("_") and found is not None and found in (pointwise, add)
         return OPERATION_RULES["view_write" if elementwise else "partial_write"]
     return found or OPERATION_RULES["unknown"]
 
+# %% ../../nbs/graph/37_trace.ipynb #91e134f7
 def record_operation(g:TraceGraph, # takes the constraints
                      func,         # the ATen operation
                      args,         # its positional arguments
@@ -191,11 +193,6 @@ def apply_rule(g:TraceGraph, # takes the constraints
     g.op = op
     atoms = known(g, outs, SimpleNamespace(**given))
     for t, fs in zip(outs, atoms if atoms and isinstance(atoms[0], list) else [atoms]): g.tensor_atoms[t] = fs
-
-def is_partial(t, # any argument
-    )->bool:
-    "Whether a tensor is a part of a larger one."
-    return isinstance(t, Tensor) and t.untyped_storage().nbytes() > t.numel() * t.element_size()
 
 # %% ../../nbs/graph/37_trace.ipynb #ea14f5ce
 def freeze_inputs(g:TraceGraph, # takes the constraints

@@ -74,7 +74,8 @@ class GroupTests:
         error = self.try_on(self.target, groups, most)
         if error is None or self.target[0] is self.model: return error
         if not runs_on(*self.target, self.run): self.target = self.model, self.batch   # its code asks for values
-        elif not isinstance(error.__cause__, NotImplementedError): return error   # else the narrower model asks for them
+        # a narrower model that asks for values is run itself
+        elif not isinstance(error.__cause__, NotImplementedError): return error
         return self.try_on((self.model, self.batch), groups, most)
 
     def regroups(self, groups): # an error or None
@@ -113,6 +114,7 @@ def width_in_code(error:BadInput, # of a dry run
     "The reason why a group without an assumption failed."
     return f"the code contains its width ({str(error.__cause__).splitlines()[0][:80]})"
 
+# %% ../../nbs/graph/39_verification.ipynb #2841e0ff
 def joint_pairs(groups:dict, # {name: Group}
                 failed:dict, # {name: error}; the pairs are taken out
                 test,        # `test(groups)` -> error or None
@@ -143,7 +145,8 @@ def regroup_check(model:nn.Module, # put back afterwards
                   trace_groups,    # `trace_groups()` finds the groups of the model
     ): # an error or None
     "Whether a narrower model has other units than those that were kept."
-    expected = {n: int(kept[n].sum()) for n in groups if kept[n].sum() > 1}   # a single unit cannot be told from its parts
+    # a single unit cannot be told from its parts
+    expected = {n: int(kept[n].sum()) for n in groups if kept[n].sum() > 1}
     state = module_state(model)
     def counts(g): return {key: i.shape[1] for key, i in g.members.items()}
     try:

@@ -1,4 +1,5 @@
-"On a network of the usual size: seconds against `torch.nn.utils.prune`, masks against a bare training step, memory against a training step."
+"""ResNet-50: seconds against `torch.nn.utils.prune`, masks against a training step without masks, memory against
+a training step."""
 import copy, os, subprocess, sys, time
 
 import pytest
@@ -32,7 +33,8 @@ def test_global_magnitude_takes_a_quarter_of_the_time_of_torch():
     theirs(resnet50()); ours(resnet50())
     by_torch, by_library = fastest(model, theirs, ours)
     print(
-        f"\nResNet-50, global magnitude: {by_library:.2f} s, torch.nn.utils.prune {by_torch:.2f} s, ratio {by_library / by_torch:.3f}")
+        f"\nResNet-50, global magnitude: {by_library:.2f} s, torch.nn.utils.prune {by_torch:.2f} s, "
+        f"ratio {by_library / by_torch:.3f}")
     units = sum(m.numel() for m in plans[0].masks.values())
     assert all(sum(int(m.sum()) for m in p.masks.values()) == round(.1 * units) for p in plans)   # fast and exact
     assert by_library <= .25 * by_torch
@@ -58,10 +60,14 @@ from pruning_bench import prune
 from pruning_bench.core.memory import peak_memory
 from pruning_bench.core.recovery import finetune
 torch.manual_seed(0)
-def step(model, x, y): finetune(2)(model, [(x, y)], F.cross_entropy)   # AdamW; from the second step on its two moments are held
-work = {"step": step, "synflow": lambda *a: prune(a[0], "synflow", .9, [a[1:]], rounds=2), "global-magnitude": lambda *a: prune(a[0], "global-magnitude", .9)}
+# AdamW; from the second step on its two moments are kept
+def step(model, x, y): finetune(2)(model, [(x, y)], F.cross_entropy)
+work = {"step": step, "synflow": lambda *a: prune(a[0], "synflow", .9, [a[1:]], rounds=2),
+        "global-magnitude": lambda *a: prune(a[0], "global-magnitude", .9)}
 run = work.get(sys.argv[1], lambda *a: prune(a[0], sys.argv[1], .9, [a[1:]], F.cross_entropy))
-def world(n, side): return torchvision.models.resnet50(weights=None), torch.randn(n, 3, side, side), torch.randint(0, 1000, (n,))
+def world(n, side):
+    model = torchvision.models.resnet50(weights=None)
+    return model, torch.randn(n, 3, side, side), torch.randint(0, 1000, (n,))
 run(*world(8, 32))   # loads the code
 big = world(16, 224)
 with peak_memory() as taken: run(*big)

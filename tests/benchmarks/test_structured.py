@@ -1,4 +1,5 @@
-"Coupled groups and one pruning step against Torch-Pruning, in one process; LLaMA-architecture models in processor seconds."
+"""Coupled groups and one pruning step against Torch-Pruning, in one process; LLaMA-architecture models
+in processor seconds."""
 import copy, signal, time, warnings
 
 import pytest
@@ -50,14 +51,15 @@ def in_turns(works, model, x, rounds=5):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_analysis_and_a_step_take_two_thirds_of_the_time_of_torch_pruning(name):
-    "The same work on both sides: groups, norms of filters, half of the channels cut. `prune` also rehearses, masks and compares, and is timed beside them."
+    "Groups, norms of filters, half of the channels removed; `prune` with its checks is timed beside them."
     warnings.filterwarnings("ignore")   # those of the opponent
     torch.manual_seed(0)
     model, x = getattr(torchvision.models, MODELS[name])(weights=None).eval(), torch.randn(1, 3, 224, 224)
     for work in (ours, careful): once(work, model, x)   # loads the code
     (step, wrong), (whole, broken), (opponent, failed) = in_turns([ours, careful, theirs], model, x)
     print(
-        f"\n{name}: {step:.2f} s, Torch-Pruning {opponent:.2f} s{failed and f' (ends in {failed})'}, ratio {step / opponent:.2f}; prune with its precautions {whole:.2f} s, ratio {whole / opponent:.2f}")
+        f"\n{name}: {step:.2f} s, Torch-Pruning {opponent:.2f} s{failed and f' (ends in {failed})'}, "
+        f"ratio {step / opponent:.2f}; prune with its precautions {whole:.2f} s, ratio {whole / opponent:.2f}")
     assert not wrong and not broken and step <= .7 * opponent
 
 @pytest.mark.parametrize("layers", [2, 16])

@@ -1,6 +1,7 @@
 """What half of the multiplications is worth in milliseconds, and how long a budget takes: `make bench` prints both.
 
-Dense and pruned run in turns in one process. Settings: PRUNING_BENCH_SPEED_BATCHES (default "1,64"), PRUNING_BENCH_SPEED_PAIRS (rounds, default 9),
+Dense and pruned run in turns in one process. Settings: PRUNING_BENCH_SPEED_BATCHES (default "1,64"),
+PRUNING_BENCH_SPEED_PAIRS (rounds, default 9),
 PRUNING_BENCH_SPEED_DEVICE (default: CUDA where there is one, else the CPU with one thread).
 """
 import copy
@@ -50,7 +51,8 @@ def test_half_of_the_multiplications_is_nearly_twice_as_fast(name, batch):
                                    ("macs in steps of 32, memory kept", REMEDY, reuse_malloc)):
         with memory(): promised, factor = rows[label] = delivered(dense, request, batch)
         print(
-            f"\n{name}, batch {batch}, {DEVICE}, {label}: promised {promised:.2f}, delivered {'unstable' if factor is None else f'{factor:.2f}, share {factor / promised:.2f}'}")
+            f"\n{name}, batch {batch}, {DEVICE}, {label}: promised {promised:.2f}, "
+            f"delivered {'unstable' if factor is None else f'{factor:.2f}, share {factor / promised:.2f}'}")
         if factor is not None and factor >= PROMISE * promised: return
     if any(factor is None for _, factor in rows.values()): pytest.skip("the machine was too busy to say anything")
     assert max(factor / promised for promised, factor in rows.values()) >= PROMISE
@@ -63,7 +65,8 @@ def test_a_latency_budget_keeps_its_word():
     plan = prune(model, "l1-filter", {"latency": .5, "pairs": PAIRS, "round_to": 16}, [x])
     again = compare_latency({"dense": dense, "pruned": model}, x, pairs=PAIRS, budget=60.)["models"]
     print(
-        f"\nResNet-50, half of the milliseconds: {plan.budget['candidates']} candidates, {1 - plan.budget['left']:.3f} removed; measured again: {1 - 1 / again['pruned']['speedup']:.3f}")
+        f"\nResNet-50, half of the milliseconds: {plan.budget['candidates']} candidates, "
+        f"{1 - plan.budget['left']:.3f} removed; measured again: {1 - 1 / again['pruned']['speedup']:.3f}")
     if not (plan.budget["stable"] and all(m["stable"] for m in again.values())):
         pytest.skip("the machine was too busy to say anything")
     assert again["pruned"]["speedup"] >= 2 * .9

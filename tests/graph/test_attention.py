@@ -73,16 +73,13 @@ LARGE = {"swin v2": (swin_v2, IMAGE), "swin of transformers": (hf_swin, {"pixel_
          "maxvit": (lambda: torchvision.models.MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.),
                     torch.randn(2, 3, 64, 64)), "conditional unet": (unet, noisy(8, 32))}
 WIDE = {n: ((lambda n=n: getattr(torchvision.models, n)(weights=None)), torch.randn(1, 3, 224, 224))
-        for n in ("vit_b_16", "swin_t", "swin_v2_t",
-                  "maxvit_t")} | {"gpt2 wide": (lambda: gpt2(n_embd=768, n_head=12), IDS),
-                                  "opt wide": (lambda: opt(hidden_size=768, num_attention_heads=12, ffn_dim=3072,
-                                                           word_embed_proj_dim=768), IDS),
-                                  "vit wide": (lambda: vit(hidden_size=768, num_attention_heads=12,
-                                                           intermediate_size=3072), {"pixel_values": IMAGE}),
-                                  "llama wide": (lambda: llama(hidden_size=1024, intermediate_size=2816,
-                                                               num_attention_heads=16), IDS),
-                                  "unet wide": (lambda: unet(block_out_channels=(128, 256), cross_attention_dim=256),
-                                                noisy(8, 256))}
+        for n in ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t")}
+WIDE |= {"gpt2 wide": (lambda: gpt2(n_embd=768, n_head=12), IDS),
+         "opt wide": (lambda: opt(hidden_size=768, num_attention_heads=12, ffn_dim=3072, word_embed_proj_dim=768), IDS),
+         "vit wide": (lambda: vit(hidden_size=768, num_attention_heads=12, intermediate_size=3072),
+                      {"pixel_values": IMAGE}),
+         "llama wide": (lambda: llama(hidden_size=1024, intermediate_size=2816, num_attention_heads=16), IDS),
+         "unet wide": (lambda: unet(block_out_channels=(128, 256), cross_attention_dim=256), noisy(8, 256))}
 models = [pytest.param(m, id=n) for n, m in SMALL.items()] + [pytest.param(m, id=n, marks=pytest.mark.slow)
                                                               for n, m in LARGE.items()]
 wide = [pytest.param(m, id=n, marks=pytest.mark.slow) for n, m in WIDE.items()]
@@ -186,9 +183,9 @@ def test_a_crowd_is_one_key_head_and_its_queries():
     model = llama().eval()
     heads = next(g for g in dependency_groups(model, IDS).groups if g.heads)
     p = "model.layers.0.self_attn."
-    assert {k[0].removeprefix(p): v[1].tolist()
-            for k, v in heads.members.items()} == {"q_proj.weight": [*range(8, 16)], "k_proj.weight": [*range(4, 8)],
-                                                   "v_proj.weight": [*range(4, 8)], "o_proj.weight": [*range(8, 16)]}
+    second = {k[0].removeprefix(p): v[1].tolist() for k, v in heads.members.items()}
+    assert second == {"q_proj.weight": [*range(8, 16)], "k_proj.weight": [*range(4, 8)],
+                      "v_proj.weight": [*range(4, 8)], "o_proj.weight": [*range(8, 16)]}
 
 def test_one_key_head_is_nothing_to_choose():
     model = llama(num_key_value_heads=1)
@@ -281,10 +278,8 @@ def test_generation_with_a_cache_after_unequal_cuts():
     torch.manual_seed(0)
     model = llama().eval()
     groups = {g.name: g for g in dependency_groups(model, IDS).groups if g.heads}
-    cut(model,
-        kept_slices(model, groups,
-                    dict(zip(groups,
-                             (torch.tensor([True, False, False, False]), torch.tensor([True, True, False, True]))))))
+    masks = torch.tensor([[True, False, False, False], [True, True, False, True]])
+    cut(model, kept_slices(model, groups, dict(zip(groups, masks))))
     a, b = (model.generate(IDS["input_ids"][:1], max_new_tokens=8, do_sample=False, use_cache=c, pad_token_id=0)
             for c in (True, False))
     assert torch.equal(a, b)

@@ -71,8 +71,8 @@ def test_the_formula_is_the_meter(name):
     for trial in range(3):   # very unequal widths
         state = module_state(model)
         kept = {n: int(torch.randint(1, k + 1, (), generator=g)) for n, k in sizes.items()}
-        cut(model,
-            kept_slices(model, space.groups, {n: torch.randperm(k, generator=g) < kept[n] for n, k in sizes.items()}))
+        masks = {n: torch.randperm(k, generator=g) < kept[n] for n, k in sizes.items()}
+        cut(model, kept_slices(model, space.groups, masks))
         assert params(kept) == count_parameters(model) and work(kept) == macs(model, batch)
         restore_modules(state)
     assert params.heaviest(sizes) in dict(model.named_parameters())
@@ -261,9 +261,8 @@ def test_meeting_is_exact_for_any_monotone_price():
         weights = torch.randint(1, 50, (4,), generator=g).tolist()
         def price(kept): return sum(w * kept[n] for n, w in enumerate(weights)) + math.prod(kept.values())
         allowed = {n: list(range(1, k + 1)) for n, k in sizes.items()}
-        target = price({n: 1 for n in sizes}) + torch.rand((),
-                                                           generator=g).item() * (price(sizes)
-                                                                                  - price({n: 1 for n in sizes}))
+        least = price({n: 1 for n in sizes})
+        target = least + torch.rand((), generator=g).item() * (price(sizes) - least)
         got = bisect_to_budget(lambda x: {n: math.floor(x * k + .5) for n, k in sizes.items()}, allowed, Price(price),
                                target)
         assert price(got) <= target * (1 + 1e-9)

@@ -375,7 +375,7 @@ def test_a_baked_width_is_noticed_and_undone():
     with pytest.raises(BadInput, match="skip="): prune(model, "l1-filter", .5, data=[x])
     assert torch.equal(model(x), before) and model.a.out_channels == 8 and not masks_of(model)
 
-def test_code_that_asks_for_values_is_rehearsed_on_the_model_itself():
+def test_code_that_asks_for_values_is_run_on_the_model_itself():
     class Asks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -511,7 +511,7 @@ def test_boxes_of_two_maps_share_their_channels():
     assert model.out.in_channels == 5
     assert torch.allclose(model(IMAGE.double()), deaf(IMAGE.double()), rtol=0, atol=1e-12)
 
-def test_rows_written_into_an_input_are_found_by_the_rehearsal():
+def test_rows_written_into_an_input_are_found_by_the_dry_run():
     class Overwrites(nn.Module):
         def __init__(self):
             super().__init__()
@@ -549,8 +549,8 @@ def test_the_drawing_shows_every_member():
 
 def test_a_norm_that_does_not_fit_is_found_out():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(9), nn.Conv2d(8, 4, 3)).eval()
-    with pytest.raises(BadInput,
-                       match="does not run on the first batch of data: RuntimeError: running_mean should contain 8 elements not 9"):
+    message = "does not run on the first batch of data: RuntimeError: running_mean should contain 8 elements not 9"
+    with pytest.raises(BadInput, match=message):
         prune(model, "l1-filter", .5, data=[torch.randn(2, 3, 8, 8)])
 
 def test_one_norm_group_for_all_channels_is_cut_channel_by_channel():
@@ -614,18 +614,17 @@ def test_an_interrupted_cut_is_put_back():
 
 def test_the_rarer_layers_are_all_understood():
     found = dependency_groups(Assorted(), IMAGE)
-    assert {n: len(g) for n, g in ((g.name, g) for g in found.groups)} == {"round.weight": 8, "gate.weight": 6,
-                                                                           "mid.weight": 4, "wide.weight": 8,
-                                                                           "read.weight": 6, "cell.weight_ih": 5,
-                                                                           "second.weight_ih": 4}
+    assert {g.name: len(g) for g in found.groups} == {"round.weight": 8, "gate.weight": 6, "mid.weight": 4,
+                                                      "wide.weight": 8, "read.weight": 6, "cell.weight_ih": 5,
+                                                      "second.weight_ih": 4}
     assert set(found.frozen) == {"out.weight"} and not found.unused
 
 @pytest.mark.parametrize("budget", [.5, {"macs": .5}, {"params": .5}])
 def test_weights_that_are_computed_from_others(budget, tmp_path):
     model, batch = ready(lambda: (computed(), IMAGE))
-    assert {g.name: g.inexact_reason for g in dependency_groups(model,
-                                                     batch).groups} == {
-                                                         "0.parametrizations.weight.original": "a product with a vector", "2.parametrizations.weight.original1": "weight norm"}
+    reasons = {g.name: g.inexact_reason for g in dependency_groups(model, batch).groups}
+    assert reasons == {"0.parametrizations.weight.original": "a product with a vector",
+                       "2.parametrizations.weight.original1": "weight norm"}
     before, groups = out(model, batch), Channels(model, [batch], residual=True).groups.values()
     assert (out(permuted(model, groups), batch) - before).abs().max() <= 1e-5 * before.abs().max()
     fresh = copy.deepcopy(model)

@@ -1,4 +1,5 @@
-"A layer of `torch.nn` or an operation between two convolutions: eight channels become four, and removed equals masked, or the reason is given."
+"""A layer of `torch.nn` or an operation between two convolutions: eight channels become four,
+and removed equals masked, or the reason is given."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ def between(middle, channels=C):
     middle = middle if isinstance(middle, nn.Module) else Does(middle)
     return nn.Sequential(nn.Conv2d(3, C, 3, padding=1), middle, nn.AdaptiveAvgPool2d(2), nn.Conv2d(channels, 4, 1))
 
-POINTWISE = "ReLU ReLU6 ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh LeakyReLU Sigmoid Tanh Softplus Softshrink Hardshrink Tanhshrink Softsign LogSigmoid RReLU Identity PReLU Dropout Dropout2d AlphaDropout".split()
+POINTWISE = ("ReLU ReLU6 ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh LeakyReLU Sigmoid Tanh Softplus "
+             "Softshrink Hardshrink Tanhshrink Softsign LogSigmoid RReLU Identity PReLU Dropout Dropout2d "
+             "AlphaDropout").split()
 LAYERS = {n: getattr(nn, n)() for n in POINTWISE} | {
     "one slope per channel": nn.PReLU(C), "threshold": nn.Threshold(.1, .2), "softmax": nn.Softmax2d(),
     "gate": (nn.GLU(1), C // 2),

@@ -1,4 +1,5 @@
-"A pruned model leaves as a folder and comes back in another process: shapes, attributes, ties, buffers and the answer to an example."
+"""A pruned model is saved to a folder and loaded in another process: shapes, attributes, ties, buffers and the output
+on an example."""
 import copy
 import json
 import os
@@ -13,7 +14,8 @@ import torchvision
 from torch import nn
 
 from pruning_bench import BadInput, load_plan, prune
-from pruning_bench.core.checkpoint import matches, fingerprint, diff_snapshots, batch_from_spec, batch_spec, snapshot, compose_changes
+from pruning_bench.core.checkpoint import (batch_from_spec, batch_spec, compose_changes, diff_snapshots, fingerprint,
+                                           matches, snapshot)
 from pruning_bench.core.inputs import forward
 from pruning_bench.graph.trace import tensors_in
 from pruning_bench.graph.saving import sync_optimizer, load_pruned
