@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['run_method', 'prune_part', 'by_shapes', 'check_request', 'check_weights', 'check_data', 'CostMeter',
-           'resolve_request', 'reject_settings', 'take_samples', 'Job', 'prepare_job', 'check_module',
+           'resolve_request', 'reject_settings', 'check_whole', 'take_samples', 'Job', 'prepare_job', 'check_module',
            'architecture_delta', 'steps_of', 'request_of', 'stages_that_fit', 'prune']
 
 # %% ../../nbs/core/21_driver.ipynb #759b461f
 import time, warnings, weakref
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -170,6 +171,13 @@ def reject_settings(settings:dict):
     choose(next(iter(settings)), dict.fromkeys([*PARTS, "space", "skip", "seed", "calibration"]), "argument of prune")
 
 # %% ../../nbs/core/21_driver.ipynb #624bb4c9
+def check_whole(least:float, most:float, **numbers)->None: # {argument of `prune`: value}; raises BadInput
+    "Refuse what is not a whole number within bounds."
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+            said = f"{name}={repr(value)[:60]}".splitlines()[0]
+            raise BadInput(f"{said} is not a whole number in [{least:g}, {most:g}]: give one, or leave {name} out")
+
 def take_samples(data, n:int): # yields batches with about n examples in all
     "The first batches of a loader, until n examples are reached."
     got, batches = 0, iter(data or ())
@@ -208,6 +216,8 @@ def prepare_job(record:Method, model, budget:Budget, data, loss, skip, calibrati
     )->Job:
     "Check a request; raises `BadInput` before any work."
     if model is not None or record.space != "examples": check_module(model)
+    check_whole(0, 10**12, calibration=calibration)
+    check_whole(-2**63, 2**63 - 1, seed=seed)
     keep, data = (1 - budget.remove if budget.resource else budget.keep(record.pattern)), as_batches(data)
     if budget.resource and record.rule and "allocate" not in record.rule.uses:
         raise BadInput(f"method {record.name!r} decides by a rule that knows only a fraction of {record.space}: "
