@@ -71,7 +71,7 @@ class ModelState:
 @contextmanager
 def restore_on_error(model:nn.Module, # None: nothing to put back
     ): # yields nothing
-    "Put a model back as it was when the block inside ends in an exception or an interruption; costs a copy of its tensors."
+    "Put a model back as it was when the block inside ends in an exception; costs a copy of its tensors."
     saved = None if model is None else ModelState(model)
     try: yield
     except BaseException:

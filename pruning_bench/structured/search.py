@@ -22,7 +22,8 @@ from ..core.inputs import BadInput, first_batch, forward, in_mode, output_tensor
 from ..core.method import Method, register
 from ..core.schedule import linear
 from ..core.score import magnitude, random, score, snip
-from ..core.space import drop_blocks, name_matches, matrix_permutations, group_pairs, passthrough, prunable_layers, space
+from ..core.blocks import drop_blocks, passthrough
+from ..core.space import group_pairs, matrix_permutations, name_matches, prunable_layers, space
 from ..core.stats import provider, temporary_train_mode
 from .blocks import hook_blocks
 from ..graph.surgery import error_line
