@@ -16,6 +16,7 @@ import torch
 from .inputs import BadInput
 from .part import Part, as_part, part_factory
 from .registry import Registry
+from .space import Space
 
 # %% ../../nbs/core/05_allocate.ipynb #8f12978d
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Allocator(Part):
     needs: frozenset = frozenset()   # statistics it reads; with any, they are its fourth argument
     shapes_only: bool = False        # whether it looks at shapes and masks and never at the values of scores
 
-    def shares(self, scores:dict, keep:float, space, stats:dict)->dict: # {group: fraction to keep}
+    def shares(self, scores:dict, keep:float, space:Space, stats:dict)->dict: # {group: fraction to keep}
         "Ask the allocator, with the statistics only where it declares some."
         return self(scores, keep, space, stats) if self.needs else self(scores, keep, space)
 
@@ -50,22 +51,22 @@ def as_allocator(value, # a registered name, an `Allocator`, or a function (scor
 
 def total_density(fractions:dict, # {name: fraction kept}
           scores:dict,    # {name: scores}, for the sizes
-          space,          # for the cost of a unit
+          space:Space,    # for the cost of a unit
     )->float: # the cost-weighted mean of the fractions
-    "What an allocation really keeps."
+    "The density that an allocation amounts to, weighted by the cost of the units."
     size = {n: s.numel() * space.cost(n) for n, s in scores.items()}
     return sum(fractions[n] * size[n] for n in size) / sum(size.values())
 
 # %% ../../nbs/core/05_allocate.ipynb #0790085f
 @allocator(shapes_only=True)
-def uniform(scores:dict, keep:float, space)->dict: # {name: keep}
+def uniform(scores:dict, keep:float, space:Space)->dict: # {name: keep}
     "The same fraction everywhere."
     return dict.fromkeys(scores, keep)
 
 # %% ../../nbs/core/05_allocate.ipynb #7cef6212
-def topk_mask(flat, # 1-D scores
-            k:int # how many to keep
-    ): # bool like `flat`, exactly k True
+def topk_mask(flat:torch.Tensor, # 1-D scores
+              k:int              # how many to keep
+    )->torch.Tensor: # bool like `flat`, exactly k True
     "The k highest scores; ties go to the lower index."
     if k <= 0 or k >= flat.numel(): return torch.full_like(flat, k > 0, dtype=torch.bool)
     edge = kth_largest(flat, k)
@@ -74,11 +75,11 @@ def topk_mask(flat, # 1-D scores
     if over > 0: keep[(flat == edge).nonzero().flatten()[-over:]] = False
     return keep
 
-def kth_largest(flat,            # 1-D scores
-        k:int,           # from the top
-        sample:int=2**14 # how many are looked at first; changes speed only
+def kth_largest(flat:torch.Tensor, # 1-D scores
+                k:int,             # from the top
+                sample:int=2**14   # size of the sample that is sorted first; changes speed only
     ): # a number
-    "The k-th highest: on the CPU a sample says between which numbers it lies, and only what lies there is ranked."
+    "The k-th highest score; on the CPU a sample bounds it on both sides, and only scores in between are ranked."
     if flat.device.type != "cpu": return flat.kthvalue(flat.numel() - k + 1).values
     x = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).detach().numpy()
     if len(x) > 4 * sample:
@@ -87,18 +88,19 @@ def kth_largest(flat,            # 1-D scores
         low, high = few[max(0, at - margin)], few[min(len(few) - 1, at + margin)]
         below = x <= high
         near, rank = x[below & (x >= low)], k - np.count_nonzero(~below)
-        if 0 < rank <= len(near): x, k = near, rank   # else it lies elsewhere
+        if 0 < rank <= len(near): x, k = near, rank   # else it is outside the bounds
     return float(np.partition(x, len(x) - k)[len(x) - k])
 
 # %% ../../nbs/core/05_allocate.ipynb #f704b7a5
 @allocator
-def global_(scores:dict, keep:float, space)->dict: # {name: fraction}
-    "One ranking over all groups; each gets what its units win."
+def global_(scores:dict, keep:float, space:Space)->dict: # {name: fraction}
+    "Global pruning: one ranking over all groups; a group keeps those of its units that are within the budget."
     cost = {n: space.cost(n) for n in scores}
     flat = torch.cat([s.flatten().float() for s in scores.values()])
     if len(set(cost.values())) == 1: won = topk_mask(flat, round(keep * flat.numel()))
     else:
-        price = torch.cat([torch.full((s.numel(),), cost[n], dtype=torch.double, device=s.device) for n, s in scores.items()])
+        price = torch.cat([torch.full((s.numel(),), cost[n], dtype=torch.double, device=s.device)
+                           for n, s in scores.items()])
         order = flat.sort(descending=True, stable=True).indices
         won = torch.zeros_like(flat, dtype=torch.bool)
         won[order] = price[order].cumsum(0) - price[order] / 2 <= keep * price.sum()
@@ -107,19 +109,20 @@ def global_(scores:dict, keep:float, space)->dict: # {name: fraction}
 
 # %% ../../nbs/core/05_allocate.ipynb #b5911ac5
 @allocator(shapes_only=True)
-def erk(scores:dict, keep:float, space)->dict: # {name: fraction}
+def erk(scores:dict, keep:float, space:Space)->dict: # {name: fraction}
     "Erdős–Rényi-Kernel: density proportional to sum(shape) / prod(shape), dense where that exceeds one."
     shapes = {n: space.layers[n].shape for n in scores if n in space.layers}
     if len(shapes) < len(scores):
-        raise BadInput(f"allocation 'erk' is defined by layer shapes; {space.unit}s have none: use 'uniform' or 'global'")
+        raise BadInput(f"allocation 'erk' is defined by layer shapes; {space.unit}s have none: "
+                       "use 'uniform' or 'global'")
     size = {n: math.prod(s) for n, s in shapes.items()}
     return proportional_densities({n: sum(s) / size[n] for n, s in shapes.items()}, size, keep)
 
-def proportional_densities(weights:dict,  # {name: density wanted, up to a common factor}
-           size:dict,  # {name: number of units}
-           keep:float, # the budget
+def proportional_densities(weights:dict, # {name: density wanted, up to a common factor}
+                           size:dict,    # {name: number of units}
+                           keep:float,   # the budget
     )->dict: # {name: fraction}
-    "Densities proportional to `want` that spend the budget; what would exceed one is dense, the others share the rest."
+    "Densities proportional to `weights` that meet the budget; none exceeds one, the others share the rest."
     dense = set()
     while True:
         rest = [n for n in weights if n not in dense]
@@ -131,15 +134,15 @@ def proportional_densities(weights:dict,  # {name: density wanted, up to a commo
 
 # %% ../../nbs/core/05_allocate.ipynb #f43f8956
 @allocator(shapes_only=True)
-def keep_current(scores:dict, keep:float, space)->dict: # {name: fraction}
-    "What is alive in every group stays; the budget was settled before."
+def keep_current(scores:dict, keep:float, space:Space)->dict: # {name: fraction}
+    "Keep the current mask of every group; the budget was met earlier."
     return {n: int(space.alive(n).sum()) / space.alive(n).numel() for n in scores}
 
 # %% ../../nbs/core/05_allocate.ipynb #f2212c56
-def round_to_units(fractions:dict, # {name: fraction}, any allocator's answer
-           keep:float,     # the budget
-           scores:dict,    # {name: scores}, for the sizes
-           space,          # for the costs
+def round_to_units(fractions:dict, # {name: fraction}, from any allocator
+                   keep:float,     # the budget
+                   scores:dict,    # {name: scores}, for the sizes
+                   space:Space,    # for the costs
     )->dict: # {name: whole number of units / size}
     "Round an allocation to whole units without losing the budget."
     size = {n: s.numel() for n, s in scores.items()}

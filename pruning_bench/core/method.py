@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['READERS', 'PARTS', 'FAMILIES', 'START_STATES', 'METHODS', 'Method', 'part_text', 'Card', 'register', 'build',
-           'methods', 'cite', 'magnitude_', 'random']
+           'methods', 'card_row', 'cite', 'paper_link', 'magnitude_', 'random']
 
 # %% ../../nbs/core/11_method.ipynb #9a9794f7
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from .inputs import BadInput, choose
+from .inputs import BadInput, choose, optional
 from .registry import Registry
 from .score import Score, as_score, magnitude, random as random_score
 from .allocate import Allocator, as_allocator, uniform
@@ -25,21 +25,41 @@ from .stages import Stages, as_stages, whole
 # %% ../../nbs/core/11_method.ipynb #9d716a11
 @dataclass(frozen=True)
 class Method:
-    "A pruning method: one answer to each question."
+    """A pruning method: one answer to each question of a pruning paper.
+
+    Every part may be a registered name, a record or a plain function; raises `BadInput` for anything else.
+
+    Parameters
+    ----------
+    name: as plans and tables show it
+    space: name of the space: what is a unit
+    score: how important is a unit
+    allocate: how much is removed where
+    pattern: which units are removed
+    solve: how the remaining weights are updated
+    schedule: when
+    rule: what happens at every step of a training, in place of the schedule; None = nothing
+    stages: the network at once, or block after block
+    prepare: what happens before the first pruning step
+    between: what happens after every pruning step
+    recover: retraining
+    options: further arguments of the space
+    readings: {statistic: its settings}, where it has some
+    """
     name: str = "custom"
-    space: str = "weights"            # what is a unit
-    score: Score = magnitude          # how important is a unit
-    allocate: Allocator = uniform     # how much is removed where
-    pattern: Pattern = field(default_factory=unstructured) # which units go
-    solve: Solver = zero              # how the remaining weights are updated
-    schedule: Schedule = field(default_factory=one_shot)   # when
-    rule: RuleMaker = None            # what happens at every step of a training; it takes the place of the schedule
-    stages: Stages = whole            # the network at once, or block after block
-    prepare: Callable = no_preparation       # before the first step
-    between: Callable = finetune_between         # after every step
-    recover: Recovery = field(default_factory=none)        # retraining
-    options: dict = field(default_factory=dict)            # further arguments of the space
-    readings: dict = field(default_factory=dict)           # {statistic: its settings}, where it has some
+    space: str = "weights"
+    score: Score = magnitude
+    allocate: Allocator = uniform
+    pattern: Pattern = field(default_factory=unstructured)
+    solve: Solver = zero
+    schedule: Schedule = field(default_factory=one_shot)
+    rule: RuleMaker = None
+    stages: Stages = whole
+    prepare: Callable = no_preparation
+    between: Callable = finetune_between
+    recover: Recovery = field(default_factory=none)
+    options: dict = field(default_factory=dict)
+    readings: dict = field(default_factory=dict)
 
     def __post_init__(self):
         for part, read in READERS.items():
@@ -60,14 +80,15 @@ class Method:
     @property
     def provenance(self)->dict: # {part: text}
         "The parts that decide, with their settings, as plans and entries record them."
-        return {"method": self.name, "space": self.space, **{p: part_text(getattr(self, p)) for p in PARTS if p in self.used}}
+        parts = {p: part_text(getattr(self, p)) for p in PARTS if p in self.used}
+        return {"method": self.name, "space": self.space, **parts}
 
 def part_text(part)->str: # for plans
     "A part as text: its name and settings."
     return str(part) if not inspect.isfunction(part) else part.__name__
 
-READERS = dict(score=as_score, allocate=as_allocator, pattern=as_pattern, solve=as_solver, schedule=as_schedule, rule=as_rule,
-               stages=as_stages, recover=as_recovery)   # field -> function that reads a name, a record or a plain function
+READERS = dict(score=as_score, allocate=as_allocator, pattern=as_pattern, solve=as_solver, schedule=as_schedule,
+               rule=as_rule, stages=as_stages, recover=as_recovery)   # field -> function that reads what a user passes
 PARTS = ("score", "allocate", "pattern", "solve", "schedule", "rule", "stages", "prepare", "between", "recover")
 
 # %% ../../nbs/core/11_method.ipynb #2383dca4
@@ -78,20 +99,28 @@ METHODS = Registry("method")   # name -> Card
 @dataclass(frozen=True)
 class Card:
     "What is known about a method besides how it works."
-    slug: str; title: str; paper: str; year: int; family: str; stage: str; build: Callable
+    slug: str        # the name that users type
+    title: str       # of the paper
+    paper: str       # "arXiv:...", "doi:..." or "folklore"
+    year: int        # of publication
+    family: str      # one of FAMILIES
+    stage: str       # one of START_STATES
+    build: Callable  # settings -> Method
 
 def register(title:str,  # title of the paper
              paper:str,  # "arXiv:...", "doi:..." or "folklore"
              year:int,   # of publication
              family:str, # one of FAMILIES
-             start_state:str="trained", # one of STAGES
+             start_state:str="trained", # one of START_STATES
              replaces:bool=False, # whether a method of this name may be replaced
     ): # a decorator for the function that builds the record
     "Add a method to the registry; raises `BadInput` for an incomplete card and for a taken name."
     def mark(fn):
         slug = fn.__name__.strip("_").replace("_", "-")
-        choose(family, dict.fromkeys(FAMILIES), "family"); choose(start_state, dict.fromkeys(START_STATES), "stage")
-        if not fn.__doc__ or not isinstance(year, int): raise BadInput(f"method {slug!r} needs a one-line docstring and a year")
+        choose(family, dict.fromkeys(FAMILIES), "family")
+        choose(start_state, dict.fromkeys(START_STATES), "stage")
+        if not fn.__doc__ or not isinstance(year, int):
+            raise BadInput(f"method {slug!r} needs a one-line docstring and a year")
         METHODS.add(slug, Card(slug, title, paper, year, family, start_state, fn), fn, replaces)
         return fn
     return mark
@@ -109,21 +138,31 @@ def build(name:str, # slug of a registered method
 def methods(pattern:str="*", # wildcard on the name
             **where          # equality on other columns, e.g. family="data"
     ): # pandas DataFrame, one row per method
-    "List the registered methods."
-    import pandas as pd
-    rows = [dict(method=c.slug, family=c.family, stage=c.stage, space=m.space, needs=", ".join(sorted(m.needs)) or "nothing",
-                 year=c.year, paper=c.paper, what=inspect.cleandoc(c.build.__doc__).split("\n")[0])
-            for c in sorted(METHODS.values(), key=lambda c: (FAMILIES.index(c.family), c.slug)) if fnmatch(c.slug, pattern) for m in [c.build()]]
+    "List the registered methods; raises `BadInput` without pandas."
+    pd = optional("pandas", "bench", "the table of methods")
+    cards = [c for c in METHODS.values() if fnmatch(c.slug, pattern)]
+    rows = [card_row(c) for c in sorted(cards, key=lambda c: (FAMILIES.index(c.family), c.slug))]
     table = pd.DataFrame(rows, columns=["method", "family", "stage", "space", "needs", "year", "paper", "what"])
     for column, value in where.items():
         choose(column, dict.fromkeys(table.columns), "column")
         table = table[table[column] == value]
     return table.reset_index(drop=True)
 
+def card_row(card:Card)->dict: # {column: value}
+    "One row of the table of methods."
+    record, what = card.build(), inspect.cleandoc(card.build.__doc__).split("\n")[0]
+    return dict(method=card.slug, family=card.family, stage=card.stage, space=record.space,
+                needs=", ".join(sorted(record.needs)) or "nothing", year=card.year, paper=card.paper, what=what)
+
 def cite(*names:str)->str: # markdown list
     "References of methods, from their cards."
-    link = lambda p: f"[{p}](https://arxiv.org/abs/{p[6:]})" if p.startswith("arXiv:") else f"[{p}](https://doi.org/{p[4:]})" if p.startswith("doi:") else p
-    return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {link(c.paper)}" for c in (METHODS[n] for n in names))
+    cards = [METHODS[n] for n in names]
+    return "\n".join(f"- **{c.slug}**: {c.title} ({c.year}). {paper_link(c.paper)}" for c in cards)
+
+def paper_link(paper:str)->str: # markdown
+    "A link to a paper, or its name where it has no address."
+    if paper.startswith("arXiv:"): return f"[{paper}](https://arxiv.org/abs/{paper[6:]})"
+    return f"[{paper}](https://doi.org/{paper[4:]})" if paper.startswith("doi:") else paper
 
 # %% ../../nbs/core/11_method.ipynb #ed8c8a30
 @register("Comparing Biases for Minimal Network Construction with Back-Propagation", "NeurIPS 1988", 1988, "weight")

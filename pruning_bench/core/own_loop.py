@@ -9,45 +9,56 @@ __all__ = ['PruningRun', 'adapt_to_user_loop', 'pruning']
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from torch import nn
-from .driver import CostMeter, run_method, prepare_job, resolve_request
-from .inputs import BadInput
+from .cost import CostMeter
+from .driver import run_method
+from .inputs import BadInput, Loss
 from .method import Method
 from .plan import Plan
 from .recovery import no_preparation, none, no_training
+from .request import prepare_job, resolve_request
 from .restore import restore_on_error
 from .rule import TrainingState, apply_rule
 
 # %% ../../nbs/core/19_own_loop.ipynb #d81c70e0
 @dataclass
 class PruningRun:
-    "A training under way in a loop of the user."
-    training: TrainingState     # how far the training is
-    plan: Plan = None  # what is left, after the end
+    "A training in a loop of the user."
+    training: TrainingState  # how far the training is
+    plan: Plan = None        # the decision, after the end of the loop
 
 # %% ../../nbs/core/19_own_loop.ipynb #9077a369
 def adapt_to_user_loop(record:Method, steps:int, settings:dict)->Method: # the method without its own training
-    "Refuse what cannot work inside a loop of the user; raises `BadInput`."
+    "The same method for a loop of the user; raises `BadInput` for methods that do not prune inside one training."
     if record.rule is None:
         loop = ", which runs its own loop" if record.recover.steps else ""
-        raise BadInput(f"method {record.name!r} does not prune inside one training of yours: call prune(model, {record.name!r}, ...){loop}")
+        raise BadInput(f"method {record.name!r} does not prune inside one training of yours: "
+                       f"call prune(model, {record.name!r}, ...){loop}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise BadInput(f"steps={steps!r}: say how many optimiser steps your loop will take, a whole number above zero")
     if "lr" in settings: raise BadInput("your loop has its own learning rate: leave lr out")
     return replace(record, prepare=no_preparation, recover=replace(none(), steps=steps, name="your loop", outside=True))
 
 @contextmanager
-def pruning(model:nn.Module, # pruned in place
-            method,          # a registered name or a `Method` with a rule
-            sparsity=None,   # fraction of units to remove, or a pattern such as "2:4"; 0.5 if not given
-            steps:int=0,     # optimiser steps that the loop inside will take
-            data=None,       # batches, only for methods that look at some, such as those that remove channels
-            loss=None,       # as for `prune`, only for methods that read it
-            *, skip=(),      # wildcards of parameter names to leave alone
-            calibration:int=128, # examples to compute statistics from
-            score=None, allocate=None, pattern=None, schedule=None, rule=None, space=None, # replace single parts
-            **settings       # arguments of the method
-    ): # yields a `PruningRun`; its `plan` is there at the end
-    "Prune inside your own training loop; raises `BadInput` before work starts, and where the loop was shorter than announced."
+def pruning(model:nn.Module, method, sparsity=None, steps:int=0, data=None, loss:Loss=None, *, skip=(),
+            calibration:int=128, score=None, allocate=None, pattern=None, schedule=None, rule=None, space=None,
+            **settings):
+    """Prune inside your own training loop: a context manager that yields a `PruningRun`, which has the plan at the end.
+
+    Raises `BadInput` before work starts, and at the end where the loop was shorter than announced.
+
+    Parameters
+    ----------
+    model: pruned in place
+    method: a registered name or a `Method` with a rule
+    sparsity: fraction of units to remove (default 0.5), a pattern "2:4", or a budget such as {"macs": 0.5}
+    steps: number of optimiser steps that the loop inside will take
+    data: batches, only for methods that read some, such as those that remove channels
+    loss: as for `prune`, only for methods that read it
+    skip: wildcards of parameter names to leave alone
+    calibration: number of examples from which statistics are computed
+    score, allocate, pattern, schedule, rule, space: in place of the parts of the method, as for `prune`
+    settings: arguments of the method, see `help(build(method))`
+    """
     given = dict(score=score, allocate=allocate, pattern=pattern, schedule=schedule, rule=rule, space=space)
     record, budget = resolve_request(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
     job = prepare_job(adapt_to_user_loop(record, steps, settings), model, budget, data, loss, skip, calibration, 0)
@@ -57,5 +68,7 @@ def pruning(model:nn.Module, # pruned in place
             loop = PruningRun(training)
             yield loop
         if rule.finish: job.space.remove()
-        else: run_method(replace(job.record, rule=None, between=no_training), job.space, job.keep, None, job.calib, loss)
+        else:
+            record = replace(job.record, rule=None, between=no_training)
+            run_method(record, job.space, job.keep, None, job.calib, loss)
     loop.plan = job.report({"steps": steps}, cost())

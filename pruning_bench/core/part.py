@@ -34,8 +34,11 @@ class Part:
 
     def __call__(self, *args, **kwargs): return self.fn(*args, **kwargs)
     def __deepcopy__(self, memo): return self
-    def __str__(self): return self.name + ("(" + ", ".join(f"{k}={setting_text(v)}" for k, v in self.settings.items()) + ")" if self.settings else "")
     def __repr__(self): return f"<{type(self).__name__.lower()} {self}>"
+
+    def __str__(self): # "name(setting=value)"
+        settings = ", ".join(f"{k}={setting_text(v)}" for k, v in self.settings.items())
+        return f"{self.name}({settings})" if settings else self.name
 
     def configured(self, **settings): # keyword arguments of the function
         "The same part with other settings; raises `BadInput` for a setting that the function does not have."
@@ -44,22 +47,23 @@ class Part:
         return replace(self, fn=functools.partial(self.fn, **settings), settings={**self.settings, **settings})
 
 # %% ../../nbs/core/18_part.ipynb #8521ac47
-def part_factory(kind:type,          # the record, a subclass of `Part`
+def part_factory(kind:type,              # the record, a subclass of `Part`
                  registry:Registry=None, # where the factory is registered under its name
-                 **facts             # further fields of the record
-    ): # a decorator for a function of settings that returns a function or a record
+                 **facts                 # further fields of the record
+    )->Callable: # a decorator for a function of settings that returns a function or a record
     "Let a function of settings return a record that shows them; a trailing underscore of its name is dropped."
     def mark(fn):
         name, signature = fn.__name__.strip("_"), inspect.signature(fn)
+        further = [k for k, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD]
         @functools.wraps(fn)
         def made(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            settings = {k: v for k, v in bound.arguments.items() if signature.parameters[k].kind != inspect.Parameter.VAR_KEYWORD}
+            settings = {k: v for k, v in bound.arguments.items() if k not in further}
+            for k in further: settings |= bound.arguments.get(k, {})
             part = fn(*args, **kwargs)
             if not isinstance(part, kind): part = kind(part, **facts)
-            extra = next((bound.arguments.get(k, {}) for k, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD), {})
-            return replace(part, name=name, settings={**settings, **extra})
+            return replace(part, name=name, settings=settings)
         return registry.add(name, made, fn) if registry is not None else made
     return mark
 
@@ -73,7 +77,10 @@ def as_part(value,               # a name, a record, or a plain function
     if isinstance(value, str): value = registry[value]
     if isinstance(value, kind): return value
     what = kind.__name__.lower()
-    if isinstance(value, Part): raise BadInput(f"{value.name!r} is a {type(value).__name__.lower()}, and a {what} is asked for: pass {wants}")
-    if not callable(value) or inspect.isclass(value): raise BadInput(f"{value!r} is not a {what}: pass a registered name or {wants}")
+    if isinstance(value, Part):
+        raise BadInput(f"{value.name!r} is a {type(value).__name__.lower()}, and a {what} is asked for: pass {wants}")
+    if not callable(value) or inspect.isclass(value):
+        raise BadInput(f"{value!r} is not a {what}: pass a registered name or {wants}")
     made = value() if any(value is v for v in registry.entries.values()) else value
-    return made if isinstance(made, kind) else kind(made, getattr(made, "__name__", "custom").replace("<lambda>", "custom"))
+    if isinstance(made, kind): return made
+    return kind(made, getattr(made, "__name__", "custom").replace("<lambda>", "custom"))

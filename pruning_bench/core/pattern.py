@@ -33,7 +33,8 @@ class Pattern:
     def check(self, name:str, layer)->None: # raises BadInput when a layer does not divide
         rows, cols = layer.read().shape[0], layer.in_channels
         if rows % self.divides[0] or cols % self.divides[1]:
-            raise BadInput(f"pattern {self.name} does not divide {name!r} ({rows} outputs, {cols} input channels): add it to skip=")
+            raise BadInput(f"pattern {self.name} does not divide {name!r} ({rows} outputs, {cols} input channels): "
+                           "add it to skip=")
 
     def __str__(self): return self.name
 
@@ -82,7 +83,8 @@ def n_m(n:int=2, # units kept
         m:int=4, # of every m consecutive input channels
     ): # a Pattern
     "Keep n of every m consecutive weights of a row (Mishra et al., 2021, arXiv:2104.08378)."
-    if not 0 < n < m: raise BadInput(f"pattern {n}:{m} keeps nothing or everything: write n:m with 0 < n < m, for instance 2:4")
+    if not 0 < n < m:
+        raise BadInput(f"pattern {n}:{m} keeps nothing or everything: write n:m with 0 < n < m, for instance 2:4")
     def select(scores, fraction):
         return topk_per_row(scores.view(scores.shape[0], -1, m), n).view_as(scores)
     return Pattern(f"{n}:{m}", select, fixed=n / m, divides=(1, m))
@@ -105,10 +107,14 @@ def as_pattern(spec # a Pattern, "2:4", "4x4", a registered name, or a function 
     )->Pattern:
     "Read a pattern; raises `BadInput` for an unknown name and for a part of another kind."
     if isinstance(spec, Pattern): return spec
-    if isinstance(spec, Part): raise BadInput(f"{spec.name!r} is a {type(spec).__name__.lower()}, and a pattern is asked for: pass a name such as '2:4'")
+    if isinstance(spec, Part):
+        raise BadInput(f"{spec.name!r} is a {type(spec).__name__.lower()}, and a pattern is asked for: "
+                       "pass a name such as '2:4'")
     if found := re.fullmatch(r"(\d+):(\d+)", str(spec)): return n_m(*map(int, found.groups()))
     if found := re.fullmatch(r"(\d+)x(\d+)", str(spec)): return block(*map(int, found.groups()))
     if isinstance(spec, str): return PATTERNS[spec]()
-    if not callable(spec): raise BadInput(f"{spec!r} is not a pattern: pass a name such as '2:4', or a function (scores, fraction) -> bool mask")
+    if not callable(spec):
+        raise BadInput(f"{spec!r} is not a pattern: pass a name such as '2:4', "
+                       "or a function (scores, fraction) -> bool mask")
     made = spec() if any(spec is v for v in PATTERNS.entries.values()) else spec
     return made if isinstance(made, Pattern) else Pattern("custom", made)

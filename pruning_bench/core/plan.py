@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from safetensors.numpy import load_file, save_file
-from .inputs import BadInput, as_dataset, choose
+from .inputs import BadInput, as_dataset, choose, optional
 from .mask import remove_masks
 from .space import SPACES
 from .checkpoint import save_model
@@ -22,20 +22,36 @@ from .checkpoint import save_model
 # %% ../../nbs/core/10_plan.ipynb #496cc0f7
 @dataclass(frozen=True, repr=False)
 class Plan:
-    "Which units stay, how that was decided, and what it cost."
-    space: str                                    # name of the space the masks speak of
-    masks: dict                                   # {group: bool tensor}, True = kept
-    provenance: dict = field(default_factory=dict)    # the parts that decided, as text
-    requested: float = 1.                         # fraction to keep that was asked for
-    cost: dict = field(default_factory=dict)      # seconds, passes and samples spent
-    slices: dict = field(default_factory=dict)    # {parameter: {dimension: kept indices}}, for removed structure
-    budget: dict = field(default_factory=dict)    # a resource asked for by name: {"of", "requested", "achieved", "full", "left"}
-    build: dict = field(default_factory=dict)     # what a fresh process needs to rebuild the model: class, attributes, an example
-    model: object = None                          # () -> the pruned model, while somebody holds it
+    """Which units of a model are kept, how that was decided, and what it cost.
+
+    `apply`, `bake` and `load_plan` raise `BadInput` for another architecture, other masks and an altered file.
+
+    Parameters
+    ----------
+    space: name of the space that the masks are about
+    masks: {group: bool tensor}, True = kept
+    provenance: the parts that decided, as text
+    requested: fraction to keep that was asked for
+    cost: seconds, peak memory, passes and samples spent
+    slices: {parameter: {dimension: kept indices}}, for removed structure
+    budget: {"of", "requested", "achieved", "full", "left"} of a resource asked for by name
+    build: what a fresh process needs to build the model again: class, attributes, an example
+    model: () -> the pruned model, while it exists in this process
+    """
+    space: str
+    masks: dict
+    provenance: dict = field(default_factory=dict)
+    requested: float = 1.
+    cost: dict = field(default_factory=dict)
+    slices: dict = field(default_factory=dict)
+    budget: dict = field(default_factory=dict)
+    build: dict = field(default_factory=dict)
+    model: object = None
 
     @property
     def density(self)->float: # fraction of units kept
-        return sum(m.sum().item() for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
+        kept = sum(m.sum().item() for m in self.masks.values())
+        return kept / sum(m.numel() for m in self.masks.values())
 
     @property
     def sparsity(self)->float: return 1 - self.density
@@ -46,131 +62,164 @@ class Plan:
     def __eq__(self, other): return isinstance(other, Plan) and self.digest == other.digest
     def __hash__(self): return hash(self.digest)
     def __getstate__(self): return {**self.__dict__, "model": None}   # copies and pickles travel without the model
-    def __repr__(self): return f"Plan({self.provenance.get('method', 'custom')}, {self.space}: {request_summary(self)}{self.density:.4f} kept, {len(self.masks)} groups, {self.digest[:12]})"
+    def __repr__(self):
+        made = f"{self.provenance.get('method', 'custom')}, {self.space}"
+        groups = f"{self.density:.4f} kept, {len(self.masks)} groups"
+        return f"Plan({made}: {request_summary(self)}{groups}, {self.digest[:12]})"
+
     def table(self): return plan_table(self)
     def plot(self, ax=None): return plot_plan(self, ax)
-    def _repr_html_(self): return plan_html(self)
     def diff(self, other): return diff_plans(self, other)
     def save(self, folder, model=None)->Path: return save_plan(self, folder, model)
+
+    def _repr_html_(self): # None where pandas is missing: Jupyter then shows the text
+        try: return plan_html(self)
+        except BadInput: return None
+
     def apply(self, model): return apply_plan(self, model)
     def bake(self, model): return bake_plan(self, model)
     def kept(self, name:str="examples", row:int=0)->Tensor: return kept_indices(self, name, row)
-    def subset(self, dataset, row:int=0): return torch.utils.data.Subset(as_dataset(dataset), kept_indices(self, "examples", row).tolist())
+
+    def subset(self, dataset, row:int=0): # as for `as_dataset`; the round of a changing subset
+        "The chosen examples of a data set."
+        return torch.utils.data.Subset(as_dataset(dataset), kept_indices(self, "examples", row).tolist())
 
 # %% ../../nbs/core/10_plan.ipynb #1205a7a7
 def pack_bits(mask:Tensor)->np.ndarray: # eight units per byte
-    "A bool mask as bits."
+    "Pack a bool mask into bits."
     return np.packbits(mask.cpu().numpy().reshape(-1))
 
-def plan_digest(plan)->str: # sha256 in hexadecimal
+def plan_digest(plan:Plan)->str: # sha256 in hexadecimal
     "Identity of a decision: its space and its masks."
     h = hashlib.sha256(plan.space.encode())
     for name in sorted(plan.masks):
-        h.update(f"{name}:{tuple(plan.masks[name].shape)}".encode()); h.update(pack_bits(plan.masks[name]).tobytes())
+        h.update(f"{name}:{tuple(plan.masks[name].shape)}".encode())
+        h.update(pack_bits(plan.masks[name]).tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/core/10_plan.ipynb #6291d280
-def request_summary(plan)->str: # the beginning of a description
+def request_summary(plan:Plan)->str: # the beginning of a description
     "The request, and how far it was met."
     b = plan.budget
     if not b: return f"{plan.requested:.4f} requested, "
-    calm = "" if b.get("stable", True) else ", unstable"
-    return f"{b['requested']:.4f} of the {b['of']} to remove requested, {b['achieved']:.4f} removed{calm}; units: "
+    spread = "" if b.get("stable", True) else ", unstable"
+    return f"{b['requested']:.4f} of the {b['of']} to remove requested, {b['achieved']:.4f} removed{spread}; units: "
 
-def plan_table(plan): # pandas DataFrame, one row per group
-    "Units and density of every group."
-    import pandas as pd
+def plan_table(plan:Plan): # pandas DataFrame, one row per group
+    "Units and density of every group; raises `BadInput` without pandas."
+    pd = optional("pandas", "bench", "the table of a plan")
     rows = [(n, tuple(m.shape), m.numel(), int(m.sum())) for n, m in plan.masks.items()]
     table = pd.DataFrame(rows, columns=["group", "shape", "units", "kept"])
     return table.assign(density=table.kept / table.units)
 
-def plan_html(plan)->str: # an HTML fragment
-    "The table with bars, as Jupyter shows it."
-    style = plan_table(plan).style.hide().format({"density": "{:.4f}"}).bar(subset=["density"], vmin=0, vmax=1, color="#9ecae1")
+def plan_html(plan:Plan)->str: # an HTML fragment
+    "The table with bars, as Jupyter shows it; raises `BadInput` without pandas and jinja2."
+    optional("jinja2", "bench", "the styled table of a plan")
+    style = plan_table(plan).style.hide().format({"density": "{:.4f}"})
+    style = style.bar(subset=["density"], vmin=0, vmax=1, color="#9ecae1")
     return f"<p><code>{plan!r}</code></p>" + style.set_uuid(plan.digest[:8]).to_html()
 
-def plot_plan(plan, ax=None): # a matplotlib axis
-    "Density per group, with the overall density as a line."
-    import matplotlib.pyplot as plt
+def plot_plan(plan:Plan, ax=None): # a matplotlib axis
+    "Plot the density of every group, and the overall density as a line; raises `BadInput` without matplotlib."
+    plt = optional("matplotlib.pyplot", "bench", "the plot of a plan")
     table = plan_table(plan)
     if ax is None: _, ax = plt.subplots(figsize=(6, max(1.2, .22 * len(table))))
     ax.barh(table.group.astype(str), table.density, color="#4292c6", height=.7)
     ax.axvline(plan.density, color="k", lw=.8, ls="--")
-    ax.invert_yaxis(); ax.set(xlim=(0, 1), xlabel="density")
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="density")
     return ax
 
 # %% ../../nbs/core/10_plan.ipynb #ce85bac1
-def diff_plans(a, b): # pandas DataFrame, one row per group of either plan
-    "Overlap of two plans, group by group."
-    import pandas as pd
+def diff_plans(a:Plan, b:Plan): # pandas DataFrame, one row per group of either plan
+    "Overlap of two plans, group by group; raises `BadInput` for plans of two spaces and without pandas."
+    pd = optional("pandas", "bench", "the comparison of plans")
     if a.space != b.space: raise BadInput(f"cannot compare a plan of {a.space} with a plan of {b.space}")
     rows = []
     for n in dict.fromkeys([*a.masks, *b.masks]):
         x, y = a.masks.get(n), b.masks.get(n)
-        if x is None or y is None or x.shape != y.shape: rows.append((n, None if x is None else int(x.sum()), None if y is None else int(y.sum()), None, None)); continue
-        both, either = int((x & y).sum()), int((x | y).sum())
-        rows.append((n, int(x.sum()), int(y.sum()), both, both / either if either else 1.))
+        counts = [None if m is None else int(m.sum()) for m in (x, y)]
+        both, iou = None, None
+        if x is not None and y is not None and x.shape == y.shape:
+            both, either = int((x & y).sum()), int((x | y).sum())
+            iou = both / either if either else 1.
+        rows.append((n, *counts, both, iou))
     return pd.DataFrame(rows, columns=["group", "kept_here", "kept_there", "kept_by_both", "iou"])
 
 # %% ../../nbs/core/10_plan.ipynb #9dd43fed
-def save_plan(plan, folder, model=None)->Path: # the folder written
-    "Write a plan, and the pruned model if structure was removed or a model is given; what was at the same place is replaced only by a complete folder."
+def save_plan(plan:Plan,
+              folder,     # a path; an existing folder is replaced, and only by a complete one
+              model=None, # the pruned network; None = saved only where structure was removed
+    )->Path: # the folder written
+    "Write a plan, and the pruned model if structure was removed or a model is given."
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         write_plan(plan, part)
         model = model if model is not None else plan.model() if plan.model and plan.build else None
-        if model is not None: save_model(model, part, plan.build, {**plan.provenance, "budget": plan.budget, "requested": plan.requested, "density": plan.density})
+        if model is not None:
+            met = {"budget": plan.budget, "requested": plan.requested, "density": plan.density}
+            save_model(model, part, plan.build, {**plan.provenance, **met})
         if folder.exists(): shutil.rmtree(folder)
         os.replace(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-def write_plan(plan, part:Path)->None: # into an existing folder
-    "The decision as JSON and bits."
+def write_plan(plan:Plan, part:Path)->None: # into an existing folder
+    "Write the decision as JSON and bits."
     bits = {f"mask:{n}": pack_bits(m) for n, m in plan.masks.items()}
-    bits |= {f"slice:{p}:{d}": np.asarray(i, dtype=np.int64) for p, dims in plan.slices.items() for d, i in dims.items()}
+    kept = ((p, d, i) for p, dims in plan.slices.items() for d, i in dims.items())
+    bits |= {f"slice:{p}:{d}": np.asarray(i, dtype=np.int64) for p, d, i in kept}
     save_file(bits, part / "plan.safetensors")
-    about = dict(format="plan.v1", space=plan.space, digest=plan.digest, provenance=plan.provenance, requested=plan.requested, density=plan.density,
-                 cost=plan.cost, budget=plan.budget, build=plan.build, shapes={n: list(m.shape) for n, m in plan.masks.items()})
+    about = dict(format="plan.v1", space=plan.space, digest=plan.digest, provenance=plan.provenance,
+                 requested=plan.requested, density=plan.density, cost=plan.cost, budget=plan.budget, build=plan.build,
+                 shapes={n: list(m.shape) for n, m in plan.masks.items()})
     (part / "plan.json").write_text(json.dumps(about, indent=1))
 
 def load_plan(folder)->Plan:
     "Read a plan written by `Plan.save`; raises `BadInput` when it is absent or was altered."
     folder = Path(folder)
-    if not (folder / "plan.json").exists(): raise BadInput(f"no plan at {folder}: expected plan.json and plan.safetensors")
+    if not (folder / "plan.json").exists():
+        raise BadInput(f"no plan at {folder}: expected plan.json and plan.safetensors")
     about, bits = json.loads((folder / "plan.json").read_text()), load_file(folder / "plan.safetensors")
-    masks = {n: torch.from_numpy(np.unpackbits(bits[f"mask:{n}"], count=int(np.prod(s))).astype(bool).reshape(s)) for n, s in about["shapes"].items()}
+    flat = {n: np.unpackbits(bits[f"mask:{n}"], count=int(np.prod(s))) for n, s in about["shapes"].items()}
+    masks = {n: torch.from_numpy(flat[n].astype(bool).reshape(s)) for n, s in about["shapes"].items()}
     slices = {}
     for key in (k for k in bits if k.startswith("slice:")):
         _, param, dim = key.split(":")
         slices.setdefault(param, {})[int(dim)] = bits[key].tolist()
-    plan = Plan(about["space"], masks, about["provenance"], about["requested"], about["cost"], slices, about.get("budget", {}), about.get("build", {}))
-    if plan.digest != about["digest"]: raise BadInput(f"the plan at {folder} does not match its digest: it was altered or cut short")
+    plan = Plan(about["space"], masks, about["provenance"], about["requested"], about["cost"], slices,
+                about.get("budget", {}), about.get("build", {}))
+    if plan.digest != about["digest"]:
+        raise BadInput(f"the plan at {folder} does not match its digest: it was altered or cut short")
     return plan
 
 # %% ../../nbs/core/10_plan.ipynb #ada0b67c
-def apply_plan(plan, model)->None: # changes the model in place
-    "Carry out a decision on a fresh copy of the dense model."
+def apply_plan(plan:Plan, model)->None: # changes the model in place
+    "Carry out a decision on a fresh copy of the dense model; raises `BadInput` for another architecture."
     space = choose(plan.space, SPACES, "space")
     if plan.space != "examples":
         names = dict(model.named_modules()) | dict(model.named_parameters()) | dict(model.named_buffers())
-        lost = next((n for n in [*plan.slices, *(plan.masks if not plan.slices else ())] if n not in names), None)
+        needed = [*plan.slices, *(plan.masks if not plan.slices else ())]
+        lost = next((n for n in needed if n not in names), None)
         if lost: raise BadInput(f"this plan was made for another architecture: the model has no {lost!r}")
     space.restore(model, plan)
 
-def bake_plan(plan,  # whose zeros the model carries
-              model, # changed in place
-    ):               # the same model, ordinary again
-    "Take the masks off and leave the zeros, for exports and for programs without this library; raises `BadInput` for masks of another plan."
+def bake_plan(plan:Plan, # whose zeros the model carries
+              model,     # changed in place
+    ):                   # the same model, with ordinary parameters
+    "Take the masks off and leave the zeros, for exports; raises `BadInput` for masks of another plan."
     if plan.space == "weights":
         found = SPACES["weights"](model, skip=plan.provenance.get("skip", ()))
-        missing = next((n for n, m in plan.masks.items() if n not in found.layers or not torch.equal(found.alive(n).cpu(), m)), None)
-        if missing: raise BadInput(f"the zeros of {missing!r} in this model are not those of the plan: call plan.apply(model) first")
+        def differs(name, mask): return name not in found.layers or not torch.equal(found.alive(name).cpu(), mask)
+        missing = next((n for n, m in plan.masks.items() if differs(n, m)), None)
+        if missing:
+            raise BadInput(f"the zeros of {missing!r} in this model are not those of the plan: "
+                           "call plan.apply(model) first")
     return remove_masks(model)
 
-def kept_indices(plan, name:str="examples", row:int=0)->Tensor: # 1-D indices
+def kept_indices(plan:Plan, name:str="examples", row:int=0)->Tensor: # 1-D indices
     "Indices of the kept units of one group; `row` picks the round of a changing subset."
     mask = choose(name, plan.masks, "group")
     return (mask[row % len(mask)] if name == "examples" else mask.flatten()).nonzero().flatten()

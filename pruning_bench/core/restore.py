@@ -16,10 +16,10 @@ def copy_container(v): # a container of the same entries, or the value itself
     "A shallow copy of the containers in which a module keeps its state."
     return copy.copy(v) if isinstance(v, (dict, list, set)) else v
 
-def tensor_values(model:nn.Module)->dict: # {tensor: (its memory, a clone of that, requires_grad, grad, a clone of its mask)}
+def tensor_values(model:nn.Module)->dict: # {tensor: (memory, clone of it, requires_grad, grad, clone of its mask)}
     "The tensors of a model, each once, with what is needed to put them back."
     kept = [t for m in model.modules() for own in (m._parameters, m._buffers) for t in own.values() if t is not None]
-    mask = lambda t: t.pruning_mask.keep.clone() if isinstance(t, MaskedParameter) else None
+    def mask(t): return t.pruning_mask.keep.clone() if isinstance(t, MaskedParameter) else None
     return {t: (MEMORY.__get__(t), t.detach().clone(), t.requires_grad, t.grad, mask(t)) for t in kept}
 
 def put_back_mask(p, keep)->None: # a parameter, and the mask that it had, or None
@@ -60,7 +60,7 @@ class ModelState:
 @contextmanager
 def restore_on_error(model:nn.Module, # None: nothing to put back
     ): # yields nothing
-    "Put a model back as it was when the block inside ends in an exception or an interruption; costs a copy of its tensors."
+    "Put a model back as it was when the block inside ends in an exception; costs a copy of its tensors."
     saved = None if model is None else ModelState(model)
     try: yield
     except BaseException:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingState', 'optimizer_buffers', 'update_mask', 'layer_fractions', 'masks_from_scores', 'keep_masks', 'Rule',
            'RuleParametrization', 'apply_rule', 'register_rule_parameters', 'make_step_hook', 'check_optimizer_covers',
-           'attach_rule', 'gated_weight', 'RuleMaker', 'rule_maker', 'as_rule', 'train_with_rule']
+           'attach_rule', 'used_weight', 'gated_weight', 'RuleMaker', 'rule_maker', 'as_rule', 'train_with_rule']
 
 # %% ../../nbs/core/13_rule.ipynb #9d647fbc
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from .inputs import BadInput
 from .mask import record_gradient, set_mask
 from .part import Part, part_factory
 from .pattern import unstructured
-from .space import matrix_to_weight
+from .space import Space, matrix_to_weight
 
 # %% ../../nbs/core/13_rule.ipynb #6bb2cd6f
 class TrainingState:
-    "A training under way: the space, the budget, how far it is, and what a rule remembers."
-    def __init__(self, space, keep:float, steps:int, pattern=None):
+    "The state of a training under a rule: the space, the budget, the progress, and the state of the rule."
+    def __init__(self, space:Space, keep:float, steps:int, pattern=None):
         self.space, self.keep, self.steps, self.pattern = space, keep, steps, pattern
         self.step, self.optimizers, self.state, self.gradients, self.uncovered_ids = 0, {}, {}, {}, set()
         self.allowed = {n: space.alive(n).clone() for n in space.names()}   # what was pruned before stays pruned
@@ -38,8 +38,9 @@ class TrainingState:
     def progress(self)->float: # fraction of the training that is over
         return min(1., self.step / self.steps)
 
-    def w(self, name)->Tensor: # the weight that is trained, for reading: (rows, columns), or the (units,) norms of channels
-        return self.space.layers[name].matrix(self.weight[name].detach()) if self.space.unit == "weight" else self.space.w(name)
+    def w(self, name)->Tensor: # the weight that is trained, (rows, columns), or the norms of channels, (units,)
+        if self.space.unit != "weight": return self.space.w(name)
+        return self.space.layers[name].matrix(self.weight[name].detach())
 
     def to_weight_layout(self, name, m:Tensor)->Tensor: # (rows, columns) in the form the layer stores
         return matrix_to_weight(m, self.weight[name].shape, self.space.layers[name].perm)
@@ -49,25 +50,27 @@ class TrainingState:
 
     def alive(self, name)->Tensor: return self.space.alive(name)
 
-    def gradient(self, name)->Tensor: # (rows, columns), of the last step, dead weights included; zero where none arrived
-        return self.space.layers[name].matrix(self.gradients[name]) if name in self.gradients else torch.zeros_like(self.w(name))
+    def gradient(self, name)->Tensor: # (rows, columns), of the last step, also of pruned weights; zero without one
+        if name not in self.gradients: return torch.zeros_like(self.w(name))
+        return self.space.layers[name].matrix(self.gradients[name])
 
 # %% ../../nbs/core/13_rule.ipynb #d0a5c578
-def optimizer_buffers(training, name)->list: # tensors shaped like the weight
-    "What the optimiser remembers of the weights of a layer."
+def optimizer_buffers(training:TrainingState, name:str)->list: # tensors shaped like the weight
+    "The buffers of the optimiser for the weights of a layer, such as momentum."
     w = training.weight[name]
     kept = training.optimizers[id(w)].state.get(w, {}) if id(w) in training.optimizers else {}
     return [v for v in kept.values() if isinstance(v, Tensor) and v.shape == w.shape]
 
 @torch.no_grad()
-def update_mask(training, name:str, # a layer
-         mask:Tensor,      # (rows, columns): its new mask; what was pruned before the training stays pruned
+def update_mask(training:TrainingState, name:str, # a layer
+                mask:Tensor, # (rows, columns): its new mask; what was pruned before the training stays pruned
     )->None:
-    "Give a layer another mask: the dead and the newborn are zero, and so is their momentum."
+    "Change the mask of a layer; weights that are removed or kept again become zero, and so does their momentum."
     layer, w, mask = training.space.layers[name], training.weight[name], mask & training.allowed[name]
     changed = training.to_weight_layout(name, mask != training.alive(name))
     set_mask(layer.module, layer.attr, training.to_weight_layout(name, mask))
-    for v in (w.data, w.grad, *optimizer_buffers(training, name)): v.masked_fill_(changed, 0) if v is not None else None
+    for v in (w.data, w.grad, *optimizer_buffers(training, name)):
+        if v is not None: v.masked_fill_(changed, 0)
 
 # %% ../../nbs/core/13_rule.ipynb #b7d2f0c4
 def layer_fractions(training,    # a `TrainingState`
@@ -88,8 +91,8 @@ def masks_from_scores(training,       # a `TrainingState`
     return {n: select(s.masked_fill(~training.allowed[n], -torch.inf), fractions[n]) for n, s in scores.items()}
 
 # %% ../../nbs/core/13_rule.ipynb #a2bdd65f
-def keep_masks(training)->dict: # {group: (w, mask)}
-    "The weights and masks as they are."
+def keep_masks(training:TrainingState)->dict: # {group: (w, mask)}
+    "The current weights and masks."
     return {n: (training.w(n), training.alive(n)) for n in training.names}
 
 @dataclass(frozen=True)
@@ -97,16 +100,16 @@ class Rule:
     "What happens to weights, masks and gates during a training."
     begin: Callable = lambda training: None    # before the first step
     state: Callable = lambda w, training: {}   # {name: tensor} to remember for a group; parameters in it are trained
-    view: Callable = None                    # (w, state, course) -> weights as the network uses them; for spaces of weights
-    gate: Callable = None                    # (group, state, course) -> (units,) factors, or None for no gate; for any space
+    view: Callable = None    # (w, state, training) -> weights as the network uses them; for spaces of weights
+    gate: Callable = None    # (group, state, training) -> (units,) factors, or None for no gate; for any space
     update: Callable = lambda training: None   # after every `every`-th optimiser step
-    every: int = 1
-    inside: Callable = None                  # course -> context manager around the training
-    finish: Callable = keep_masks            # course -> {group: (w, mask)}; None = the rule does not decide
+    every: int = 1           # optimiser steps between two updates
+    inside: Callable = None  # training -> context manager around the training
+    finish: Callable = keep_masks   # training -> {group: (w, mask)}; None = the rule does not decide
 
 class RuleParametrization(nn.Module):
     "A parametrisation: the weight that the network uses, in the form its layer stores it."
-    def __init__(self, layer, fn, state:dict, training, name):
+    def __init__(self, layer, fn, state:dict, training:TrainingState, name:str):
         super().__init__()
         self.shape, self.perm, self.state = layer.shape, layer.perm, state
         self.fn = lambda w, state: fn(w, state, training).masked_fill(~training.allowed[name], 0)
@@ -114,26 +117,28 @@ class RuleParametrization(nn.Module):
 
     def forward(self, w):
         seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained})
-        return torch.empty_like(w).copy_(matrix_to_weight(seen, self.shape, self.perm))   # of the same dtype and memory format
+        return torch.empty_like(w).copy_(matrix_to_weight(seen, self.shape, self.perm))   # same dtype, memory format
 
 # %% ../../nbs/core/13_rule.ipynb #20e46941
 @contextmanager
 def apply_rule(rule:Rule,    # what happens at every step
-          space,        # where the units live; a rule with a view needs weights
-          keep:float,   # fraction to keep
-          steps:int,    # optimiser steps of the training inside the context
-          pattern=None, # a `Pattern` the rule should respect
+               space:Space,  # where the units live; a rule with a view needs weights
+               keep:float,   # fraction to keep
+               steps:int,    # optimiser steps of the training inside the context
+               pattern=None, # a `Pattern` that the rule should respect
     ): # yields the `TrainingState`
     "Apply a rule to the training inside; raises `BadInput` when that was shorter than announced."
     if space.unit != "weight" and rule.view:
-        raise BadInput(f"this rule changes single weights, and the space has {space.unit}s: prune weights, or choose a rule with a gate")
+        raise BadInput(f"this rule changes single weights, and the space has {space.unit}s: "
+                       "prune weights, or choose a rule with a gate")
     training = TrainingState(space, keep, steps, pattern)
     space.apply({n: (space.w(n), training.allowed[n]) for n in training.names})
     rule.begin(training)
     training.state = {n: rule.state(training.w(n), training) for n in training.names}
     with ExitStack() as stack:
         stack.callback(register_optimizer_step_post_hook(make_step_hook(rule, training)).remove)
-        for name in training.names if space.unit == "weight" else (): stack.callback(attach_rule(rule, training, name))
+        for name in training.names if space.unit == "weight" else ():
+            stack.callback(attach_rule(rule, training, name))
         if space.unit != "weight": stack.enter_context(register_rule_parameters(space.model, training.state))
         if rule.gate and space.unit != "weight":
             stack.enter_context(space.gate(lambda n: rule.gate(n, training.state[n], training)))
@@ -141,8 +146,11 @@ def apply_rule(rule:Rule,    # what happens at every step
         yield training
     check_optimizer_covers(training)
     if training.step < steps:
-        raise BadInput(f"the training took {training.step} optimiser steps and {steps} were announced: give the number it really takes")
-    if rule.finish: space.apply({n: (w, mask & training.allowed[n]) for n, (w, mask) in rule.finish(training).items()})
+        raise BadInput(f"the training took {training.step} optimiser steps and {steps} were announced: "
+                       "give the number it really takes")
+    if rule.finish:
+        final = rule.finish(training).items()
+        space.apply({n: (w, mask & training.allowed[n]) for n, (w, mask) in final})
 
 @contextmanager
 def register_rule_parameters(model:nn.Module, states:dict): # yields nothing
@@ -155,15 +163,18 @@ def register_rule_parameters(model:nn.Module, states:dict): # yields nothing
         for name in names: delattr(model, name)
 
 # %% ../../nbs/core/13_rule.ipynb #65520942
-def make_step_hook(rule, training): # a hook for optimisers
-    "Count the steps that the weights or the state take, whoever moves them, and update on time."
+def make_step_hook(rule:Rule, training:TrainingState)->Callable: # a hook for optimisers
+    "Count the optimiser steps of the weights and of the state of a rule, and call `update` after every `every`-th."
     learned = [p for state in training.state.values() for p in state.values() if isinstance(p, nn.Parameter)]
-    taken, training.uncovered_ids = {id(p): 0 for p in [*training.weight.values(), *learned]}, {id(p) for p in learned}
+    taken = {id(p): 0 for p in [*training.weight.values(), *learned]}
+    training.uncovered_ids = {id(p) for p in learned}
     def tick(optimizer, args, kwargs):
         mine = [p for group in optimizer.param_groups for p in group["params"] if id(p) in taken]
         training.uncovered_ids -= {id(p) for p in mine}
-        if all(p.grad is None for p in mine): return   # not our weights, or nothing to move them
-        for p in mine: taken[id(p)] += 1; training.optimizers[id(p)] = optimizer
+        if all(p.grad is None for p in mine): return   # other weights, or no gradient
+        for p in mine:
+            taken[id(p)] += 1
+            training.optimizers[id(p)] = optimizer
         if max(taken.values()) == training.step: return   # the second optimiser of the same step
         if training.step: check_optimizer_covers(training)
         training.step += 1
@@ -171,30 +182,40 @@ def make_step_hook(rule, training): # a hook for optimisers
         training.gradients.clear()
     return tick
 
-def check_optimizer_covers(training)->None: # raises BadInput
-    "Whether every tensor that a rule learns has met an optimiser."
-    if training.uncovered_ids:
-        raise BadInput(f"no optimiser holds {len(training.uncovered_ids)} tensors that this method learns: make the optimiser inside the context, of all model.parameters()")
+def check_optimizer_covers(training:TrainingState)->None: # raises BadInput
+    "Refuse a training whose optimisers do not hold every tensor that the rule learns."
+    if not training.uncovered_ids: return
+    raise BadInput(f"no optimiser holds {len(training.uncovered_ids)} tensors that this method learns: "
+                   "make the optimiser inside the context, of all model.parameters()")
 
-def attach_rule(rule, training, name:str): # a function that takes it off again
-    "Record the gradients of a layer, and put the view or the gate of the rule between its weight and the network."
-    layer, view = training.space.layers[name], rule.view
-    if rule.gate: view = lambda w, state, training: gated_weight(w, rule.gate(name, state, training))
-    order = list(owned := layer.module._parameters)
-    def hear(grad):
-        if (training.step + 1) % rule.every == 0: training.gradients[name] = training.gradients.get(name, 0) + grad.detach()
-    def undress():
+def attach_rule(rule:Rule, training:TrainingState, name:str)->Callable: # a function that takes it off again
+    "Record the gradients of a layer, and put the view and the gate of the rule between its weight and the network."
+    layer, owned = training.space.layers[name], training.space.layers[name].module._parameters
+    order = list(owned)
+    def record(grad):
+        if (training.step + 1) % rule.every: return
+        training.gradients[name] = training.gradients.get(name, 0) + grad.detach()
+    def detach():
         recording.remove()
-        if view is None: return
+        if not (rule.view or rule.gate): return
         parametrize.remove_parametrizations(layer.module, layer.attr, leave_parametrized=False)
         for k in [k for k in order if k in owned]: owned[k] = owned.pop(k)   # the state dict keeps its order
-        if isinstance(layer.module, nn.RNNBase): layer.module._init_flat_weights()   # recurrent layers list their weights a second time
-    if view: parametrize.register_parametrization(layer.module, layer.attr, RuleParametrization(layer, view, training.state[name], training, name))
-    recording = record_gradient(layer.module, layer.attr, hear)
-    return undress
+        if isinstance(layer.module, nn.RNNBase): layer.module._init_flat_weights()   # it lists its weights twice
+    if rule.view or rule.gate:
+        used = RuleParametrization(layer, used_weight(rule, name), training.state[name], training, name)
+        parametrize.register_parametrization(layer.module, layer.attr, used)
+    recording = record_gradient(layer.module, layer.attr, record)
+    return detach
+
+def used_weight(rule:Rule, name:str)->Callable: # (w, state, training) -> like w
+    "The weight that the network uses: the view of the rule, times its gates."
+    def used(w, state, training):
+        if rule.view: w = rule.view(w, state, training)
+        return gated_weight(w, rule.gate(name, state, training)) if rule.gate else w
+    return used
 
 def gated_weight(w:Tensor, factor)->Tensor: # like w
-    "Weights times their gates; no gate leaves them as they are."
+    "Weights times their gates; None leaves the weights as they are."
     return w if factor is None else w * factor
 
 # %% ../../nbs/core/13_rule.ipynb #289a2e37
@@ -216,7 +237,7 @@ def as_rule(value, # a `RuleMaker`, a `Rule`, or a function (method, keep) -> Ru
         raise BadInput(f"{value!r} is not a rule: pass a Rule, or a function (method, keep) -> Rule")
     return RuleMaker(value, value.__name__.replace("<lambda>", "custom"))
 
-def train_with_rule(method, space, keep:float, train)->bool: # whether the rule has decided
+def train_with_rule(method, space:Space, keep:float, train)->bool: # whether the rule has decided
     "Spend the whole training budget under the rule of a method."
     rule = method.rule(method, keep)
     with apply_rule(rule, space, keep, train.steps, method.pattern): train(1.)

@@ -16,7 +16,7 @@ from .registry import Registry
 @dataclass(frozen=True, eq=False)
 class Schedule(Part):
     "When to prune how much: `keep -> [keep_1, ..., keep]`, fractions of units that stay after each step."
-    most: int = 0   # above 0: the schedule is adaptive, `(keep, space) -> generator`, and gives at most so many fractions
+    most: int = 0   # above 0: the schedule is adaptive, `(keep, space) -> generator`, of at most so many fractions
 
 SCHEDULES = Registry("schedule")   # name -> factory of a Schedule
 schedule = part_factory(Schedule, SCHEDULES)   # a decorator for a factory
@@ -69,10 +69,13 @@ def fixed_schedule(fractions:Iterable, # of units that stay after each step
     "A schedule from a list; raises `BadInput` for a list that rises, leaves (0, 1], or does not end at the budget."
     steps = [float(k) for k in fractions]
     odd = not steps or not all(0 < k <= 1 for k in steps) or any(b > a for a, b in zip(steps, steps[1:]))
-    if odd: raise BadInput(f"schedule={steps} does not say how much stays after each step: give falling fractions in (0, 1], such as [0.9, 0.7, 0.5]")
+    if odd:
+        raise BadInput(f"schedule={steps} does not say how much stays after each step: "
+                       "give falling fractions in (0, 1], such as [0.9, 0.7, 0.5]")
     def ends_at_budget(keep):
         if abs(steps[-1] - keep) > 1e-9:
-            raise BadInput(f"schedule={steps} ends with {steps[-1]:g} of the units, but the budget keeps {keep:g}: let them agree")
+            raise BadInput(f"schedule={steps} ends with {steps[-1]:g} of the units, but the budget keeps {keep:g}: "
+                           "let them agree")
         return [*steps[:-1], keep]
     return Schedule(ends_at_budget, "fixed", {"fractions": steps})
 

@@ -15,7 +15,7 @@ from .registry import Registry
 # %% ../../nbs/core/07_solve.ipynb #c32d4d50
 @dataclass(frozen=True, eq=False)
 class Solver(Part):
-    "A weight update `(w, stats, scores, fraction, pattern) -> (new w, mask)`. Also known as reconstruction or compensation."
+    "A weight update `(w, stats, scores, fraction, pattern) -> (new w, mask)`, also known as reconstruction."
     needs: frozenset = frozenset()   # statistics it reads, from `core.stats.PROVIDERS`
     unit: str = "any"                # the only unit it can solve for
     joint: bool = False              # whether it takes all groups in one call

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'matrix_to_weight', 'Layer', 'matrix_permutations', 'tied_and_head_ids', 'name_matches', 'weight_layers',
-           'prunable_layers', 'space', 'group_pairs', 'Weights', 'block_list', 'passthrough', 'faded', 'Blocks',
-           'drop_blocks', 'Examples']
+           'prunable_layers', 'Space', 'GatedSpace', 'PartedSpace', 'space', 'group_pairs', 'Weights', 'Examples']
 
 # %% ../../nbs/core/02_space.ipynb #ec3fc6ae
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Protocol, runtime_checkable
 import torch
 from torch import nn, Tensor
 from .inputs import BadInput, as_dataset
@@ -23,7 +24,7 @@ from .registry import Registry
 def matrix_to_weight(m:Tensor,    # (rows, columns)
            shape, perm, # of the weight, and its permutation to a matrix
     )->Tensor: # shaped like the weight
-    "A matrix back in the form its layer stores it."
+    "Reshape a matrix to the form in which its layer stores the weight."
     inverse = sorted(range(len(perm)), key=perm.__getitem__)
     return m.reshape([shape[d] for d in perm]).permute(inverse)
 
@@ -55,40 +56,91 @@ class Layer:
 # %% ../../nbs/core/02_space.ipynb #6d84457e
 def matrix_permutations(module:nn.Module)->dict: # {parameter name: permutation to a matrix}
     "How the prunable parameters of one module are laid out; empty for modules that are not pruned."
-    if isinstance(module, nn.MultiheadAttention): return {"in_proj_weight": (0, 1)} if module.in_proj_weight is not None else {}
+    if isinstance(module, nn.MultiheadAttention):
+        return {"in_proj_weight": (0, 1)} if module.in_proj_weight is not None else {}
     if isinstance(module, nn.Linear): return {"weight": (0, 1)}
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return {"weight": (1, *range(2, module.weight.dim()), 0)} if module.groups == 1 else {}
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)): return {"weight": (0, *range(2, module.weight.dim()), 1)}
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)): return {a: (0, 1) for a in module._parameters if a.startswith("weight_")}   # gates below each other
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return {"weight": (0, *range(2, module.weight.dim()), 1)}
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):   # the rows of the gates stand below each other
+        return {a: (0, 1) for a in module._parameters if a.startswith("weight_")}
     if type(module).__name__ == "Conv1D": return {"weight": (1, 0)}   # GPT-2 stores weights transposed
     return {}
 
-def tied_and_head_ids(model:nn.Module)->set: # ids of parameters that appear in more than one place, and of the output head
-    "Weights that belong to somebody else: tied parameters and a language model's head."
-    seen = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+def tied_and_head_ids(model:nn.Module)->set: # ids
+    "Parameters that are not pruned by default: tied ones, and the output head of a language model."
+    seen = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {i for i in seen if seen.count(i) > 1} if head is None else {i for i in seen if seen.count(i) > 1} | {id(head.weight)}
+    return {i for i, n in seen.items() if n > 1} | ({id(head.weight)} if head is not None else set())
 
 # %% ../../nbs/core/02_space.ipynb #34705510
 def name_matches(name:str,  # of a parameter or module, with dots
             patterns,  # one pattern or several, e.g. "classifier*"
     )->bool:
     "Whether a pattern means this name or something that contains it."
-    return any(fnmatch(name, p) or fnmatch(name, f"{p}.*") for p in ([patterns] if isinstance(patterns, str) else patterns))
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatch(name, p) or fnmatch(name, f"{p}.*") for p in patterns)
 
 def weight_layers(model:nn.Module)->dict: # {parameter name: Layer}, in module order
     "Every weight of a kind that can be pruned, whoever else uses it."
-    return {f"{n}.{a}" if n else a: Layer(m, a, perm) for n, m in model.named_modules() for a, perm in matrix_permutations(m).items()}
+    found = ((n, m, a, perm) for n, m in model.named_modules() for a, perm in matrix_permutations(m).items())
+    return {f"{n}.{a}" if n else a: Layer(m, a, perm) for n, m, a, perm in found}
 
 def prunable_layers(model:nn.Module, # any network
              skip=(),         # patterns of parameter names to leave alone, e.g. ("classifier*",)
     )->dict: # {parameter name: Layer}, in module order
-    "The linear, convolutional and recurrent weights of a model."
+    "The linear, convolutional and recurrent weights of a model; raises `BadInput` where there is none."
     off = tied_and_head_ids(model)
     layers = {n: l for n, l in weight_layers(model).items() if id(l.weight) not in off and not name_matches(n, skip)}
-    if not layers: raise BadInput(f"{type(model).__name__} has no prunable layer: it needs linear, convolutional or recurrent layers outside skip={skip!r}")
+    if not layers:
+        raise BadInput(f"{type(model).__name__} has no prunable layer: it needs linear, convolutional or recurrent "
+                       f"layers outside skip={skip!r}")
     return layers
+
+# %% ../../nbs/core/02_space.ipynb #9f0155c2
+@runtime_checkable
+class Space(Protocol):
+    "What is a unit of a model or of its data. The constructor is `(model, data, skip, loss, **options)`."
+    unit: str             # the kind of unit: "weight", "channel", "head", "block", "example", ...
+    model: nn.Module      # the network, or None for methods that choose examples without one
+    layers: dict          # {parameter name: `Layer`}, the weights that scores and statistics read
+
+    def names(self)->list: # of text
+        "Names of the groups of units."
+    def w(self, name:str)->Tensor: # of a group -> one number per unit, or the matrix for spaces of weights
+        "The values of the units of one group."
+    def cost(self, name:str)->float: # of a group -> of one unit
+        "What one unit adds to the size of the model, in numbers of weights."
+    def alive(self, name:str)->Tensor: # of a group -> bool, like `w(name)`
+        "Which units are kept."
+    def reduce(self, name:str, leaf:dict)->Tensor: # of a group, {parameter name: scores of weights} -> like `w(name)`
+        "Scores of units from scores of weights."
+    def apply(self, solved)->None: # {group: (new weights or None, mask)}, or a generator of such pairs
+        "Carry out a decision so that a later one can still change it."
+    def remove(self)->None:
+        "Carry out the last decision for good."
+    def slices(self)->dict: # {parameter: {dimension: kept indices}}
+        "Which parts of which parameters are left, where structure was removed."
+    @staticmethod
+    def restore(model:nn.Module, plan)->None: # a fresh copy of the dense model, a `Plan` of this space
+        "Carry out the decision of a plan."
+
+@runtime_checkable
+class GatedSpace(Space, Protocol):
+    "A space whose units can be faded, for rules with `Rule.gate`."
+    def gate(self, factor:Callable)->AbstractContextManager: # factor(name) -> one factor per unit, or None for no gate
+        "While the context is open, each unit is multiplied by its factor."
+
+@runtime_checkable
+class PartedSpace(Space, Protocol):
+    "A space of which some layers can be pruned alone, for stages such as `block_by_block`."
+    def part(self, prefix, module:nn.Module)->Space: # how the names of its layers begin (text or tuple); what runs them
+        "The units of some layers only."
+    def state(self)->dict: # {name: tensor on the CPU}
+        "Weights and masks, for an interrupted run."
+    def load(self, kept:dict)->None: # what `state` returned
+        "Write weights and masks back."
 
 # %% ../../nbs/core/02_space.ipynb #27d1e757
 SPACES = Registry("space")   # name -> class with the constructor `(model, data, skip, loss, **options)`
@@ -97,8 +149,8 @@ def space(cls): # a space class
     "Register a space under its lower-case name; raises `BadInput` for a taken name."
     return SPACES.add(cls.__name__.lower(), cls)
 
-def group_pairs(solved): # {group: (new weights, mask)}, or a generator of such pairs
-    "The decisions of a step, one after the other."
+def group_pairs(solved)->Iterable: # {group: (new weights, mask)}, or a generator of such pairs
+    "The decisions of a step as pairs of a group and its decision."
     return solved.items() if isinstance(solved, Mapping) else solved
 
 # %% ../../nbs/core/02_space.ipynb #40aa0672
@@ -111,10 +163,10 @@ class Weights:
         self.model, self.layers = model, prunable_layers(model, skip)
         for layer in self.layers.values(): check_maskable(layer.module, layer.attr)
 
-    def names(self): return list(self.layers)
-    def w(self, name): return self.layers[name].read()
-    def cost(self, name): return 1.
-    def reduce(self, name, leaf): return leaf[name]
+    def names(self)->list: return list(self.layers)
+    def w(self, name:str)->Tensor: return self.layers[name].read()
+    def cost(self, name:str)->float: return 1.
+    def reduce(self, name:str, leaf:dict)->Tensor: return leaf[name]
 
     def alive(self, name): # bool, like `w(name)`
         layer = self.layers[name]
@@ -148,102 +200,15 @@ class Weights:
         self.apply((n, (l.matrix(kept[f"{n}:weight"].to(l.weight.device)), l.matrix(kept[f"{n}:mask"])))
                    for n, l in self.layers.items())
 
-    def slices(self): return {}
+    def slices(self)->dict: return {}
 
     @staticmethod
     def restore(model, plan): # masks of a plan onto a fresh model
         layers = prunable_layers(model)
         for name, mask in plan.masks.items():
-            attach_mask(layers[name].module, layers[name].attr, layers[name].tensor(mask.to(layers[name].weight.device)))
+            layer = layers[name]
+            attach_mask(layer.module, layer.attr, layer.tensor(mask.to(layer.weight.device)))
         install_hooks(model, inside=True)
-
-# %% ../../nbs/core/02_space.ipynb #c602e1a3
-def block_list(model:nn.Module)->tuple: # (path, ModuleList)
-    "The longest list of equal residual blocks in a model, where its layers are."
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))
-             and len(m) > 1 and len({type(b) for b in m}) == 1 and any(matrix_permutations(s) for s in m[0].modules())]
-    if not lists: raise BadInput(f"{type(model).__name__} has no list of equal blocks: removing layers needs a ModuleList of residual blocks")
-    return max(lists, key=lambda it: len(it[1]))
-
-def passthrough(module, args, kwargs, output): # a forward hook: the block's input instead of its output
-    "Skip a residual block: what came in goes out."
-    x = args[0] if args else kwargs["hidden_states"]
-    return (x, *output[1:]) if isinstance(output, tuple) else x
-
-def faded(i:int,           # number of the block
-          factor:Callable, # () -> (blocks,) factors, or None for no gate
-    ): # a forward hook: input + factor * (output - input)
-    "Fade a residual block towards the identity; raises `BadInput` for a block that changes the shape of its input."
-    def hook(module, args, kwargs, output):
-        factors = factor()
-        if factors is None: return output
-        x, y = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
-        if x.shape != y.shape:
-            raise BadInput(f"block {i} changes the shape of its input from {tuple(x.shape)} to {tuple(y.shape)}: "
-                           "it cannot be left out")
-        y = x + factors[i].to(y) * (y - x)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
-    return hook
-
-# %% ../../nbs/core/02_space.ipynb #ec210b89
-@space
-class Blocks:
-    "Every residual block of the longest list of equal blocks is a unit."
-    unit = "block"
-
-    def __init__(self, model, data=None, skip=(), loss=None):
-        self.model, self.layers = model, prunable_layers(model, skip)
-        self.path, self.blocks = block_list(model)
-        self.all, self.hooks = list(self.blocks), {}
-        self.kept = torch.ones(len(self.all), dtype=torch.bool)
-
-    def names(self): return [self.path]
-    def w(self, name): return torch.stack([sum(p.detach().float().square().sum() for p in b.parameters()).sqrt() for b in self.all])
-    def cost(self, name): return float(sum(p.numel() for p in self.all[0].parameters()))
-    def alive(self, name): return self.kept.to(self.w(name).device)
-
-    def reduce(self, name, leaf): # sum over all weights of each block
-        return torch.stack([sum(s.float().sum() for n, s in leaf.items() if n.startswith(f"{self.path}.{i}.".lstrip("."))) for i in range(len(self.all))])
-
-    def apply(self, solved):
-        self.kept = dict(group_pairs(solved))[self.path][1].cpu()
-        for i in (~self.kept).nonzero().flatten().tolist():
-            if i not in self.hooks: self.hooks[i] = self.all[i].register_forward_hook(passthrough, with_kwargs=True)
-
-    @contextmanager
-    def gate(self, factor:Callable): # factor(name) -> (blocks,) factors, or None for no gate
-        "While the context is open, each block adds its factor times what it adds without a gate."
-        with ExitStack() as stack:
-            for i, block in enumerate(self.all):
-                hook = faded(i, lambda: factor(self.path))
-                stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
-            yield
-
-    def remove(self):
-        for hook in self.hooks.values(): hook.remove()
-        drop_blocks(self.model, self.path, self.kept)
-
-    def slices(self): return {}
-
-    @staticmethod
-    def restore(model, plan):
-        for path, kept in plan.masks.items(): drop_blocks(model, path, kept)
-
-# %% ../../nbs/core/02_space.ipynb #fc7c3c4f
-def drop_blocks(model:nn.Module, path:str, # where the list of blocks is
-                kept:Tensor,               # bool per block
-    )->None:
-    "Delete blocks and renumber the rest, in the modules and in the model's configuration."
-    blocks = model.get_submodule(path)
-    for i in reversed((~kept).nonzero().flatten().tolist()): del blocks[i]
-    for i, block in enumerate(blocks):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"): module.layer_idx = i
-    config = getattr(model, "config", None)
-    if config is None: return
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        if hasattr(config, key): setattr(config, key, len(blocks))
-    if getattr(config, "layer_types", None): config.layer_types = [t for t, k in zip(config.layer_types, kept.tolist()) if k]
 
 # %% ../../nbs/core/02_space.ipynb #203c3184
 @space
@@ -253,18 +218,20 @@ class Examples:
 
     def __init__(self, model, data=None, skip=(), loss=None, rounds=1):
         self.model, self.layers, self.dataset = model, {}, as_dataset(data)
-        self.collate = getattr(data, "collate_fn", None)   # how examples become a batch; None = the default of `DataLoader`
+        self.collate = getattr(data, "collate_fn", None)   # how examples become a batch; None = as `DataLoader` does
         if len(self.dataset) == 0: raise BadInput("the data set is empty: there is no example to choose")
         self.kept = torch.ones(rounds, len(self.dataset), dtype=torch.bool)
 
-    def names(self): return ["examples"]
-    def w(self, name): return torch.zeros(self.kept.shape)
-    def cost(self, name): return 1.
-    def alive(self, name): return self.kept
-    def reduce(self, name, leaf): raise BadInput("this score reads weights; training examples have none: choose a score of family 'data'")
+    def names(self)->list: return ["examples"]
+    def w(self, name:str)->Tensor: return torch.zeros(self.kept.shape)
+    def cost(self, name:str)->float: return 1.
+    def alive(self, name:str)->Tensor: return self.kept
+    def reduce(self, name:str, leaf:dict)->Tensor:
+        raise BadInput("this score reads weights; training examples have none: choose a score of family 'data'")
+
     def apply(self, solved): self.kept = dict(group_pairs(solved))["examples"][1]
     def remove(self): "The data set is not touched: the plan lists what to keep."
-    def slices(self): return {}
+    def slices(self)->dict: return {}
 
     @staticmethod
     def restore(model, plan): raise BadInput("a plan of examples selects data: use plan.subset(dataset)")

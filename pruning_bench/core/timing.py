@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SPREAD', 'MAX_DRIFT', 'MIN_ROUNDS', 'VECTOR_FORMULAS', 'stopwatch', 'interleaved_timing', 'is_stable',
-           'unfused_kernels', 'raw_formula', 'grouped_mm_formulas']
+           'unfused_kernels', 'raw_formula', 'grouped_mm_formulas', 'product_flops']
 
 # %% ../../nbs/core/16_timing.ipynb #322c6bf9
 import math, time, warnings
@@ -22,7 +22,11 @@ def stopwatch(device:torch.device)->Callable: # run -> seconds
     if device.type == "cuda":
         def timed(run):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(device); start.record(); run(); end.record(); end.synchronize()
+            torch.cuda.synchronize(device)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
             return start.elapsed_time(end) / 1000
     else:
         def timed(run):
@@ -33,12 +37,12 @@ def stopwatch(device:torch.device)->Callable: # run -> seconds
 
 # %% ../../nbs/core/16_timing.ipynb #7ec2f9f3
 @torch.no_grad()
-def interleaved_timing(runs:dict,          # {name: function without arguments}
-             timer:Callable,     # run -> seconds
-             max_rounds:int=40,       # rounds at most
-             max_seconds:float=20.,   # seconds in all, after the first five rounds
-             min_seconds:float=.001,   # seconds that a round of one run should at least take
-    )->dict:                     # {name: seconds per call, one number per round}
+def interleaved_timing(runs:dict,              # {name: function without arguments}
+                       timer:Callable,         # run -> seconds
+                       max_rounds:int=40,      # rounds at most
+                       max_seconds:float=20.,  # seconds in all, after the first five rounds
+                       min_seconds:float=.001, # seconds that a round of one run should at least take
+    )->dict: # {name: seconds per call, one number per round}
     "Time several functions round by round, each round in the opposite order of the last."
     until, repeats = time.perf_counter() + max_seconds, {}
     for name, run in runs.items():
@@ -52,10 +56,12 @@ def interleaved_timing(runs:dict,          # {name: function without arguments}
     return times
 
 # %% ../../nbs/core/16_timing.ipynb #bb7531d1
-MAX_SPREAD, MAX_DRIFT, MIN_ROUNDS = 1.25, 1.15, 5   # widest p90 / p50, widest change from the first third to the last, fewest rounds
+MAX_SPREAD = 1.25   # largest 90th percentile / median
+MAX_DRIFT = 1.15    # largest median of the last third / median of the first third, or its inverse
+MIN_ROUNDS = 5
 
 def is_stable(seconds)->bool: # one number per round
-    "Whether timings are calm enough to be reported."
+    "Whether the spread and the drift of timings are small enough for a report."
     x = np.asarray(seconds, dtype=float)
     if len(x) < MIN_ROUNDS: return False
     third = len(x) // 3 or 1
@@ -66,13 +72,15 @@ def is_stable(seconds)->bool: # one number per round
 @contextmanager
 def unfused_kernels(model:nn.Module): # its recurrent layers decide whether the fused ones are switched off
     "Inside the block PyTorch uses implementations made of countable products."
-    fast, recurrent = torch.backends.mha.get_fastpath_enabled(), any(isinstance(m, nn.RNNBase) for m in model.modules())
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if recurrent: stack.enter_context(torch.backends.mkldnn.flags(enabled=False)); stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ():
+                stack.enter_context(backend.flags(enabled=False))
             yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -83,10 +91,15 @@ def raw_formula(fn): # a formula of tensors instead of shapes
     return fn
 
 def grouped_mm_formulas(left): # count of the useful numbers of a tensor -> {operation: formula}
-    "Mixtures of experts: each token meets the matrix of its expert; older versions of PyTorch do not have the operation."
+    "Formulas for mixtures of experts: each token is multiplied by the matrix of its expert; empty in older PyTorch."
     def experts(a, b, offs=None, *rest, out_val=None, **how):
-        if a.dim() != 2 or b.dim() != 3: raise BadInput(f"macs has no formula for a grouped product of {a.dim()} and {b.dim()} dimensions")
+        if a.dim() != 2 or b.dim() != 3:
+            raise BadInput(f"macs has no formula for a grouped product of {a.dim()} and {b.dim()} dimensions")
         return 2 * sum(n * left(w) for n, w in zip(offs.diff(prepend=offs.new_zeros(1)).tolist(), b))
     return {torch.ops.aten._grouped_mm: raw_formula(experts)} if hasattr(torch.ops.aten, "_grouped_mm") else {}
 
-VECTOR_FORMULAS = {torch.ops.aten.mv: raw_formula(lambda a, b, out_val=None: 2 * a.numel()), torch.ops.aten.dot: raw_formula(lambda a, b, out_val=None: 2 * a.numel())}
+def product_flops(a, b, out_val=None)->int: # of a matrix or a vector with a vector
+    "Twice the number of multiplications of a product with a vector."
+    return 2 * a.numel()
+
+VECTOR_FORMULAS = dict.fromkeys((torch.ops.aten.mv, torch.ops.aten.dot), raw_formula(product_flops))

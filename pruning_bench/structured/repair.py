@@ -14,7 +14,7 @@ from functools import partial
 from types import SimpleNamespace
 import torch
 from torch import nn, Tensor
-from ..core.driver import take_samples
+from ..core.request import take_samples
 from ..core.inputs import BadInput, in_mode, select_forward
 from ..core.method import Method, register
 from ..core.recovery import Recovery, recovery, recalibrate_bn

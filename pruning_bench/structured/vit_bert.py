@@ -18,7 +18,7 @@ from ..core.inputs import BadInput, BatchLoss, batch_loss, forward, in_mode, out
 from ..core.method import Method, register
 from ..core.pattern import Pattern, count_to_keep, pattern
 from ..core.score import lamp, magnitude, score
-from ..core.space import block_list
+from ..core.blocks import block_list
 from ..core.stats import mean_gradient, provider
 from ..graph.surgery import cut
 

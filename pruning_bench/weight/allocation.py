@@ -79,7 +79,7 @@ def weight_shapes(scores:dict, space, name:str)->dict: # {layer: shape}; raises 
     if space.unit != "weight": raise BadInput(f"allocation {name!r} is defined for the weights of layers, not for {space.unit}s: use 'uniform' or 'global'")
     return {n: space.layers[n].shape for n in scores}
 
-@allocator
+@allocator(shapes_only=True)
 def uniform_plus(scores:dict, keep:float, space)->dict: # {name: fraction}
     "The same fraction everywhere, but the first convolution stays whole and the last layer keeps at least a fifth."
     size, names = {n: s.numel() for n, s in scores.items()}, list(weight_shapes(scores, space, "uniform_plus"))
@@ -89,7 +89,7 @@ def uniform_plus(scores:dict, keep:float, space)->dict: # {name: fraction}
     if left < 0 or not rest and left: raise BadInput(f"allocation 'uniform_plus' cannot keep {keep:g} in all with the first convolution whole and the last layer at .2: lower the sparsity or use 'uniform'")
     return {n: fixed[n] if n in fixed else left / rest for n in names}
 
-@allocator
+@allocator(shapes_only=True)
 def er(scores:dict, keep:float, space)->dict: # {name: fraction}
     "Erdős–Rényi: density proportional to (inputs + outputs) / (inputs x outputs), whatever the size of a kernel."
     ends = {n: s[:2] for n, s in weight_shapes(scores, space, "er").items()}

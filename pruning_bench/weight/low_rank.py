@@ -23,7 +23,8 @@ from ..core.method import Method, register
 from ..core.recovery import finetune
 from ..core.rule import Rule, rule_maker
 from ..core.score import score
-from ..core.space import SPACES, Layer, group_pairs, passthrough, prunable_layers, space
+from ..core.blocks import passthrough
+from ..core.space import SPACES, Layer, group_pairs, prunable_layers, space
 
 # %% ../../nbs/weight/32_low_rank.ipynb #8f45780e
 def thin_svd(w:Tensor, # (rows, columns), or several such matrices

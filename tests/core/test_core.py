@@ -24,7 +24,9 @@ from pruning_bench.core.stats import act_norm, gram
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 5))
+    convolutions = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=2), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 5)]
+    return nn.Sequential(*convolutions, *head)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -39,8 +41,10 @@ def test_winners_agree_with_a_stable_sort(seed, dtype):
 
 
 MANY = 70_001
-LOTS = {"normal": lambda r: r, "ties": lambda r: r.round(), "equal": torch.zeros_like, "half dead": lambda r: torch.where(r < 0, -math.inf, r), "rising": lambda r: r.sort().values,
-        "sample sees the highest": lambda r: r + 9 * (torch.arange(MANY) % (MANY // 2**14) == 0), "sample sees the lowest": lambda r: r - 9 * (torch.arange(MANY) % (MANY // 2**14) == 0)}
+SAMPLED = torch.arange(MANY) % (MANY // 2**14) == 0   # the scores that `kth_largest` looks at first
+LOTS = {"normal": lambda r: r, "ties": lambda r: r.round(), "equal": torch.zeros_like,
+        "half dead": lambda r: torch.where(r < 0, -math.inf, r), "rising": lambda r: r.sort().values,
+        "sample sees the highest": lambda r: r + 9 * SAMPLED, "sample sees the lowest": lambda r: r - 9 * SAMPLED}
 
 
 @pytest.mark.parametrize("kind", LOTS)
@@ -62,11 +66,14 @@ def test_few_of_many_scores_are_ranked(monkeypatch):
 @pytest.mark.parametrize("p", [unstructured(), per_row(), n_m(2, 4), n_m(1, 4), block(2, 4)])
 @pytest.mark.parametrize("fill", ["random", "zeros", "equal", "infinite"])
 def test_patterns_keep_exact_counts(p, fill):
-    s = {"random": torch.rand(8, 16), "zeros": torch.zeros(8, 16), "equal": torch.ones(8, 16), "infinite": torch.full((8, 16), math.inf)}[fill]
+    fills = {"random": torch.rand(8, 16), "zeros": torch.zeros(8, 16), "equal": torch.ones(8, 16),
+             "infinite": torch.full((8, 16), math.inf)}
+    s = fills[fill]
     for fraction in (.25, .5, .75):
         f = p.fixed or fraction
         m = p(s, f)
-        assert m.dtype == torch.bool and m.shape == s.shape and int(m.sum()) == count_to_keep(f, s.numel()) and torch.equal(m, p(s, f))
+        assert m.dtype == torch.bool and m.shape == s.shape and int(m.sum()) == count_to_keep(f, s.numel())
+        assert torch.equal(m, p(s, f))
 
 
 def test_n_of_m_is_optimal_by_enumeration():
@@ -95,7 +102,8 @@ def test_allocations_spend_the_budget(name, keep):
     scores = unit_scores(space, magnitude, {n: SimpleNamespace() for n in space.names()})
     total = sum(s.numel() for s in scores.values())
     shares = ALLOCATORS[name](scores, keep, space)
-    assert abs(total_density(shares, scores, space) - keep) <= (1e-9 if name != "global" else .5 / total + 1e-9) and all(0 <= f <= 1 for f in shares.values())
+    assert abs(total_density(shares, scores, space) - keep) <= (1e-9 if name != "global" else .5 / total + 1e-9)
+    assert all(0 <= f <= 1 for f in shares.values())
     exact = round_to_units(shares, keep, scores, space)
     assert sum(round(exact[n] * scores[n].numel()) for n in exact) == count_to_keep(keep, total)
 
@@ -104,7 +112,8 @@ def test_allocations_spend_the_budget(name, keep):
 @pytest.mark.parametrize("keep", [.01, .37, 1.])
 def test_schedules_fall_to_the_end_point(name, keep):
     steps = SCHEDULES[name]()(keep)
-    assert steps[-1] == keep and all(a >= b - 1e-12 for a, b in zip(steps, steps[1:])) and all(0 < s <= 1 for s in steps)
+    assert steps[-1] == keep and all(a >= b - 1e-12 for a, b in zip(steps, steps[1:]))
+    assert all(0 < s <= 1 for s in steps)
 
 
 @pytest.mark.parametrize("amount", [.2, .5, .87])
@@ -122,19 +131,21 @@ def test_global_magnitude_is_that_of_pytorch():
     ours, theirs = net(), net()
     plan = prune(ours, allocate="global", sparsity=.8)
     layers = prunable_layers(theirs)
-    torch_prune.global_unstructured([(l.module, "weight") for l in layers.values()], torch_prune.L1Unstructured, amount=plan.density and sum(int((~m).sum()) for m in plan.masks.values()))
+    removed = plan.density and sum(int((~m).sum()) for m in plan.masks.values())
+    weights = [(l.module, "weight") for l in layers.values()]
+    torch_prune.global_unstructured(weights, torch_prune.L1Unstructured, amount=removed)
     assert all(torch.equal(dict(ours.named_parameters())[n] == 0, l.module.weight == 0) for n, l in layers.items())
 
 
-def test_every_prunable_layer_is_heard():
+def test_the_inputs_of_every_prunable_layer_are_recorded():
     model, x = net(), torch.randn(4, 3, 16, 16)
     norms, grams = act_norm(Weights(model), [x]), gram(Weights(model), [x])
     for name, layer in prunable_layers(model).items():
         rows, columns = layer.read().shape
         assert norms[name].shape in ((1, columns), (rows, columns)) and grams[name].shape[-2:] == (columns, columns)
         square = torch.stack([g.diagonal() for g in grams[name]]).sqrt()
-        heard = norms[name][::max(1, rows // len(square))][:len(square)]
-        assert heard.max() > 0 and torch.allclose(heard, square * heard.max() / square.max(), rtol=1e-3)
+        found = norms[name][::max(1, rows // len(square))][:len(square)]
+        assert found.max() > 0 and torch.allclose(found, square * found.max() / square.max(), rtol=1e-3)
 
 
 def transformer():
@@ -146,8 +157,10 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=32, n_embd=32, n_layer=2, n_head=2))
 
 
-@pytest.mark.parametrize("make, batch", [(net, torch.randn(4, 3, 16, 16)), (transformer, torch.randn(2, 3, 16, 16)), (gpt2, {"input_ids": torch.randint(0, 40, (2, 16))}),
-                                         (lambda: torchvision.models.mobilenet_v2(weights=None), torch.randn(2, 3, 32, 32))])
+def mobilenet(): return torchvision.models.mobilenet_v2(weights=None)
+@pytest.mark.parametrize("make, batch", [(net, torch.randn(4, 3, 16, 16)), (transformer, torch.randn(2, 3, 16, 16)),
+                                         (gpt2, {"input_ids": torch.randint(0, 40, (2, 16))}),
+                                         (mobilenet, torch.randn(2, 3, 32, 32))])
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_any_architecture(make, batch, method):
     model = make().eval()
@@ -170,7 +183,9 @@ def train_step(model, opt, x, y):
     opt.step()
 
 
-@pytest.mark.parametrize("make_opt", [lambda p: torch.optim.SGD(p, .1, momentum=.9, nesterov=True, weight_decay=1e-2), lambda p: torch.optim.AdamW(p, .01), lambda p: torch.optim.RMSprop(p, .01, momentum=.9)])
+@pytest.mark.parametrize("make_opt", [
+    lambda p: torch.optim.SGD(p, .1, momentum=.9, nesterov=True, weight_decay=1e-2),
+    lambda p: torch.optim.AdamW(p, .01), lambda p: torch.optim.RMSprop(p, .01, momentum=.9)])
 def test_momentum_from_before_cannot_move_a_pruned_weight(make_opt):
     model, x, y = net(), torch.randn(8, 3, 16, 16), torch.randint(0, 5, (8,))
     opt = make_opt(model.parameters())
@@ -187,7 +202,8 @@ def test_masks_follow_copies_devices_and_types_but_not_state_dicts():
     model = net()
     prune(model, "magnitude", .5)
     twin = copy.deepcopy(model).double()
-    assert masks_of(twin).keys() == masks_of(model).keys() and all(m.dtype == torch.bool for m in masks_of(twin).values())
+    assert masks_of(twin).keys() == masks_of(model).keys()
+    assert all(m.dtype == torch.bool for m in masks_of(twin).values())
     assert list(model.state_dict()) == list(net().state_dict())
     remove_masks(twin)
     assert not masks_of(twin) and masks_of(model)
@@ -208,12 +224,15 @@ def test_nothing_is_removed_at_sparsity_zero():
 
 def test_a_failed_call_leaves_the_model_alone():
     model, dense = net(), net()
-    for bad in (dict(sparsity=1.), dict(sparsity=-.1), dict(sparsity="half"), dict(sparsity="2:3"), dict(method="wanda"), dict(score="tayler"), dict(method="magnitude", data=[]),
-                dict(recover="finetune"), dict(skip="*"), dict(sparsity=.3, pattern="2:4"), dict(allocate="erk2"), dict(method="wanda", data=[torch.randn(2, 5)])):
+    for bad in (dict(sparsity=1.), dict(sparsity=-.1), dict(sparsity="half"), dict(sparsity="2:3"),
+                dict(method="wanda"), dict(score="tayler"), dict(method="magnitude", data=[]),
+                dict(recover="finetune"), dict(skip="*"), dict(sparsity=.3, pattern="2:4"), dict(allocate="erk2"),
+                dict(method="wanda", data=[torch.randn(2, 5)])):
         with pytest.raises((BadInput, RuntimeError)) as refused:
             prune(model, **bad)
         assert "\n" not in str(refused.value)[:80]
-    assert not masks_of(model) and all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), dense.state_dict().values()))
+    assert not masks_of(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), dense.state_dict().values()))
 
 
 def test_a_tampered_plan_is_refused(tmp_path):
@@ -228,7 +247,8 @@ def test_a_tampered_plan_is_refused(tmp_path):
 
 
 def test_top_rows_and_patterns_read_strings():
-    assert as_pattern("2:4").fixed == .5 and as_pattern("4x2").name == "4x2" and topk_per_row(torch.tensor([[1., 1., 1.]]), 2).tolist() == [[True, True, False]]
+    assert as_pattern("2:4").fixed == .5 and as_pattern("4x2").name == "4x2"
+    assert topk_per_row(torch.tensor([[1., 1., 1.]]), 2).tolist() == [[True, True, False]]
     for bad in ("4:4", "0:4", "nothing"):
         with pytest.raises(BadInput):
             as_pattern(bad)

@@ -251,18 +251,19 @@ def test_an_average_from_before_the_pruning_can_be_copied_back(kind):
 
 
 @every_kind
-def test_a_parameter_that_replaces_a_masked_one_is_masked_at_the_next_use(kind):
+@pytest.mark.parametrize("held", [False, True], ids=["alone", "old one held by an optimiser"])
+def test_a_parameter_that_replaces_a_masked_one_is_masked(kind, held):
     model, other, x = sparse(kind), dense(kind, 1), inputs(kind)
-    expected = masks_of(model)
+    expected, opt = masks_of(model), torch.optim.SGD(model.parameters(), .1) if held else None
     for n in expected:
         owner, _, attr = n.rpartition(".")
         new = nn.Parameter(other.get_parameter(n).detach().clone())
         setattr(model.get_submodule(owner), attr, new)
         if kind == "tied": model.b.weight = new
-    model(x)
     exact(model, expected)
     train(model, x)
     exact(model, expected)
+    assert opt is None or len(opt.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
 def test_a_parameter_made_of_a_masked_one_has_its_mask():
@@ -547,6 +548,46 @@ def test_a_model_that_was_compiled_before_it_is_pruned_is_masked():
     exact(model, expected)
 
 
+class Changing(Reader):
+    "Reads a weight in ways that the class of the parameter intercepts, and changes it."
+    def __init__(self, read):
+        super().__init__()
+        self.take = read
+
+    def forward(self, x): return self.head(F.linear(x, self.take(self.fc.weight)))
+
+
+def added(w):
+    with torch.no_grad(): return w.add_(1)
+
+
+READS = {"detach": lambda w: w.detach(), "data": lambda w: w.data, "clone": lambda w: w.clone(), "add_": added}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=list(READS))
+def test_graphs_may_read_and_write_masked_weights(read):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Changing(read), inputs("reader")
+    prune(model, "magnitude", .5)
+    expected, twin = masks_of(model), copy.deepcopy(model)
+    found, want = torch.compile(model, backend="aot_eager", fullgraph=True)(x), twin(x)
+    for y in (found, want): y.sum().backward()
+    exact(model, expected)
+    assert torch.allclose(found, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_compiled_optimiser_steps_under_the_mask(kind):
+    torch._dynamo.reset()
+    model, x = sparse(kind), inputs(kind)
+    expected, opt = masks_of(model), torch.optim.SGD(model.parameters(), .1, momentum=.9)
+    step = torch.compile(opt.step, backend="eager")
+    for _ in range(3):
+        opt.zero_grad(); model(x).square().mean().backward(); step()
+    exact(model, expected)
+
+
 def test_a_compiled_loop_inside_pruning_is_one_graph_and_counted():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -715,7 +756,20 @@ def test_masks_of_another_kind_are_refused():
     with pytest.raises(BadInput, match="remove_masks"): layer.weight.data = torch.ones(4, 3)
     assert layer.weight.shape == (2, 3)
     layer.weight = nn.Parameter(torch.ones(2, 5))
-    with pytest.raises(BadInput, match="another shape"): layer(torch.ones(1, 5))
+    with pytest.raises(BadInput, match="of another shape or class"): layer(torch.ones(1, 5))
+    assert type(remove_masks(layer).weight) is nn.Parameter and layer(torch.ones(1, 5)).shape == (1, 2)
+
+
+class Foreign(nn.Parameter):
+    "A parameter of another class, as quantised and sharded layers have."
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_masked_parameter_that_becomes_one_of_another_class_is_refused():
+    model, x = sparse("linear"), inputs("linear")
+    model[0].weight = Foreign(torch.ones(12, 8))
+    with pytest.raises(BadInput, match="remove_masks"): model(x)
+    assert remove_masks(model)(x).shape == (5, 4)
 
 
 def test_parameters_of_other_kinds_are_refused():

@@ -1,4 +1,4 @@
-"""Every method that prunes inside one training prunes inside somebody's own loop, exactly, and leaves nothing behind when that breaks off."""
+"""Every method that prunes inside one training prunes inside a loop of the user, and leaves nothing when it breaks off."""
 import itertools
 
 import pytest
@@ -18,7 +18,10 @@ def residual():
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.norm, self.conv, self.bn, self.back, self.head = nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.Conv2d(12, 8, 3, padding=1), nn.Linear(8, 4)
+            self.stem, self.norm = nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8)
+            self.conv, self.bn = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+            self.back, self.head = nn.Conv2d(12, 8, 3, padding=1), nn.Linear(8, 4)
+
         def forward(self, x):
             x = self.norm(self.stem(x)).relu()
             return self.head((x + self.back(self.bn(self.conv(x)).relu())).mean((2, 3)))
@@ -60,7 +63,8 @@ def loop(net, data, steps, optimizer=None):
 
 
 def traces(net): # what a plain model has not
-    return [(n, type(m).__name__, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._load_state_dict_post_hooks), [*m._parameters], [*m._buffers]) for n, m in net.named_modules()]
+    def hooks(m): return len(m._forward_hooks), len(m._forward_pre_hooks), len(m._load_state_dict_post_hooks)
+    return [(n, type(m).__name__, hooks(m), [*m._parameters], [*m._buffers]) for n, m in net.named_modules()]
 
 
 def request(name): return {"sparsity": None if build(name).pattern.fixed else .5}
@@ -69,16 +73,23 @@ def request(name): return {"sparsity": None if build(name).pattern.fixed else .5
 @pytest.mark.parametrize("name", INSIDE)
 def test_every_method_that_prunes_inside_a_training_prunes_inside_yours(name, dtype=torch.float64):
     net, data, record = OWN[RULED[name].space]().to(dtype), pixels(dtype), RULED[name]
-    with pruning(net, name, **request(name), steps=6, data=data if record.space == "channels" else None, loss=F.cross_entropy) as p:
+    read = data if record.space == "channels" else None
+    with pruning(net, name, **request(name), steps=6, data=read, loss=F.cross_entropy) as p:
         assert p.plan is None
         loop(net, data, 6)
     keep = .5
-    if record.allocate is global_ or record.space == "weights": assert sum(int(m.sum()) for m in p.plan.masks.values()) == count_to_keep(keep, sum(m.numel() for m in p.plan.masks.values()))
+    if record.allocate is global_ or record.space == "weights":
+        total = sum(m.numel() for m in p.plan.masks.values())
+        assert sum(int(m.sum()) for m in p.plan.masks.values()) == count_to_keep(keep, total)
     else: assert all(int(m.sum()) == max(1, count_to_keep(keep, m.numel())) for m in p.plan.masks.values())
-    assert not any(parametrize.is_parametrized(m) for m in net.modules()) and all(v.dtype == dtype for v in net.parameters()) and all(v.requires_grad for v in net.parameters())
-    if record.space == "weights": assert all((v[~masks_of(net)[n]] == 0).all() for n, v in net.named_parameters() if n in masks_of(net)) and len(masks_of(net)) == len(p.plan.masks)
+    assert not any(parametrize.is_parametrized(m) for m in net.modules())
+    assert all(v.dtype == dtype for v in net.parameters()) and all(v.requires_grad for v in net.parameters())
+    if record.space == "weights":
+        assert all((v[~masks_of(net)[n]] == 0).all() for n, v in net.named_parameters() if n in masks_of(net))
+        assert len(masks_of(net)) == len(p.plan.masks)
     else: assert sum(v.numel() for v in net.parameters()) < sum(v.numel() for v in OWN[record.space]().parameters())
-    assert p.plan.provenance["method"] == name and p.plan.provenance["recover"] == "your loop" and p.plan.provenance["rule"] == record.provenance["rule"] and p.plan.cost["backward"] >= 6
+    assert p.plan.provenance["method"] == name and p.plan.provenance["recover"] == "your loop"
+    assert p.plan.provenance["rule"] == record.provenance["rule"] and p.plan.cost["backward"] >= 6
     loop(net, data, 2)
     assert torch.isfinite(net(data[0][0])).all()
 
@@ -88,11 +99,13 @@ def test_a_loop_that_breaks_off_leaves_a_plain_model(name):
     net, data = OWN[RULED[name].space](), pixels()
     before, grads = traces(net), [p.requires_grad for p in net.parameters()]
     with pytest.raises(KeyboardInterrupt):
-        with pruning(net, name, **request(name), steps=6, data=data, loss=F.cross_entropy): loop(net, data, 3); raise KeyboardInterrupt
+        with pruning(net, name, **request(name), steps=6, data=data, loss=F.cross_entropy):
+            loop(net, data, 3)
+            raise KeyboardInterrupt
     assert traces(net) == before and [p.requires_grad for p in net.parameters()] == grads and not masks_of(net)
     moved = [p.clone() for p in net.parameters()]
     loop(net, data, 2)
-    assert all((p != q).any() for p, q in zip(net.parameters(), moved))   # nobody holds anything any more
+    assert all((p != q).any() for p, q in zip(net.parameters(), moved))   # no mask holds a weight any more
 
 
 def test_the_rest_is_refused_in_one_sentence():
@@ -103,7 +116,8 @@ def test_the_rest_is_refused_in_one_sentence():
         assert str(no.value).count(". ") == 0 and traces(net) == traces(plain())
 
 
-@pytest.mark.parametrize("bad", [dict(steps=0), dict(steps=2.5), dict(steps=3, lr=.1), dict(steps=3, sparsity=1.5), dict(steps=3, warmth=1)])
+@pytest.mark.parametrize("bad", [dict(steps=0), dict(steps=2.5), dict(steps=3, lr=.1), dict(steps=3, sparsity=1.5),
+                                 dict(steps=3, warmth=1)])
 def test_requests_that_cannot_be_met_are_refused_before_the_loop(bad):
     net, request = plain(), {"sparsity": .5, **bad}
     with pytest.raises(BadInput):
@@ -118,7 +132,8 @@ def test_your_loop_and_prune_leave_the_same_network(name):
     with seeded(3):
         with pruning(nets[1], name, .5, steps=8) as p: train(nets[1], data, F.cross_entropy)
     assert all(torch.equal(a, b) for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values()))
-    assert all(torch.equal(m, p.plan.masks[n]) for n, m in plan.masks.items()) and p.plan.cost["backward"] == plan.cost["backward"] == 8
+    assert all(torch.equal(m, p.plan.masks[n]) for n, m in plan.masks.items())
+    assert p.plan.cost["backward"] == plan.cost["backward"] == 8
 
 
 def test_the_checks_before_the_loop_draw_nothing_from_your_generator():
@@ -126,7 +141,8 @@ def test_the_checks_before_the_loop_draw_nothing_from_your_generator():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with pruning(net, "gradual-magnitude", .5, steps=1, data=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pixels()[0]), 4, shuffle=True)) as p:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pixels()[0]), 4, shuffle=True)
+    with pruning(net, "gradual-magnitude", .5, steps=1, data=loader) as p:
         assert torch.equal(torch.rand(3), expected)
         loop(net, pixels(), 1)
     assert p.plan.density == .5
@@ -148,7 +164,10 @@ def test_an_optimiser_that_does_not_know_the_masks_is_refused(name):
     early = torch.optim.SGD(net.parameters(), .05)
     with pytest.raises(BadInput, match="make the optimiser inside the context"):
         with pruning(net, name, .5, steps=4):
-            for x, y in pixels() * 2: early.zero_grad(); sum(F.cross_entropy(net(x), y) for _ in range(1)).backward(); early.step()
+            for x, y in pixels() * 2:
+                early.zero_grad()
+                F.cross_entropy(net(x), y).backward()
+                early.step()
     assert traces(net) == traces(plain())
 
 
@@ -184,10 +203,13 @@ def test_masks_from_before_survive_a_loop_that_breaks_off():
 def test_parts_and_budgets_of_a_request_count_in_a_loop_as_well():
     net = plain()
     with pruning(net, "gradual-magnitude", "2:4", steps=4, skip="5*") as p: loop(net, pixels(), 4)
-    assert p.plan.density == .5 and all((m.view(len(m), -1, 4).sum(-1) == 2).all() for m in p.plan.masks.values()) and len(p.plan.masks) == 2
+    assert p.plan.density == .5
+    assert all((m.view(len(m), -1, 4).sum(-1) == 2).all() for m in p.plan.masks.values())
+    assert len(p.plan.masks) == 2
     net = plain()
     with pruning(net, "gradual-magnitude", .8, steps=4, allocate="global") as p: loop(net, pixels(), 4)
-    assert len({round(float(m.float().mean()), 3) for m in p.plan.masks.values()}) > 1 and sum(int(m.sum()) for m in p.plan.masks.values()) == count_to_keep(.2, 320)
+    assert len({round(float(m.float().mean()), 3) for m in p.plan.masks.values()}) > 1
+    assert sum(int(m.sum()) for m in p.plan.masks.values()) == count_to_keep(.2, 320)
 
 
 def test_accumulated_gradients_and_clipping_are_your_business():

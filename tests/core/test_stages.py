@@ -4,9 +4,9 @@ import pytest, torch, torchvision, transformers as tf
 from torch import nn
 import pruning_bench.weight.sparsegpt, pruning_bench.weight.wanda
 from pruning_bench import BadInput, Method, batch_loss, prune
-from pruning_bench.core import driver
+from pruning_bench.core import request
 from pruning_bench.core.block_by_block import block_by_block, chains
-from pruning_bench.core.driver import CostMeter
+from pruning_bench.core.cost import CostMeter
 from pruning_bench.core.inputs import in_mode
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.pattern import unstructured
@@ -441,17 +441,19 @@ def test_no_activations_are_kept_but_those_between_two_blocks():
 
 def test_block_by_block_is_the_default_where_the_second_moments_do_not_fit(monkeypatch):
     need = 4 * sum(l.read().shape[1]**2 for l in Weights(llama()).layers.values())
-    monkeypatch.setattr(driver, "available_bytes", lambda device: need)
+    monkeypatch.setattr(request, "available_bytes", lambda device: need)
     assert prune(llama(), data=TEXT, **SPARSEGPT).provenance["stages"] == "whole"
-    monkeypatch.setattr(driver, "available_bytes", lambda device: need - 1)
+    monkeypatch.setattr(request, "available_bytes", lambda device: need - 1)
     chosen, asked = llama(), llama()
     with pytest.warns(UserWarning, match=f"need {need:,} bytes and {need - 1:,} are available"):
         plan = prune(chosen, data=TEXT, **SPARSEGPT)
-    assert plan.provenance["stages"].startswith("block_by_block(") and f"{need:,} bytes" in plan.provenance["stages_because"]
+    assert plan.provenance["stages"].startswith("block_by_block(")
+    assert f"{need:,} bytes" in plan.provenance["stages_because"]
     assert plan == prune(asked, data=TEXT, stages=PRUNED, **SPARSEGPT) and same_weights(chosen, asked)
     assert prune(llama(), data=TEXT, stages="whole", **SPARSEGPT).provenance["stages"] == "whole"   # as the user says
     assert prune(llama(), score="wanda", data=TEXT).provenance["stages"] == "whole"                  # nothing quadratic
-    assert prune(llama(), data=TEXT, allocate="global", **SPARSEGPT).provenance["stages"] == "whole"  # must see all groups
+    # must see all groups
+    assert prune(llama(), data=TEXT, allocate="global", **SPARSEGPT).provenance["stages"] == "whole"
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     assert prune(net, data=[torch.randn(32, 8)], **SPARSEGPT).provenance["stages"] == "whole"         # no blocks
 

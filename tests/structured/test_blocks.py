@@ -9,7 +9,7 @@ from torch import nn
 
 from pruning_bench import BadInput, methods, prune
 from pruning_bench.core.score import Score
-from pruning_bench.core.space import Blocks
+from pruning_bench.core.blocks import Blocks
 from pruning_bench.structured.blocks import block_cosine
 
 
