@@ -7,6 +7,7 @@ __all__ = ['box_iou', 'match_detections', 'ap50', 'part_wise', 'relaxed_l1_rule'
            'channel_kl_loss', 'attention_map', 'attention_map_loss', 'FeatureHooks', 'channel_projections', 'distil']
 
 # %% ../../nbs/structured/52_detection.ipynb #bff31d30
+from collections.abc import Mapping
 from fnmatch import fnmatch
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,9 @@ def ap50(found:list, # per image: boxes (n, 4), scores (n,), classes (n,)
 def part_wise(part_weights=None, # {wildcard of names: relative share to remove}; None = equal shares
     ): # (scores, keep, space) -> {group: fraction}
     "A global ranking within each part of the network; a part is given by a wildcard, or is the first word of a name."
+    if not isinstance(part_weights, (Mapping, type(None))):
+        raise BadInput(f"part_weights={part_weights!r} gives no part a share to remove: "
+                       "pass {wildcard: share} or None")
     def part_of(name):
         if not part_weights: return name.partition(".")[0]
         return next((w for w in part_weights if fnmatch(name, w)), None)

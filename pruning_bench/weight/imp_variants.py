@@ -43,6 +43,9 @@ def retrain_and_average(members:int, # networks to average
     ): # a `replace_marked` for a `Method`
     "Retrain copies of the pruned network, each with a part of the budget, and go on from their average."
     def retrain_copies(model, start, train, n, left):
+        if 0 < train.steps < n * members:
+            raise BadInput(f"{train.steps} optimiser steps are fewer than the {n * members} retrainings of copies: "
+                           "give more steps=, fewer members= or fewer rounds=")
         before, done = {k: v.clone() for k, v in model.state_dict().items()}, []
         for _ in range(members):
             model.load_state_dict(before)
