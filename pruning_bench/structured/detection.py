@@ -65,7 +65,8 @@ def part_wise(part_weights=None, # {wildcard of names: relative share to remove}
     ): # (scores, keep, space) -> {group: fraction}
     "A global ranking within each part of the network; a part is given by a wildcard, or is the first word of a name."
     if not isinstance(part_weights, (Mapping, type(None))):
-        raise BadInput(f"part_weights={part_weights!r} gives no part a share to remove: pass {{wildcard: share}} or None")
+        raise BadInput(f"part_weights={part_weights!r} gives no part a share to remove: "
+                       "pass {wildcard: share} or None")
     def part_of(name):
         if not part_weights: return name.partition(".")[0]
         return next((w for w in part_weights if fnmatch(name, w)), None)

@@ -10,11 +10,11 @@ __all__ = ['block_lists', 'removable_blocks', 'Residuals', 'keep_blocks', 'cka',
 from functools import partial
 import torch
 from torch import nn, Tensor
+from ..core.blocks import drop_blocks, passthrough
 from ..core.inputs import BadInput, first_batch, forward, in_mode, select_forward, seeded
 from ..core.method import Method, register
 from ..core.schedule import linear
 from ..core.score import score, snip
-from ..core.blocks import drop_blocks, passthrough
 from ..core.space import group_pairs, matrix_permutations, name_matches, prunable_layers, space
 from ..core.stats import provider
 from .blocks import hook_blocks

@@ -183,7 +183,8 @@ def group_lasso_rule(strength:float, # logarithm of the factor by which the chan
     ): # (method, keep) -> Rule
     "Group lasso: all members of a channel shrink together, channels with small norms faster."
     if alpha < 1:
-        raise BadInput(f"alpha={alpha:g} penalises small norms less than large ones: give a number of at least 1")
+        raise BadInput(f"alpha={alpha:g} penalises channels with small norms less than those with large norms: "
+                       "give a number of at least 1")
     def penalise(training, method):
         by, norms = strength / alpha * penalty_share(training, prune_at), group_norms(training.space)
         scale_members(training.space, {n: torch.exp(-by * penalty_strengths(s, alpha)) for n, s in norms.items()})
