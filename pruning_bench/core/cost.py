@@ -25,9 +25,9 @@ class CostMeter:
     def __enter__(self):
         self.meter = peak_memory("cpu" if self.model is None else device_of(self.model))
         self.memory = self.meter.__enter__()
-        self.since = time.perf_counter()
-        self.hooks = []
-        if self.model is not None: self.hooks.append(self.model.register_forward_pre_hook(self.count, with_kwargs=True))
+        self.since, self.hooks = time.perf_counter(), []
+        if self.model is None: return self
+        self.hooks.append(self.model.register_forward_pre_hook(self.count, with_kwargs=True))
         for module in (self.model, *self.blocks) if self.blocks else ():
             self.hooks.append(module.register_forward_pre_hook(self.enter))
             self.hooks.append(module.register_forward_hook(self.leave, always_call=True))
@@ -38,16 +38,16 @@ class CostMeter:
         self.seconds = time.perf_counter() - self.since
         self.meter.__exit__(None, None, None)
 
+    @property
+    def totals(self)->tuple: return self.forward, self.backward, self.samples
+
     def __deepcopy__(self, memo): return self   # copies of the model are counted by the same meter
 
     def count(self, module, args, kwargs):
         seen = 1, int(torch.is_grad_enabled()), size_of(args[0] if args else kwargs)
         if torch.compiler.is_compiling():   # a Python number that changes would be compiled again at every step
             for total, n in zip(self.compiled.unbind(), seen): total.add_(n)
-            return
-        self.forward += seen[0]
-        self.backward += seen[1]
-        self.samples += seen[2]
+        else: self.forward, self.backward, self.samples = map(sum, zip(seen, self.totals))
 
     def enter(self, module, args):
         self.block_forward += self.depth == 0 and module is not self.model
@@ -57,7 +57,6 @@ class CostMeter:
 
     def __call__(self)->dict: # JSON values; `peak_bytes` is None where it cannot be measured
         "The figures, after the end of the context."
-        forward, backward, samples = self.compiled.tolist()
-        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, forward=self.forward + forward,
-                    backward=self.backward + backward, block_forward=self.block_forward,
-                    samples=self.samples + samples)
+        forward, backward, samples = map(sum, zip(self.totals, self.compiled.tolist()))
+        return dict(seconds=self.seconds, peak_bytes=self.memory.bytes, forward=forward, backward=backward,
+                    block_forward=self.block_forward, samples=samples)

@@ -21,7 +21,7 @@ class Score(Part):
     "An importance score `(w, stats) -> tensor`; higher = keep. Also known as saliency or criterion."
     needs: frozenset = frozenset()   # statistics it reads, from `core.stats.PROVIDERS`
     unit: str = "weight"             # what one entry speaks of: "weight", "block", "example", ... or "any"
-    scope: str = "group"             # "group": called for each group; "space": once, `(space, stats) -> {group: tensor}`
+    scope: str = "group"             # "group": called per group; "space": once, `(space, stats) -> {group: tensor}`
 
 SCORES = Registry("score")   # name -> Score
 

@@ -1,4 +1,4 @@
-"""Every method that prunes inside one training prunes inside a loop of the user, and leaves nothing when it breaks off."""
+"""Every method that prunes inside one training prunes inside a loop of the user; an interruption leaves no trace."""
 import itertools
 
 import pytest
