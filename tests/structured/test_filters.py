@@ -342,7 +342,7 @@ def test_rank_of_known_maps():
 
 def test_rank_without_maps_is_refused():
     net, batches = perceptron()
-    with pytest.raises(BadInput, match="no two-dimensional maps"): prune(net, "hrank", .5, batches)
+    with pytest.raises(BadInput, match="no two-dimensional feature maps"): prune(net, "hrank", .5, batches)
 
 def test_spread_in_over_spread_out():
     net, [(x, y)] = perceptron(bias=False)
