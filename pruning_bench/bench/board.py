@@ -131,8 +131,8 @@ def method_label(row)->str: # as shown in tables
 def sort_rows(table:pd.DataFrame)->pd.DataFrame: # best first within each sparsity
     "Sort by the task's one metric; rows without a mean go last."
     sign = -1 if table.higher.iloc[0] else 1
-    return table.assign(key=sign * table.value).sort_values(["sparsity", "key", "method"],
-                                                            na_position="last").drop(columns="key")
+    keyed = table.assign(key=sign * table.value)
+    return keyed.sort_values(["sparsity", "key", "method"], na_position="last").drop(columns="key")
 
 def format_number(x, digits:int=3)->str: # for people
     "A number as a table shows it."
@@ -149,8 +149,8 @@ def format_rank(row)->str: # "3", or "2-5"
 def format_mean_sd(row)->str: # "0.951 ± 0.004"
     "Mean and standard deviation over seeds, with as many digits as the mean deserves."
     if math.isnan(row.value): return row.status
-    d = max(0, 2 - math.floor(math.log10(abs(row.value)))) if row.value and abs(row.value) < 1 else 2 if abs(
-        row.value) < 100 else 0
+    size = abs(row.value)
+    d = max(0, 2 - math.floor(math.log10(size))) if 0 < size < 1 else 2 if size < 100 else 0
     return f"{row.value:,.{d}f}" + ("" if math.isnan(row.sd) else f" ± {row.sd:,.{d}f}")
 
 # %% ../../nbs/bench/96_board.ipynb #13a1d035
@@ -173,9 +173,9 @@ def format_row(row)->dict: # {column: text}
             "training steps": format_number(row.steps), "seeds": str(row.seeds),
             "code": "stale" if row.stale else "current"}
 
+# the numbers by which the page sorts the columns of `format_row`
 RAW_COLUMNS = ("sparsity", "best", "method", "value", "value", "removed", "params", "nonzero", "macs", "bytes",
-               "speedup",
-               "prune_seconds", "steps", "seeds", "stale")   # what the page sorts the columns of `format_row` by
+               "speedup", "prune_seconds", "steps", "seeds", "stale")
 
 def format_change(x:float)->str: # "-0.0481"
     "A difference as a table shows it."
@@ -317,8 +317,8 @@ def replace_marked(text:str, new:str)->str: # the text with its generated part r
     "Replace what stands between the markers."
     if BEGIN_MARKER not in text or END_MARKER not in text:
         raise BadInput(f"no place for the board: the file needs the lines {BEGIN_MARKER} and {END_MARKER}")
-    return text[:text.index(BEGIN_MARKER)
-                + len(BEGIN_MARKER)] + "\n" + new.strip() + "\n" + text[text.index(END_MARKER):]
+    before, after = text[:text.index(BEGIN_MARKER)], text[text.index(END_MARKER):]
+    return f"{before}{BEGIN_MARKER}\n{new.strip()}\n{after}"
 
 def render_markdown(table:pd.DataFrame)->str: # Markdown of leaderboard/README.md
     "All boards as Markdown, with their figures."
@@ -340,7 +340,7 @@ def summary_table(table:pd.DataFrame)->str: # Markdown for the first page
                             part[part.control].head(1)]).drop_duplicates(["method", "variant"])
         lines += [dict(task=f"[{task}](leaderboard/README.md#{re.sub('[^a-z0-9_-]', '', task)})", board=name,
                        sparsity=f"{r.sparsity:.3g}", method=method_label(r), result=f"{r.metric} {format_mean_sd(r)}",
-                       dense=format_number(r.dense)) for r in chosen.itertuples()]
+                       dense=format_number(r.dense), code="stale" if r.stale else "current") for r in chosen.itertuples()]
     return to_markdown(pd.DataFrame(lines))
 
 def notebook_markdown(path)->str: # Markdown

@@ -125,8 +125,8 @@ def stop_worker(step:Step)->None:
 
 def last_line(path)->str: # the line of a log that says most
     "The last line of a log, for messages."
-    lines = [l.strip() for l in Path(path).read_text(errors="replace").splitlines()
-             if l.strip()] if Path(path).exists() else []
+    if not Path(path).exists(): return "no output"
+    lines = [l.strip() for l in Path(path).read_text(errors="replace").splitlines() if l.strip()]
     return lines[-1][:300] if lines else "no output"
 
 # %% ../../nbs/bench/95_runner.ipynb #4b77810e

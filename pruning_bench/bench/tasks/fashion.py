@@ -38,7 +38,8 @@ IMAGE_SOURCES = {
         "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
     "fashion": mnist_sources(
         "fashion_mnist",
-        (f"{FASHION_REPOSITORY}/data/fashion", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"), "MIT", "articles of clothing (Xiao, Rasul, Vollgraf)",
+        (f"{FASHION_REPOSITORY}/data/fashion", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
+        "MIT", "articles of clothing (Xiao, Rasul, Vollgraf)",
         "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
         "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
         "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
