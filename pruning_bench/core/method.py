@@ -135,13 +135,16 @@ def register(title:str,  # title of the paper
 # %% ../../nbs/core/11_method.ipynb #928de895
 SHARE, COUNT = (0, 1), (1, 10_000)
 # setting -> (least, most), the same in every method whose default lies in it
-RANGES = {**dict.fromkeys(("start", "end", "ramp_end", "select_at", "shrink_end"), SHARE),
-          **dict.fromkeys(("share", "drop_fraction", "activation_fraction", "search_share", "rewind_to"), SHARE),
-          **dict.fromkeys(("density", "energy_kept", "distil_weight", "strong_quantile", "alpha", "beta"), SHARE),
-          **dict.fromkeys(("tau", "temperature"), (1e-3, 1e4)), **dict.fromkeys(("p", "q"), (0, 10)),
-          "prune_at": (1e-3, 1), "relax_after": (0, .999), "lr": (0, 100), "weight_decay": (0, 100), "exponent": (-1, 1),
-          "steps": (1, 10_000_000), "final_intervals": (0, 10_000), "block": (1, 1_000_000)}
+RANGES = {
+    **dict.fromkeys(("start", "end", "ramp_end", "select_at", "shrink_end"), SHARE),
+    **dict.fromkeys(("share", "drop_fraction", "activation_fraction", "search_share", "rewind_to"), SHARE),
+    **dict.fromkeys(("density", "energy_kept", "distil_weight", "strong_quantile", "alpha", "beta"), SHARE),
+    **dict.fromkeys(("tau", "temperature"), (1e-3, 1e4)), **dict.fromkeys(("p", "q"), (0, 10)), "prune_at": (1e-3, 1),
+    "relax_after": (0, .999), "lr": (0, 100), "weight_decay": (0, 100), "exponent": (-1, 1), "steps": (1, 10_000_000),
+    "final_intervals": (0, 10_000), "block": (1, 1_000_000)}
+
 ORDERED = (("start", "end"), ("start", "ramp_end"), ("ramp_end", "prune_at"), ("select_at", "prune_at"))
+
 KINDS = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
 
 def setting_range(name:str, kind:type, default)->tuple: # (least, most)
@@ -169,6 +172,7 @@ def check_setting(owner:str, parameter:inspect.Parameter, value)->None: # raises
     bound = f"at least {least:g}" if value < least else f"at most {most:g}"
     raise BadInput(f"{said} is outside [{least:g}, {most:g}]: give {KINDS[kind]} of {bound}{example}")
 
+# %% ../../nbs/core/11_method.ipynb #a6d94db5
 def check_settings(owner:str,     # slug of a method
                    known:dict,    # {setting: inspect.Parameter}
                    settings:dict, # {setting: value}

@@ -60,7 +60,7 @@ def magnitude_threshold(size:Tensor, # absolute values of the weights, or norms 
                         mask:Tensor, # bool, like `size`: which of them stay
                         span:int,    # neighbours that share a threshold: an N:M group, or the whole layer
     )->Tensor: # like `size`
-    "The threshold of a mask: half-way between the smallest that stays and the largest that goes, zero where nothing goes."
+    "Threshold half-way between the smallest kept and the largest removed magnitude; zero where none is removed."
     groups, stays = size.reshape(-1, span), mask.reshape(-1, span)
     low = groups.masked_fill(~stays, torch.inf).amin(1, keepdim=True)
     high = groups.masked_fill(stays, -torch.inf).amax(1, keepdim=True)

@@ -196,7 +196,7 @@ def init_grad(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (r
 # %% ../../nbs/core/03_stats.ipynb #f2b8d1e3
 @provider()
 def calibration_batches(space, batches, loss=None)->dict: # {layer: list of batches}
-    "The calibration batches themselves, for parts that run the network on their own; raises `BadInput` for a `batch_loss`."
+    "The calibration batches, for parts that run the network on their own; raises `BadInput` for a `batch_loss`."
     if isinstance(loss, BatchLoss):
         raise BadInput("this method compares outputs of the model on data=, but the loss runs the model itself: "
                        "choose another allocation, for instance 'lamp'")

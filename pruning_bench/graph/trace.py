@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core.inputs import forward, in_mode, to_device, seeded
 from ..core.registry import Registry
-from .norms import no_affine, run_operation, track_norms
+from .norms import run_operation, track_norms
 
 # %% ../../nbs/graph/37_trace.ipynb #d29caf0c
 def fixed_atoms(n:int, # positions

@@ -16,7 +16,7 @@ from ..core.recovery import finetune
 from ..core.rule import masks_from_scores, rule_maker
 from ..core.schedule import polynomial_decay, ramped_density
 from ..core.stats import PROVIDERS
-from . import filters   # registers the statistic `fpgm`
+from . import filters   # noqa: F401, registers the statistic `fpgm`
 from .sparse_training import group_norms, select_channels, penalty_rule
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #d0981cee

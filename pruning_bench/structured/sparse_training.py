@@ -17,7 +17,7 @@ from ..core.method import Method, register
 from ..core.recovery import finetune
 from ..core.rule import Rule, layer_fractions, masks_from_scores, rule_maker
 from ..core.stats import PROVIDERS
-from . import filters   # registers the statistics `bn_scale` and `group_magnitude`
+from . import filters   # noqa: F401, registers the statistics `bn_scale` and `group_magnitude`
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #b96b73bb
 def penalty_share(training,              # a `TrainingState`

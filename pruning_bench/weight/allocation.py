@@ -10,7 +10,6 @@ __all__ = ['layer_floors', 'global_with_floor', 'global_mp', 'rescale_to_budget'
 # %% ../../nbs/weight/24_allocation.ipynb #230c6329
 import numpy as np
 import torch
-from torch import Tensor
 from ..core.allocate import (Allocator, allocator, allocator_factory, erk, global_, proportional_densities,
                                          topk_mask)
 from ..core.inputs import BadInput, in_mode, output_tensor

@@ -15,8 +15,8 @@ from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import collect, sample_gradients
 from pruning_bench.structured.eigendamage import (filter_obs, filter_obs_update, kronecker_factors,
                                                   output_gradients)
-from pruning_bench.structured.feature_maps import FeatureMapRecorder, betarank, hrank
-from pruning_bench.structured.filters import (NORMALISERS, REDUCTIONS, bn_scale, group_signature, criterion, fpgm,
+from pruning_bench.structured.feature_maps import FeatureMapRecorder, betarank
+from pruning_bench.structured.filters import (NORMALISERS, REDUCTIONS, group_signature, criterion, fpgm,
                                               group_magnitude, isomorphic, member_sums)
 from pruning_bench.structured.relevance import relevance
 from pruning_bench.structured.taylor import filter_obd, gate_taylor, group_taylor, sample_labels
