@@ -82,9 +82,8 @@ class MaskedParameter(nn.Parameter):
     @data.setter
     def data(self, new:Tensor):
         if new.numel() and new.shape != self.pruning_mask.keep.shape:
-            raise BadInput(
-                f"the mask of this parameter has shape {tuple(self.pruning_mask.keep.shape)}, and the data has "
-                f"shape {tuple(new.shape)}: call remove_masks(model) first")
+            raise BadInput(f"the mask of this parameter has shape {tuple(self.pruning_mask.keep.shape)}, the data "
+                           f"{tuple(new.shape)}: call remove_masks(model) first")
         MEMORY.__set__(self, new)
         write_zeros(self)
     def detach(self)->Tensor: # a plain tensor, but nn.Parameter(p) asks for one of the same class and gets it
