@@ -104,4 +104,4 @@ def prune(model:nn.Module, method=None, sparsity=None, data=None, loss:Loss=None
         lists = equal_lists(model).values() if job.record.stages.local else ()
         with seeded(seed), CostMeter(model, [block for blocks in lists for block in blocks]) as cost:
             run_method(job.record, job.space, job.keep, job.data, job.calib, loss, job.run)
-    return job.report({"seed": seed}, cost())
+        return job.report({"seed": seed}, cost())

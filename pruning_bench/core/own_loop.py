@@ -62,14 +62,16 @@ def pruning(model:nn.Module, method, sparsity=None, steps:int=0, data=None, loss
     """
     given = dict(score=score, allocate=allocate, pattern=pattern, schedule=schedule, rule=rule, space=space)
     record, budget = resolve_request(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
-    job = prepare_job(adapt_to_user_loop(record, steps, settings), model, budget, data, loss, skip, calibration, 0)
-    with restore_on_error(model), CostMeter(model) as cost:
-        rule = job.record.rule(job.record, job.keep)
-        with apply_rule(rule, job.space, job.keep, steps, job.record.pattern) as training:
-            loop = PruningRun(training)
-            yield loop
-        if rule.finish: job.space.remove()
-        else:
-            record = replace(job.record, rule=None, between=no_training)
-            run_method(record, job.space, job.keep, None, job.calib, loss)
-    loop.plan = job.report({"steps": steps}, cost())
+    record = adapt_to_user_loop(record, steps, settings)
+    with restore_on_error(model if isinstance(model, nn.Module) else None):
+        job = prepare_job(record, model, budget, data, loss, skip, calibration, 0)
+        with CostMeter(model) as cost:
+            rule = job.record.rule(job.record, job.keep)
+            with apply_rule(rule, job.space, job.keep, steps, job.record.pattern) as training:
+                loop = PruningRun(training)
+                yield loop
+            if rule.finish: job.space.remove()
+            else:
+                record = replace(job.record, rule=None, between=no_training)
+                run_method(record, job.space, job.keep, None, job.calib, loss)
+        loop.plan = job.report({"steps": steps}, cost())
