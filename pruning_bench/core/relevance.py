@@ -134,7 +134,7 @@ class RelevanceMode(TorchFunctionMode):
         def call(x): return func(x, *args[1:], **{k: v for k, v in kwargs.items() if k not in ("input", "inplace")})
         if name in WEIGHTED_OPS: return weighted_rule(self, func, first, args, kwargs)
         if name in ADDITION_OPS and "alpha" not in kwargs: return addition_rule(values, args)
-        if name in ELEMENTWISE_OPS and len(values) == 1 and first is args[0]:
+        if name in ELEMENTWISE_OPS and len(values) == 1 and args and first is args[0]:
             if name == "batch_norm": note_scale(self.layer_notes, *args[:4])
             return RelevanceFunction.apply(identity_rule, call, first)
         if name in AVERAGING_OPS:

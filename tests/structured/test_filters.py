@@ -1,5 +1,6 @@
 "Criteria of channels: golden values, exact invariants, refusals, and one calibrated ordering."
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -434,6 +435,16 @@ def test_a_shortcut_takes_its_share():
         assert heard["c.weight"].sum().item() == pytest.approx((share * y / (x + y)).sum().item())
         found.append(heard["b.weight"])
     assert torch.allclose(found[0], found[1]) and torch.allclose(found[0], found[2])
+
+def test_relevance_refuses_a_scaled_sum():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+        def forward(self, x): return torch.add(self.a(x), x, alpha=2.)
+    net, batch = Scaled(), (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    space = SimpleNamespace(model=net, layers={})
+    with pytest.raises(BadInput, match="no rule says how relevance passes 'add'"): propagate_relevance(space, batch)
 
 def test_relevance_refuses_by_name_and_leaves_the_model_alone():
     torch.manual_seed(0)

@@ -16,8 +16,9 @@ from pruning_bench.graph.groups import Channels
 from pruning_bench.structured.evolution import combine_fronts, evolve_widths, gated_weights, parametrized
 from pruning_bench.structured.layer_similarity import Residuals, block_cka, block_lists, cka
 from pruning_bench.structured.precrop import balanced_widths, layer_groups, precrop, round_widths
-from pruning_bench.structured.supernets import (MixedWidths, LearnedWidths, evolutionary_search, distil_gradients,
-                                                width_mixture, channel_interpolation, l1_ranks, consumer_columns)
+from pruning_bench.structured.supernets import (LearnedWidths, MixedWidths, channel_interpolation, channel_order,
+                                                consumer_columns, distil_gradients, evolutionary_search, l1_ranks,
+                                                progressive_shrinking, width_mixture)
 
 WEIGHTS = {"a": 1, "b": 2, "c": 4}
 
@@ -426,6 +427,20 @@ def test_a_supernet_spends_the_budget_of_the_recipe_and_not_more(method):
     assert sum(spent) == 20 and plan.density == .5
     assert not any(hasattr(m, "parametrizations") for m in net.modules())
     assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_the_score_reads_the_order_from_before_the_training():
+    space = Channels(residual(), batches())
+    before = {n: r.clone() for n, r in l1_ranks(space).items()}
+    assert all(torch.equal(r, before[n]) for n, r in channel_order(space, None).items())
+    weights = [layer.weight for layer in space.layers.values()]
+    class Training:
+        steps = 2
+        def __call__(self, part):
+            for w in weights: w.data.mul_(2. ** torch.arange(len(w)).view(-1, *[1] * (w.dim() - 1)))
+    progressive_shrinking(.5, .5)(None, space, .5, Training())
+    assert any(not torch.equal(r, before[n]) for n, r in l1_ranks(space).items())
+    assert all(torch.equal(r, before[n]) for n, r in channel_order(space, None).items())
 
 
 def test_the_searched_weights_are_thrown_away():
