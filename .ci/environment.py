@@ -2,7 +2,7 @@
 
 A missing environment is created and gets this project with its development tools. An existing one is left alone when it
 already has what settings.ini asks for, and otherwise gets only what it lacks. PATH/.pruning_bench records what was
-done: creating | created | created DIGEST | found DIGEST; an interrupted run is taken up where that file says it stopped.
+done: creating | created | created DIGEST | found DIGEST; an interrupted run goes on where that file says it stopped.
 Standard library only: it runs before anything is installed.
 """
 import configparser, fcntl, hashlib, os, shutil, subprocess, sys

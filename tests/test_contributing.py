@@ -35,5 +35,6 @@ def test_a_method_can_be_added_as_described(tmp_path):
     run(
         "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_export.py", "-k",
         "relative or modules or clean")
-    use = "import sys, pruning_bench as p; assert p.__file__.startswith(sys.argv[1]); assert len(p.methods('relative-importance'))"
+    use = ("import sys, pruning_bench as p; assert p.__file__.startswith(sys.argv[1]); "
+           "assert len(p.methods('relative-importance'))")
     run("python", "-c", use, str(tmp_path))

@@ -171,6 +171,11 @@ def test_library_needs_little_at_import(module):
 
 # the tree
 
+def test_the_linter_is_content():
+    ruff = Path(sys.executable).parent/"ruff"
+    ran = subprocess.run([ruff, "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-2000:]
+
 def test_no_tracked_file_names_a_machine():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode: pytest.skip("not a git checkout")

@@ -137,7 +137,7 @@ class Job:
 
 # %% ../../nbs/core/27_request.ipynb #931a943f
 def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, calibration:int, seed:int, # as for `prune`
-                settings:dict={},      # arguments of the method
+                settings:dict=None,    # arguments of the method
                 any_stages:bool=False, # whether stages may be replaced by `block_by_block` where memory is short
     )->Job:
     "Check a request; raises `BadInput` before any work."
@@ -151,7 +151,7 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
         check_request(record, units, data, loss)
         bound = prepare_budget(units, budget) if budget.resource else None
         if bound: record = replace(record, allocate=budgeted_allocator(record.allocate, bound))
-        given, calib = {k: repr(v) for k, v in settings.items()}, list(take_samples(data, calibration))
+        given, calib = {k: repr(v) for k, v in (settings or {}).items()}, list(take_samples(data, calibration))
         run, notes = Run(select_forward(loss)), {}
         if record.stages.reads_run:
             run = Run(run.call, request_of(record, units, keep, seed, given), schedule_length(record, keep))

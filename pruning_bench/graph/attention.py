@@ -169,7 +169,7 @@ def window_scores(m:nn.Module, # Swin attention
 
 def shifted_window_forward(self, x):
     "The attention of torchvision's Swin, both versions, for any number of heads."
-    (b, h, w, c), size = x.shape, self.window_size
+    (_, h, w, _), size = x.shape, self.window_size
     x = F.pad(x, (0, 0, 0, -w % size[1], 0, -h % size[0]))
     high, wide = x.shape[1:3]
     shift = [0 if s >= n else t for s, n, t in zip(size, (high, wide), self.shift_size)]
