@@ -87,9 +87,8 @@ def sample_labels(model:nn.Module,   # a classifier
         out = getattr(out, "logits", out)
         labels = isinstance(y, Tensor) and not y.is_floating_point()
         if not labels or not isinstance(out, Tensor) or out.shape[:1] + out.shape[2:] != y.shape:
-            raise BadInput(
-                "labels can be drawn from a model that predicts classes, on batches of (inputs, class labels): "
-                "set label_samples=0 to take the data as it is")
+            raise BadInput("labels can be drawn from a model that predicts classes, on batches of (inputs, class "
+                           "labels): set label_samples=0 to take the data as it is")
         chance = out.float().movedim(1, -1).softmax(-1).cpu().flatten(0, -2)
         for _ in range(label_samples): yield x, torch.multinomial(chance, 1).view(y.shape).to(y)
 
