@@ -54,7 +54,7 @@ class Budget:
     at_most: dict = field(default_factory=dict)   # the same, from above
     round_to: int = 1                             # widths are multiples of it
     options: dict = field(default_factory=dict)   # further arguments of the resource
-    pattern: Pattern = None                       # asked for in place of a fraction
+    pattern: Pattern = None                       # requested in place of a fraction
 
     @staticmethod
     def parse(request)->"Budget": # a number, text, a mapping, a `Budget`, or None for one half

@@ -34,7 +34,7 @@ def run_method(method:Method, space:Space, # the record, where the units live
                data:Iterable,           # batches to train on, or None
                calib:list,              # batches to calibrate on
                loss:Loss,               # `as_loss` kinds
-               run:Run=Run(),           # what the stages may know
+               run:Run=Run(),           # what the stages use of the run
     )->None:
     "Prune by a method: one loop for all methods."
     train = Trainer(space.model, method.recover, None if data is None else infinite_batches(data), loss)

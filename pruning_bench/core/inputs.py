@@ -22,9 +22,9 @@ class BadInput(ValueError):
     "A request that cannot be met; the message names the value and the remedy."
 
 # %% ../../nbs/core/00_inputs.ipynb #01693304
-def choose(name:str,      # what the user asked for
+def choose(name:str,        # the requested name
            options:Mapping, # known names -> values
-           kind:str,      # what is being named, for the message
+           kind:str,        # the kind of thing that is named, for the message
     ): # the value stored under `name`
     "Look `name` up; a miss raises `BadInput` with the nearest names."
     if name in options: return options[name]

@@ -66,14 +66,14 @@ def write_all_zeros(parameters)->None: # masked or not
         else: write_zeros(p)
 
 def mask_gradient(p)->None: # a hook: called when autograd has added to `p.grad`
-    "A pruned weight has no gradient, so that norms, momentum and decay know only the weights that are kept."
+    "A pruned weight has no gradient, so that norms, momentum and decay use only the weights that are kept."
     if p.grad is None or p.grad.layout is not torch.strided: return
     if p.grad.requires_grad: p.grad = p.grad.masked_fill(keep_of(p) == 0, 0)   # it will be differentiated again
     else: clear(p.grad, keep_of(p))
 
 # %% ../../nbs/core/01_mask.ipynb #cb47db93
 class MaskedParameter(nn.Parameter):
-    "A parameter that is zero wherever its mask says so. The mask belongs to it: copies, pickles and ties have it too."
+    "A parameter that is zero wherever its mask is zero. The mask belongs to it: copies, pickles and ties have it too."
     @property
     def data(self)->Tensor:
         if torch.compiler.is_compiling(): return super().detach()
@@ -82,7 +82,7 @@ class MaskedParameter(nn.Parameter):
     @data.setter
     def data(self, new:Tensor):
         if new.numel() and new.shape != self.pruning_mask.keep.shape:
-            raise BadInput(f"the mask of this parameter has shape {tuple(self.pruning_mask.keep.shape)}, the data "
+            raise BadInput(f"the mask of this parameter has shape {tuple(self.pruning_mask.keep.shape)}, not "
                            f"{tuple(new.shape)}: call remove_masks(model) first")
         MEMORY.__set__(self, new)
         write_zeros(self)
@@ -223,8 +223,7 @@ def check_mask(module, attr:str, p, mask:Tensor)->None: # raises BadInput
     "Refuse what is no mask of a parameter."
     found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     if found != f"torch.bool {tuple(p.shape)}":
-        raise BadInput(f"a mask for {attr} of {type(module).__name__} must be bool and of shape {tuple(p.shape)}, "
-                       f"not {found}")
+        raise BadInput(f"a mask of {type(module).__name__}.{attr} must be bool and of shape {tuple(p.shape)}, not {found}")
 
 # %% ../../nbs/core/01_mask.ipynb #854f2c1c
 def attach_mask(module:nn.Module, # owner of the parameter

@@ -23,7 +23,7 @@ class Pattern:
     "Which units stay, given scores and a fraction; the count is exact."
     name: str                          # as it is written in tables and on the command line
     select: Callable                   # (scores, fraction) -> bool mask
-    fixed: float = None                # the fraction the pattern dictates, if any
+    fixed: float = None                # the fraction that the pattern fixes, if any
     divides: tuple = (1, 1)            # rows and input channels must be multiples of these
     at_most: float = 1.                # the largest fraction it can keep
 

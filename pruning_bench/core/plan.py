@@ -79,10 +79,10 @@ Plan.__doc__ += """
     space: name of the space that the masks are about
     masks: {group: bool tensor}, True = kept
     provenance: the parts that decided, as text
-    requested: fraction to keep that was asked for
+    requested: fraction to keep, as requested
     cost: seconds, peak memory, passes and samples spent
     slices: {parameter: {dimension: kept indices}}, for removed structure
-    budget: {"of", "requested", "achieved", "full", "left"} of a resource asked for by name
+    budget: {"of", "requested", "achieved", "full", "left"} of a resource, where one was requested
     build: what a fresh process needs to build the model again: class, attributes, an example
     model: () -> the pruned model, while it exists in this process
     """
@@ -196,7 +196,7 @@ def load_plan(folder)->Plan: # as written by `Plan.save`
     plan = Plan(about["space"], masks, about["provenance"], about["requested"], about["cost"], slices,
                 about.get("budget", {}), about.get("build", {}))
     if plan.digest != about["digest"]:
-        raise BadInput(f"the plan at {folder} does not match its digest: it was altered or cut short")
+        raise BadInput(f"the plan at {folder} does not match its digest: it was altered or is incomplete")
     return plan
 
 # %% ../../nbs/core/10_plan.ipynb #ada0b67c

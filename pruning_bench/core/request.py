@@ -68,7 +68,7 @@ def check_data(method:Method, model, data)->None: # raises BadInput
 def resolve_request(method,        # a registered name, a `Method`, or None
                     parts:dict,    # {field of `Method`: a name, a record or a plain function}, in place of its own
                     settings:dict, # arguments of the method
-                    sparsity,      # what the user asked for, in any form that `Budget.parse` reads
+                    sparsity,      # the request, in any form that `Budget.parse` reads
     )->tuple: # (Method, Budget)
     "Read names, records, overrides and the budget into one record; raises `BadInput` for contradictions."
     if method is not None and not isinstance(method, (Method, str)):
@@ -120,7 +120,7 @@ class Job:
     before: dict     # the architecture before the work
     skip: tuple      # patterns of parameter names
     settings: dict   # arguments of the method, as text
-    run: Run = Run()                             # what the stages may know
+    run: Run = Run()                             # what the stages use of the run
     notes: dict = field(default_factory=dict)    # further entries of the provenance
 
     def report(self, extra:dict, # further entries of the provenance

@@ -84,7 +84,7 @@ def name_matches(name:str,  # of a parameter or module, with dots
     return any(fnmatch(name, p) or fnmatch(name, f"{p}.*") for p in patterns)
 
 def weight_layers(model:nn.Module)->dict: # {parameter name: Layer}, in module order
-    "Every weight of a kind that can be pruned, whoever else uses it."
+    "Every weight of a kind that can be pruned, also where it is tied to another one."
     found = ((n, m, a, perm) for n, m in model.named_modules() for a, perm in matrix_permutations(m).items())
     return {f"{n}.{a}" if n else a: Layer(m, a, perm) for n, m, a, perm in found}
 

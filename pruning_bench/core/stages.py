@@ -16,7 +16,7 @@ from .stats import PROVIDERS
 # %% ../../nbs/core/22_stages.ipynb #5e9da058
 @dataclass(frozen=True)
 class Run:
-    "What stages may know of the run that they belong to."
+    "What the stages use of the run that they belong to."
     call: Callable = forward   # (model, batch) -> output: how the network is run once
     request: dict = field(default_factory=dict)   # {"method": text, ...}: two runs with one request decide alike
     steps: int = 1             # steps of the schedule

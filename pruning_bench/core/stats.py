@@ -79,7 +79,7 @@ def unfold_inputs(layer:Layer, x:Tensor, # input as the operation received it
     return patches.permute(1, 0, 5, 3, 4, 2).flatten(3).flatten(1, 2)
 
 def dilate(x:Tensor, stride)->Tensor: # zeros between the pixels, as a transposed convolution sees its input
-    "Insert `stride - 1` zeros between neighbours."
+    "Insert `stride - 1` zeros between neighbouring pixels."
     out = x.new_zeros(*x.shape[:2], *[(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)])
     out[(..., *[slice(None, None, s) for s in stride])] = x
     return out
@@ -89,14 +89,14 @@ def dilate(x:Tensor, stride)->Tensor: # zeros between the pixels, as a transpose
 class Provider(Part):
     "A statistic of the calibration data, `(space, batches, loss, **settings) -> {layer or group: tensor}`."
     reads_loss: bool = False   # whether it needs a loss, and so, usually, labels
-    layerwise: bool = False    # whether what it says of a layer follows from the inputs of that layer alone
+    layerwise: bool = False    # whether the statistic of a layer follows from the inputs of that layer alone
     size: Callable = None      # layer -> numbers held for it; None = no more than the layer has weights
 
 PROVIDERS = Registry("statistic")   # name -> Provider
 
 def provider(reads_loss:bool=False, # whether the statistic needs a loss (and so, usually, labels)
              replaces:bool=False,   # whether a provider of this name may be replaced
-             layerwise:bool=False,  # whether what it says of a layer follows from the inputs of that layer alone
+             layerwise:bool=False,  # whether the statistic of a layer follows from the inputs of that layer alone
              size:Callable=None,    # layer -> numbers held for it; None = no more than the layer has weights
     ): # a decorator
     "Register a statistic under the function's name; raises `BadInput` for a taken name."
