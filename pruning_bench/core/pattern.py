@@ -15,7 +15,7 @@ from torch import Tensor
 from .allocate import topk_mask
 from .inputs import BadInput
 from .part import Part
-from .registry import Registry
+from .registry import Registry, check_kind
 
 # %% ../../nbs/core/06_pattern.ipynb #98a762a0
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def as_pattern(spec # a Pattern, "2:4", "4x4", a registered name, or a function 
     if found := re.fullmatch(r"(\d+):(\d+)", str(spec)): return n_m(*map(int, found.groups()))
     if found := re.fullmatch(r"(\d+)x(\d+)", str(spec)): return block(*map(int, found.groups()))
     if isinstance(spec, str): return PATTERNS[spec]()
-    if not callable(spec):
+    if not callable(spec) or isinstance(spec, type):
         raise BadInput(f"{spec!r} is not a pattern: pass a name such as '2:4', "
                        "or a function (scores, fraction) -> bool mask")
-    made = spec() if any(spec is v for v in PATTERNS.entries.values()) else spec
+    check_kind(spec, PATTERNS, "a name such as '2:4', or a function (scores, fraction) -> bool mask")
+    made = spec() if PATTERNS.holds(spec) else spec
     return made if isinstance(made, Pattern) else Pattern("custom", made)
