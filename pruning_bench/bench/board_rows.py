@@ -36,6 +36,7 @@ def is_stale(runs:list, # of one entry
     "Whether a run has no digest of its code, or one of other code than today's."
     return any(r.get("code") is None or r["code"] != code for r in runs)
 
+# %% ../../nbs/bench/91_board_rows.ipynb #02582134
 def entry_rows(entries:list)->pd.DataFrame: # one row per entry, sparsity and board
     "Group runs over seeds: mean, standard deviation, cost, and whether the code has changed since."
     out = []
@@ -80,6 +81,7 @@ def board_row(e:dict, runs:list, when:str, dense:float): # a dict, or None when 
 
 MEANS = ("value", "sd", "removed", "params", "nonzero", "macs", "bytes", "prune_seconds", "steps")   # columns of a row
 
+# %% ../../nbs/bench/91_board_rows.ipynb #68724f85
 def is_control(method:dict # of an entry
     )->bool:
     "Whether a row is a control: random pruning, or a control of another method."
