@@ -144,6 +144,7 @@ SMALL_MODEL_CONFIGS = {"DistilBertForSequenceClassification": {**VOCAB_CONFIG, "
            "SegformerForSemanticSegmentation": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1],
                                                 "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 32}}
 
+# %% ../../nbs/bench/45_coverage.ipynb #352fc92b
 DIT_CONFIG = dict(num_attention_heads=4, attention_head_dim=32, num_layers=2, in_channels=4)
 JOINT_CONFIG = dict(joint_attention_dim=32, pooled_projection_dim=24)
 DIFFUSERS_CONFIGS = {"DiTTransformer2DModel": {**DIT_CONFIG, "out_channels": 8, "sample_size": 8,

@@ -132,6 +132,7 @@ def scratch_training(task:Task,       # whose recipes are joined
     steps = round(task.train.steps * extra)
     return Recovery(train, "training_and_retraining", {"steps": steps}, steps=steps)
 
+# %% ../../nbs/bench/93_run.ipynb #8fbd2939
 def scratch_control(task, method, sparsity, seed, settings, device)->tuple: # as `method_arm`
     "The architecture that the method left, from fresh weights (Liu et al., 2019: scratch-E)."
     _, plan, _, _ = method_arm(task, method, sparsity, seed, settings, device)

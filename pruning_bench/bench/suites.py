@@ -76,6 +76,7 @@ def smoke_suite()->list: # jobs
         + make_jobs("stories-llama@smoke", ["wanda"], (.5,), (0,
                     )) + make_jobs("digits-data", ["random-subset"], (.5,), (0,)))
 
+# %% ../../nbs/bench/99_suites.ipynb #cb9954ad
 @suite
 def one_shot_suite()->list: # jobs
     "Criteria by themselves, on published ResNets without retraining; three seeds where a method draws something."

@@ -31,6 +31,7 @@ def as_training(value, # a `Recovery`, a name, or a function (model, data, loss,
     record = as_recovery(value)
     return record if record is value or isinstance(value, str) else replace(record, reads=True)
 
+# %% ../../nbs/bench/90_task.ipynb #73f3cbc5
 @dataclass(frozen=True, eq=False)
 class Task:
     "A world to prune in: a network, its data, its training, its retraining, and how it is measured."

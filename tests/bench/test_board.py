@@ -7,7 +7,7 @@ import pytest
 
 from entries import COST, SIZE, SPEED
 from pruning_bench import BadInput
-from pruning_bench.bench import board
+from pruning_bench.bench import board, board_rows, board_text
 from pruning_bench.bench.entry import (PROVENANCE, SCHEMAS, entry_path, notebook_digest, read_entries, validate,
                                        write_json)
 
@@ -87,31 +87,32 @@ def test_numbers_that_json_cannot_hold_leave_nothing_behind(tmp_path):
 
 
 def test_mean_and_deviation_are_computed_from_the_runs():
-    row = board.entry_rows([make_entry()]).query("board == 'retrained'").iloc[0]
+    row = board_rows.entry_rows([make_entry()]).query("board == 'retrained'").iloc[0]
     assert row.value == pytest.approx(.91) and row.sd == pytest.approx(.01) and row.seeds == 3 and row.removed == .5
 
 
 def test_a_failed_run_voids_the_mean():
-    table = board.entry_rows([make_entry(runs=[make_run(seed=0), make_run(seed=1), failed(seed=2)])])
+    table = board_rows.entry_rows([make_entry(runs=[make_run(seed=0), make_run(seed=1), failed(seed=2)])])
     assert table.value.isna().all() and set(table.status) == {"1 of 3 diverged"}
-    assert "1 of 3 diverged" in board.to_markdown(board.format_columns(table))
+    assert "1 of 3 diverged" in board_text.to_markdown(board_text.format_columns(table))
 
 
 def test_the_order_follows_the_direction_of_the_metric():
     good, bad = make_entry("a", [make_run(seed=s, after=.9)
                                  for s in range(3)]), make_entry("b", [make_run(seed=s, after=.5) for s in range(3)])
-    first = lambda entries: board.sort_rows(board.entry_rows(entries).query("board == 'retrained'")).method.iloc[0]
+    first = lambda entries: board_rows.sort_rows(board_rows.entry_rows(entries).query(
+        "board == 'retrained'")).method.iloc[0]
     assert first([good, bad]) == "a"
     for e in (good, bad): e["task"]["higher"] = False
     assert first([good, bad]) == "b"
 
 
 def test_methods_that_start_untrained_have_a_board_of_their_own():
-    assert set(board.entry_rows([make_entry(stage="init")]).board) == {"trained under the mask"}
+    assert set(board_rows.entry_rows([make_entry(stage="init")]).board) == {"trained under the mask"}
 
 
 def test_the_front_holds_what_nothing_beats():
-    table = board.entry_rows([make_entry(runs=[make_run(s) for s in (.2, .4, .6, .8)])])
+    table = board_rows.entry_rows([make_entry(runs=[make_run(s) for s in (.2, .4, .6, .8)])])
     table = table[table.board == "retrained"].assign(nonzero=[.1, .2, .3, .2], value=[.5, .7, .6, .65])
     front = lambda t: board.plot_front(t).lines[-2].get_xydata().tolist()
     beside = .2 * 1.35 ** .05   # the better one of two at the same place
@@ -136,7 +137,7 @@ def test_publishing_is_repeatable_and_keeps_what_people_wrote(tmp_path):
 
 
 def test_a_page_needs_no_network_and_escapes_names(tmp_path):
-    html = board.render_html(board.entry_rows([make_entry("<script>alert(1)</script>")]))
+    html = board.render_html(board_rows.entry_rows([make_entry("<script>alert(1)</script>")]))
     assert "<script>alert(1)" not in html
     assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org",
                                                                           "").replace("http://creativecommons.org", "")
@@ -155,36 +156,36 @@ def older(entry):
 
 def words(table):
     "The column `code` of a board, once per word."
-    return set(board.format_columns(table).code)
+    return set(board_text.format_columns(table).code)
 
 
 def test_entries_of_version_2_are_read_and_are_stale():
-    assert validate(older(make_entry())) and words(board.entry_rows([older(make_entry())])) == {"stale"}
+    assert validate(older(make_entry())) and words(board_rows.entry_rows([older(make_entry())])) == {"stale"}
 
 
 def test_a_row_is_stale_where_the_code_is_not_todays():
     entry = make_entry()
     entry["task"]["name"] = "digits-mlp"
-    assert words(board.entry_rows([entry])) == {"stale"}
-    code = board.current_code(entry)
+    assert words(board_rows.entry_rows([entry])) == {"stale"}
+    code = board_rows.current_code(entry)
     for r in entry["runs"]: r["code"] = code
-    table = board.entry_rows([entry])
+    table = board_rows.entry_rows([entry])
     assert len(code) == 64 and words(table) == {"current"}
     assert "<td data-v=\"False\">current</td>" in board.render_html(table)
-    assert "| current |" in board.render_markdown(table)
+    assert "| current |" in board_text.render_markdown(table)
     entry["runs"][-1]["code"] = None
-    assert words(board.entry_rows([entry])) == {"stale"}
+    assert words(board_rows.entry_rows([entry])) == {"stale"}
     entry["runs"][-1]["code"] = "c" * 64
-    assert words(board.entry_rows([entry])) == {"stale"}
+    assert words(board_rows.entry_rows([entry])) == {"stale"}
 
 
 @pytest.mark.parametrize("where", ["task", "method"])
 def test_what_no_longer_exists_is_stale(where):
     entry = make_entry()
     entry["task"]["name"] = "digits-mlp"
-    for r in entry["runs"]: r["code"] = board.current_code(entry)
+    for r in entry["runs"]: r["code"] = board_rows.current_code(entry)
     entry[where]["name"] = "gone"
-    assert board.current_code(entry) is None and words(board.entry_rows([entry])) == {"stale"}
+    assert board_rows.current_code(entry) is None and words(board_rows.entry_rows([entry])) == {"stale"}
 
 
 def test_outputs_of_a_notebook_do_not_count(tmp_path):

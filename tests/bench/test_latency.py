@@ -64,8 +64,9 @@ def test_steady(times, calm): assert is_stable(times) == calm
 
 def test_rounds_go_back_and_forth():
     order = []
-    times = interleaved_timing({n: lambda n=n: order.append(n) for n in "abc"}, lambda run: (run(), 1.)[1], pairs=6,
-                               floor=.1)
+    times = interleaved_timing({n: lambda n=n: order.append(n) for n in "abc"}, lambda run: (run(), 1.)[1],
+                               max_rounds=6,
+                               min_seconds=.1)
     assert "".join(order) == "aaabbbccc" + "abccba" * 3 and all(t == [1.] * 6 for t in times.values())
 
 def test_short_runs_are_repeated_and_divided():
@@ -73,11 +74,11 @@ def test_short_runs_are_repeated_and_divided():
     def timer(run):
         before = len(calls); run()
         return (len(calls) - before) * 1e-4
-    times = interleaved_timing({"short": lambda: calls.append(1)}, timer, pairs=5, floor=.001)
+    times = interleaved_timing({"short": lambda: calls.append(1)}, timer, max_rounds=5, min_seconds=.001)
     assert len(calls) == 3 + 5 * 10 and times["short"] == pytest.approx([1e-4] * 5)
 
 def test_the_budget_ends_the_rounds_but_not_before_five():
-    times = interleaved_timing({"a": lambda: time.sleep(.002)}, stopwatch(CPU), pairs=10_000, budget=0.)
+    times = interleaved_timing({"a": lambda: time.sleep(.002)}, stopwatch(CPU), max_rounds=10_000, max_seconds=0.)
     assert len(times["a"]) == 5
 
 class Nap(nn.Module):

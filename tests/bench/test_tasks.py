@@ -141,7 +141,7 @@ def test_batches_and_calibration_are_deterministic_and_fit_model_and_loss(name):
     forward(model, batch)
 
 def test_digests_are_the_same_in_another_process():
-    code = f"from pruning_bench.bench.tasks import task; print(*(task(n).digest for n in {NAMES}))"
+    code = f"from pruning_bench.bench.task import find_task; print(*(find_task(n).digest for n in {NAMES}))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert [find_task(n).digest for n in NAMES] == other
 
