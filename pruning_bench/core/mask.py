@@ -223,7 +223,8 @@ def check_mask(module, attr:str, p, mask:Tensor)->None: # raises BadInput
     "Refuse what is no mask of a parameter."
     found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     if found != f"torch.bool {tuple(p.shape)}":
-        raise BadInput(f"a mask of {type(module).__name__}.{attr} must be bool and of shape {tuple(p.shape)}, not {found}")
+        raise BadInput(
+            f"a mask of {type(module).__name__}.{attr} must be bool and of shape {tuple(p.shape)}, not {found}")
 
 # %% ../../nbs/core/01_mask.ipynb #854f2c1c
 def attach_mask(module:nn.Module, # owner of the parameter

@@ -58,6 +58,7 @@ def load_entry_points(group:str, # "pruning_bench.methods" or "pruning_bench.tas
 # %% ../../nbs/core/17_registry.ipynb #a4c1fd1c
 REGISTRIES = weakref.WeakSet()   # all of them
 
+# %% ../../nbs/core/17_registry.ipynb #b6e64988
 class Registry(Mapping):
     "A mapping from names to objects of one kind; raises `BadInput` for a taken name and for a missing one."
     def __init__(self, kind:str, # what is registered, for messages: "score", "method", ...
@@ -91,8 +92,7 @@ class Registry(Mapping):
         if self.group: load_entry_points(self.group)
 
     def __getitem__(self, name):
-        if name not in self: return choose(name, self.entries, self.kind)
-        return self.entries[name]
+        return self.entries[name] if name in self else choose(name, self.entries, self.kind)
 
     def __contains__(self, name):
         if name not in self.entries: self.load()
@@ -106,6 +106,7 @@ class Registry(Mapping):
     def __eq__(self, other): return self is other
     def holds(self, value)->bool: return any(value is v for v in self.entries.values())
 
+# %% ../../nbs/core/17_registry.ipynb #445dc5f7
 def check_kind(value,             # what a user passes as a part
                registry:Registry, # where such parts are registered
                wants:str,         # what to pass instead, for the message

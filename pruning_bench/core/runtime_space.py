@@ -26,7 +26,8 @@ class RuntimeSpace(Protocol):
     offers: frozenset  # statistics of a forward pass that `install` can compute for a score
 
     def names(self)->list: ...     # places where units can be dropped, in the order in which they run
-    def shapes(self)->dict: ...    # {place: units of one example in the dense model}, None where it depends on the input
+    # {place: units of one example in the dense model}, None where it depends on the input
+    def shapes(self)->dict: ...
     def cost(self, name)->float: ... # cost of one unit, for allocators
     def install(self, decide, needs=()): ... # context manager: every forward pass inside calls decide(name, w, stats)
 
