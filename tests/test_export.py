@@ -156,7 +156,7 @@ def test_layers_import_downwards_only(module):
     allowed = BELOW[mine] | {mine}
     assert not [name for name in imports(module) if layer(name) in BELOW.keys() - allowed]
 
-LONG = {f"pruning_bench/bench/tasks/{name}.py" for name in ("ddpm", "embedded", "language", "text_to_image")}   # to split
+LONG = {f"pruning_bench/bench/tasks/{name}.py" for name in ("ddpm", "embedded", "language", "text_to_image")}
 
 @each_module
 def test_modules_are_short(module):

@@ -32,7 +32,8 @@ def digest(copied, monkeypatch):
         found = original(module)
         return copied/found.relative_to(PACKAGE) if found and found.is_relative_to(PACKAGE) else found
     monkeypatch.setattr(code, "source_path", copied_path)
-    def digest_after(method, module="bench/board", edit=lambda text: text, task="digits-mlp", settings=MappingProxyType({})):
+    def digest_after(method, module="bench/board", edit=lambda text: text, task="digits-mlp",
+                     settings=MappingProxyType({})):
         path = copied/f"{module}.py"
         before = path.read_text()
         path.write_text(edit(before))
