@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from tqdm import tqdm
 from .blocks import equal_lists
-from .inputs import BadInput, choose, device_of, forward, in_mode, to_device, seeded, slice_batch
+from .inputs import BadInput, choose, device_of, forward, in_mode, seeded, slice_batch
 from .stage_folder import StageFolder
 from .stages import STAGES, Run, Stages
 from .stats import unfused_layers

@@ -8,7 +8,7 @@ __all__ = ['setting_text', 'Part', 'part_factory', 'as_part']
 # %% ../../nbs/core/18_part.ipynb #771a5895
 import functools, inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from .inputs import BadInput
 from .registry import Registry
 

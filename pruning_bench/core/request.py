@@ -9,8 +9,9 @@ __all__ = ['check_request', 'check_weights', 'check_data', 'resolve_request', 'r
 
 # %% ../../nbs/core/27_request.ipynb #f51e76d2
 import warnings, weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 import torch
 from torch import nn
 from .allocate import keep_current, uniform
@@ -129,7 +130,7 @@ class Job:
 
 # %% ../../nbs/core/27_request.ipynb #931a943f
 def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, calibration:int, seed:int, # as for `prune`
-                settings:dict={},      # arguments of the method
+                settings:Mapping=MappingProxyType({}), # arguments of the method
                 any_stages:bool=False, # whether stages may be replaced by `block_by_block` where memory is short
     )->Job:
     "Check a request; raises `BadInput` before any work."

@@ -14,7 +14,7 @@ from pruning_bench.core.allocate import keep_current, round_to_units, topk_mask
 from pruning_bench.core.rule import Rule, RuleMaker, TrainingState, apply_rule, attach_rule, make_step_hook
 from pruning_bench.core.rule import optimizer_buffers, update_mask
 from pruning_bench.core.mask import attach_mask, masks_of, record_gradient, remove_masks
-from pruning_bench.core.method import METHODS, Method, register
+from pruning_bench.core.method import Method
 from pruning_bench.core.recovery import finetune
 from pruning_bench.core.schedule import cubic
 from pruning_bench.core.space import Weights, matrix_to_weight, matrix_permutations, prunable_layers

@@ -2,7 +2,6 @@
 import copy, os, signal, subprocess, sys, textwrap, weakref
 import pytest, torch, torchvision, transformers as tf
 from torch import nn
-import pruning_bench.weight.sparsegpt, pruning_bench.weight.wanda
 from pruning_bench import BadInput, Method, batch_loss, prune
 from pruning_bench.core import request
 from pruning_bench.core.block_by_block import block_by_block, chains
