@@ -40,13 +40,14 @@ def put_back_mask(p, keep)->None: # a parameter, and the mask that it had, or No
             p.__class__ = nn.Parameter
     elif keep is not None: bind(p, Mask(keep))
 
+# %% ../../nbs/core/20_restore.ipynb #c7d1e0b4
 class ModelState:
     "The state of a model at one moment."
     def __init__(self, model:nn.Module):
         self.values = tensor_values(model)
         self.modules = {m: (type(m), {k: (v, copy_container(v)) for k, v in vars(m).items()}) for m in model.modules()}
         configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
-        self.configs = [(c, copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]   # parts of one stay parts
+        self.configs = [(c, copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]   # nested ones stay
 
     def put_back(self)->None:
         "Give the model the state it had."
