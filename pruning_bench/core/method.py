@@ -140,6 +140,7 @@ RANGES = {**dict.fromkeys(("start", "end", "ramp_end", "select_at", "shrink_end"
 ORDERED = (("start", "end"), ("start", "ramp_end"), ("ramp_end", "prune_at"), ("select_at", "prune_at"))
 KINDS = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
 
+# %% ../../nbs/core/11_method.ipynb #a1c0de01
 def setting_range(name:str, kind:type, default)->tuple: # (least, most)
     "The values that a numeric setting may have: those in `RANGES`, or any number below a cap."
     least, most = RANGES.get(name, (1, 10_000))
@@ -165,6 +166,7 @@ def check_setting(owner:str, parameter:inspect.Parameter, value)->None: # raises
     bound = f"at least {least:g}" if value < least else f"at most {most:g}"
     raise BadInput(f"{said} is outside [{least:g}, {most:g}]: give {KINDS[kind]} of {bound}{example}")
 
+# %% ../../nbs/core/11_method.ipynb #a1c0de02
 def check_settings(owner:str,     # slug of a method
                    known:dict,    # {setting: inspect.Parameter}
                    settings:dict, # {setting: value}

@@ -103,6 +103,7 @@ class Registry(Mapping):
     def __eq__(self, other): return self is other
     def holds(self, value)->bool: return any(value is v for v in self.entries.values())
 
+# %% ../../nbs/core/17_registry.ipynb #a1c0de03
 def check_kind(value,             # what a user passes as a part
                registry:Registry, # where such parts are registered
                wants:str,         # what to pass instead, for the message
