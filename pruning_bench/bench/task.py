@@ -20,9 +20,10 @@ from ..core.inputs import BadInput, as_dataset, choose, in_mode, seeded
 from ..core.part import Part
 from ..core.recovery import Recovery, as_recovery, none
 from ..core.registry import BUILT_IN, Registry, code_of
-from .cache import (bundled_path, cache_folder, content_hash, digest, load_or_train, load_weights,
-                                       sample_hash, slug, weights_metadata)
-from .task_parts import Batches, dataset_batches, fixed_threads, narrower_network
+from .cache import bundled_path, digest, load_or_train, load_weights, sample_hash, slug
+from .cache import cache_folder, content_hash, weights_metadata   # noqa: F401, also found here
+from .task_parts import Batches, narrower_network                 # noqa: F401, also found here
+from .task_parts import dataset_batches, fixed_threads
 
 # %% ../../nbs/bench/90_task.ipynb #acc617ea
 def as_training(value, # a `Recovery`, a name, or a function (model, data, loss, part) that does not count its steps

@@ -40,6 +40,34 @@ def put_back_mask(p, keep)->None: # a parameter, and the mask that it had, or No
             p.__class__ = nn.Parameter
     elif keep is not None: bind(p, Mask(keep))
 
+# %% ../../nbs/core/20_restore.ipynb #c7d1e0b4
+class ModelState:
+    "The state of a model at one moment."
+    def __init__(self, model:nn.Module):
+        self.values = tensor_values(model)
+        self.modules = {m: (type(m), {k: (v, copy_container(v)) for k, v in vars(m).items()}) for m in model.modules()}
+        configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
+        self.configs = [(c, copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]   # nested ones stay
+
+    def put_back(self)->None:
+        "Give the model the state it had."
+        for module, (kind, state) in self.modules.items():
+            module.__class__ = kind
+            vars(module).clear()
+            for key, (value, content) in state.items():
+                if content is not value: refill(value, content)
+                vars(module)[key] = value
+        for tensor, (memory, clone, flag, grad, values, keep) in self.values.items():
+            MEMORY.__set__(tensor, memory)
+            MEMORY.__get__(tensor).copy_(clone)
+            put_back_mask(tensor, keep)
+            tensor.requires_grad_(flag)
+            if grad is not None: grad.detach().copy_(values)
+            tensor.grad = grad
+        for config, state in self.configs:
+            vars(config).clear()
+            vars(config).update(state)
+
 # %% ../../nbs/core/20_restore.ipynb #a353858f
 class ModelState:
     "The state of a model at one moment."
