@@ -7,9 +7,10 @@ import torchvision
 from torch import nn
 
 from pruning_bench import BadInput
-from pruning_bench.bench.coverage import (SMALL_MODEL_CONFIGS, affects_output, torchvision_classifier, coverage_row,
-                                          coverage, diffusers_transformer, prune_half, permutation_error, cached_row,
-                                          masking_error, model_builders)
+from pruning_bench.bench.coverage import (affects_output, cached_row, coverage, coverage_row, masking_error,
+                                          permutation_error, prune_half)
+from pruning_bench.bench.model_builders import (SMALL_MODEL_CONFIGS, diffusers_transformer, model_builders,
+                                                torchvision_classifier)
 from pruning_bench.graph.groups import Channels
 
 SMALL = ("alexnet", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "LlamaForCausalLM", *SMALL_MODEL_CONFIGS)
