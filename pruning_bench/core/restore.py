@@ -68,35 +68,6 @@ class ModelState:
             vars(config).clear()
             vars(config).update(state)
 
-# %% ../../nbs/core/20_restore.ipynb #a353858f
-class ModelState:
-    "The state of a model at one moment."
-    def __init__(self, model:nn.Module):
-        self.values = tensor_values(model)
-        self.modules = {m: (type(m), {k: (v, copy_container(v)) for k, v in vars(m).items()}) for m in model.modules()}
-        configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
-        # parts of one stay parts
-        self.configs = [(c, copy.deepcopy(vars(c), dict(configs))) for c in configs.values()]
-
-    def put_back(self)->None:
-        "Give the model the state it had."
-        for module, (kind, state) in self.modules.items():
-            module.__class__ = kind
-            vars(module).clear()
-            for key, (value, content) in state.items():
-                if content is not value: refill(value, content)
-                vars(module)[key] = value
-        for tensor, (memory, clone, flag, grad, values, keep) in self.values.items():
-            MEMORY.__set__(tensor, memory)
-            MEMORY.__get__(tensor).copy_(clone)
-            put_back_mask(tensor, keep)
-            tensor.requires_grad_(flag)
-            if grad is not None: grad.detach().copy_(values)
-            tensor.grad = grad
-        for config, state in self.configs:
-            vars(config).clear()
-            vars(config).update(state)
-
 # %% ../../nbs/core/20_restore.ipynb #4faf0233
 @contextmanager
 def restore_on_error(model:nn.Module, # None: nothing to put back
