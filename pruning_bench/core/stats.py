@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'MatmulRecorder', 'unfold_inputs', 'dilate', 'Provider', 'provider', 'unfused_layers',
-           'record_inputs', 'act_norm', 'gram_size', 'gram', 'mean_gradient', 'grad', 'temporary_train_mode',
-           'init_grad', 'calibration_batches', 'sample_gradients', 'UndeclaredStatistic', 'Stats', 'collect']
+           'record_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'mean_gradient', 'grad',
+           'temporary_train_mode', 'init_grad', 'calibration_batches', 'sample_gradients', 'UndeclaredStatistic',
+           'Stats', 'collect']
 
 # %% ../../nbs/core/03_stats.ipynb #e39702cf
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,8 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from .inputs import BadInput, BatchLoss, Loss, as_loss, in_mode, select_forward, size_of, slice_batch
+from .inputs import (BadInput, BatchLoss, Loss, as_loss, in_mode, select_forward, size_of,
+                                       slice_batch)
 from .mask import mask_gradients
 from .part import Part
 from .registry import Registry
@@ -156,6 +158,10 @@ def gram(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (groups
     return {n: t.div_(count[n]) for n, t in total.items()}
 
 # %% ../../nbs/core/03_stats.ipynb #ebebba5f
+def at_least_float32(t:Tensor)->Tensor: # detached, float32 or wider
+    "A tensor for sums, for which half precision is too coarse."
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+
 def mean_gradient(space:Space, batches:Iterable, loss:Loss)->dict: # {layer: (rows, columns)}
     "Average gradient of the loss over batches, as matrices."
     loss, total, count = as_loss(loss), {}, 0

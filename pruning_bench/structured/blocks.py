@@ -17,14 +17,19 @@ from ..core.score import score
 from ..core.stats import provider
 
 # %% ../../nbs/structured/46_blocks.ipynb #7062c2d0
-def block_input(args, kwargs)->Tensor: # (batch, tokens, features)
-    "What a residual block was given."
+def block_input(args:tuple, # positional arguments of the block
+                kwargs:dict, # keyword arguments of the block
+    )->Tensor: # (batch, tokens, features)
+    "The residual stream that a block receives."
     return args[0] if args else kwargs["hidden_states"]
 
-def hook_blocks(blocks, visit)->list: # hook handles
+def hook_blocks(blocks, # modules, in their order
+                visit,  # (number of the block, its input, its output) -> nothing
+    )->list: # hook handles
     "Call `visit(i, before, after)` whenever block i has run."
     def hook(i):
-        return lambda module, args, kwargs, out: visit(i, block_input(args, kwargs), out[0] if isinstance(out, tuple) else out)
+        return lambda module, args, kwargs, out: visit(i, block_input(args, kwargs),
+                                                       out[0] if isinstance(out, tuple) else out)
     return [b.register_forward_hook(hook(i), with_kwargs=True) for i, b in enumerate(blocks)]
 
 # %% ../../nbs/structured/46_blocks.ipynb #30e06fab
@@ -33,7 +38,8 @@ def block_cosine(space, batches, loss=None)->dict: # {path of the blocks: (block
     "Mean cosine between the residual stream before and after each block."
     total, count, real = torch.zeros(len(space.all), dtype=torch.double), torch.zeros(len(space.all)), None
     def visit(i, x, y):
-        if x.shape != y.shape: raise BadInput(f"block {i} of {space.path!r} changes the shape of its input: it cannot be left out")
+        if x.shape != y.shape:
+            raise BadInput(f"block {i} of {space.path!r} changes the shape of its input: it cannot be left out")
         c = F.cosine_similarity(x.double(), y.double(), dim=-1)
         weight = real.to(c) if real is not None and real.shape == c.shape else torch.ones_like(c)
         total[i] += (c * weight).sum().item()
@@ -54,10 +60,11 @@ def block_cosine(space, batches, loss=None)->dict: # {path of the blocks: (block
 def block_influence(w:Tensor, # (blocks,), only its device is read
                     stats,    # `block_cosine`: (blocks,)
     )->Tensor: # (blocks,)
-    "How much a block turns the residual stream (Men et al., 2024, arXiv:2403.03853)."
+    "Block influence: one minus the mean cosine similarity of the residual stream before and after a block (ShortGPT)."
     return 1 - stats.block_cosine.to(w.device)
 
-@register("ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "arXiv:2403.03853", 2024, "structured")
+@register("ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "arXiv:2403.03853", 2024,
+          "structured")
 def block_influence_():
-    "Delete the blocks that turn the residual stream least."
+    "Depth pruning: remove the blocks whose output is most similar to their input."
     return Method(space="blocks", score=block_influence)

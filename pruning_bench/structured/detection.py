@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['box_iou', 'match_detections', 'ap50', 'part_wise', 'relaxed_l1_rule', 'gcp_yolov4', 'decaying_l1_rule', 'yolov8_cwd',
-           'channel_kl_loss', 'attention_map', 'attention_map_loss', 'FeatureHooks', 'distil', 'channel_projections']
+           'channel_kl_loss', 'attention_map', 'attention_map_loss', 'FeatureHooks', 'channel_projections', 'distil']
 
 # %% ../../nbs/structured/52_detection.ipynb #bff31d30
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.allocate import allocator_factory, global_, proportional_densities
-from ..core.inputs import BadInput, as_loss, batch_loss, forward
+from ..core.inputs import BadInput, as_loss, batch_loss, forward, in_mode
 from ..core.method import Method, register
 from ..core.recovery import Recovery, as_recovery, finetune
 from ..core.part import part_factory
@@ -21,14 +21,20 @@ from ..core.rule import rule_maker
 from .sparse_training import by_scale, bn_scales, penalty_rule, l1_proximal_step
 
 # %% ../../nbs/structured/52_detection.ipynb #c78c164a
-def box_iou(a:Tensor, b:Tensor)->Tensor: # (n, 4), (m, 4) corners -> (n, m)
+def box_iou(a:Tensor, # (n, 4): left, top, right, bottom
+            b:Tensor, # (m, 4)
+    )->Tensor: # (n, m)
     "Intersection over union of boxes."
     size = lambda x: (x[:, 2:] - x[:, :2]).prod(1)
-    both = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp_min(0).prod(2)
+    sides = torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])
+    both = sides.clamp_min(0).prod(2)
     return both / (size(a)[:, None] + size(b)[None] - both)
 
-def match_detections(found, truth, kind:int)->list: # (score, whether it is right), best first
-    "Detections of one class, each with the verdict; a box of the truth can be found once."
+def match_detections(found:list, # per image: boxes (n, 4), scores (n,), classes (n,)
+                     truth:list, # per image: (m, 5): class, left, top, right, bottom
+                     kind:int,   # the class
+    )->list: # of (score, whether the detection is right), best first
+    "Match detections of one class to ground truth at an IoU of one half; a true box is matched once."
     rows = []
     for (boxes, scores, kinds), t in zip(found, truth):
         boxes, scores, t = boxes[kinds == kind], scores[kinds == kind], t[t[:, 0] == kind][:, 1:]
@@ -40,143 +46,170 @@ def match_detections(found, truth, kind:int)->list: # (score, whether it is righ
             rows.append((scores[j].item(), right))
     return sorted(rows, key=lambda r: -r[0])
 
-def ap50(found:list, # per picture: boxes (n, 4), scores (n,), kinds (n,)
-         truth:list, # per picture: (m, 5): kind, left, top, right, bottom
-    )->float:        # mean over the kinds that occur
-    "Mean average precision at an overlap of one half, area under the falling precision."
+def ap50(found:list, # per image: boxes (n, 4), scores (n,), classes (n,)
+         truth:list, # per image: (m, 5): class, left, top, right, bottom
+    )->float: # mean over the classes that occur
+    "Mean average precision at an IoU of one half (AP50): area under the interpolated precision-recall curve."
     areas = []
     for kind in sorted({int(k) for t in truth for k in t[:, 0]}):
         rows = match_detections(found, truth, kind)
         total, right = sum(int((t[:, 0] == kind).sum()) for t in truth), torch.tensor([float(r) for _, r in rows])
-        precision = (right.cumsum(0) / torch.arange(1, len(rows) + 1)).flip(0).cummax(0).values.flip(0) if rows else right
+        precision = ((right.cumsum(0) / torch.arange(1, len(rows) + 1)).flip(0).cummax(0).values.flip(0)
+                     if rows else right)
         areas.append((precision * right).sum().item() / total)
     return sum(areas) / len(areas)
 
 # %% ../../nbs/structured/52_detection.ipynb #d07bde03
 @allocator_factory()
-def part_wise(part_weights=None, # {wildcard of names: relative share to remove}; None = the first word of a name is its part, and all give equally
+def part_wise(part_weights=None, # {wildcard of names: relative share to remove}; None = equal shares
     ): # (scores, keep, space) -> {group: fraction}
-    "A ranking in each part of the network; parts give as much as their weights say."
+    "A global ranking within each part of the network; a part is given by a wildcard, or is the first word of a name."
     if not isinstance(part_weights, (Mapping, type(None))):
-        raise BadInput(f"part_weights={part_weights!r} gives no part a share to remove: pass {{wildcard: share}} or None")
-    def cut(scores, keep, space):
-        part = lambda n: next((w for w in part_weights if fnmatch(n, w)), None) if part_weights else n.partition(".")[0]
-        rooms = {}
-        for n in scores: rooms.setdefault(part(n), []).append(n)
-        if None in rooms: raise BadInput(f"no part is given for {rooms[None][0]!r}: weights= needs a wildcard that matches it, for instance '*'")
-        size = {p: sum(scores[n].numel() for n in names) for p, names in rooms.items()}
-        lost = proportional_densities({p: part_weights[p] if part_weights else 1. for p in rooms}, size, 1 - keep)
-        return {n: f for p, names in rooms.items() for n, f in global_({n: scores[n] for n in names}, 1 - lost[p], space).items()}
-    return cut
+        raise BadInput(f"part_weights={part_weights!r} gives no part a share to remove: "
+                       "pass {wildcard: share} or None")
+    def part_of(name):
+        if not part_weights: return name.partition(".")[0]
+        return next((w for w in part_weights if fnmatch(name, w)), None)
+    def allocate(scores, keep, space):
+        parts = {}
+        for n in scores: parts.setdefault(part_of(n), []).append(n)
+        if None in parts:
+            raise BadInput(f"no part is given for {parts[None][0]!r}: part_weights= needs a wildcard that matches it, "
+                           "for instance '*'")
+        size = {p: sum(scores[n].numel() for n in names) for p, names in parts.items()}
+        removed = proportional_densities({p: part_weights[p] if part_weights else 1. for p in parts}, size, 1 - keep)
+        ranked = [global_({n: scores[n] for n in names}, 1 - removed[p], space) for p, names in parts.items()]
+        return {n: f for fractions in ranked for n, f in fractions.items()}
+    return allocate
 
 # %% ../../nbs/structured/52_detection.ipynb #674601e0
 @rule_maker("allocate", "pattern")
-def relaxed_l1_rule(total_shrinkage:float, # how far a scale moves that the loss ignores
-               prune_at:float,    # fraction of the training before the choice
-               relax_after:float,  # fraction of that time after which the strongest are let go
-               strong_quantile:float,    # quantile above which a scale is strong
-    ):                       # fn(method, keep) -> Rule
-    "A constant lasso on batch norm scales; later the strong ones feel less and less of it."
-    def press(training, method):
-        parts, by = [part for group in bn_scales(training.space).values() for part in group], total_shrinkage / (prune_at * training.steps)
-        u = training.progress / prune_at
-        ease = min(1., (1 - u) / (1 - relax_after)) if u > relax_after else 1.
+def relaxed_l1_rule(total_shrinkage:float, # how far a scale without gradient moves in all
+                    prune_at:float,        # fraction of the training before the selection
+                    relax_after:float,     # fraction of that time after which the penalty of large scales falls
+                    strong_quantile:float, # quantile above which a scale is large
+    ): # (method, keep) -> Rule
+    "A constant L1 penalty on batch norm scales; later that of the large scales falls to zero."
+    def penalise(training, method):
+        parts = [part for group in bn_scales(training.space).values() for part in group]
+        by, u = total_shrinkage / (prune_at * training.steps), training.progress / prune_at
+        relaxation = min(1., (1 - u) / (1 - relax_after)) if u > relax_after else 1.
         edge = torch.cat([p.detach()[i].abs().flatten().float() for p, i in parts]).quantile(strong_quantile)
         for p, i in parts:
             strong = p.detach()[i].abs() > edge
-            l1_proximal_step(p, i[~strong], by); l1_proximal_step(p, i[strong], by * max(0., ease))
-    return penalty_rule(press, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
+            l1_proximal_step(p, i[~strong], by)
+            l1_proximal_step(p, i[strong], by * max(0., relaxation))
+    return penalty_rule(penalise, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
 
-@register("Group channel pruning and spatial attention distilling for object detection", "arXiv:2306.01526", 2022, "structured")
-def gcp_yolov4(total_shrinkage:float=.5,  # how far a scale moves that the loss ignores; scales usually start at one
-               relax_after:float=.5,   # fraction of the penalised training after which the strongest are let go
-               strong_quantile:float=.65,    # quantile above which a scale is strong
-               prune_at:float=.5,     # fraction of the training under the penalty
-               part_weights=None,     # {wildcard of names: relative share to remove}; None = the first word of a name is its part
+@register("Group channel pruning and spatial attention distilling for object detection", "arXiv:2306.01526", 2022,
+          "structured")
+def gcp_yolov4(total_shrinkage:float=.5,  # how far a scale without gradient moves in all; scales usually start at one
+               relax_after:float=.5,   # fraction of that training after which the penalty of large scales falls
+               strong_quantile:float=.65,    # quantile above which a scale is large
+               prune_at:float=.5,     # fraction of the training with the penalty
+               part_weights=None,     # {wildcard of names: relative share to remove}; None = equal shares
                steps:int=300,    # optimiser steps
                lr:float=1e-3,    # peak learning rate
-               residual:bool=False, # also cut the channels of residual streams
+               residual:bool=False, # also prune the channels of residual streams
     ):
-    "A lasso on batch norm scales that lets the strongest go, then a ranking in each part of the network."
+    "An L1 penalty on batch norm scales, relaxed for the largest, then a ranking in each part of the network."
     rule, recover = relaxed_l1_rule(total_shrinkage, prune_at, relax_after, strong_quantile), finetune(steps, lr)
-    return Method(space="channels", rule=rule, allocate=part_wise(part_weights), recover=recover, options={"residual": residual})
+    return Method(space="channels", rule=rule, allocate=part_wise(part_weights), recover=recover,
+                  options={"residual": residual})
 
 # %% ../../nbs/structured/52_detection.ipynb #87663603
 @rule_maker("allocate", "pattern")
-def decaying_l1_rule(total_shrinkage:float, # how far a scale moves that the loss ignores
-           prune_at:float,    # fraction of the training before the choice
-    ):                   # fn(method, keep) -> Rule
-    "A lasso on batch norm scales that falls in a straight line to a tenth."
-    def press(training, method):
+def decaying_l1_rule(total_shrinkage:float, # how far a scale without gradient moves in all
+                     prune_at:float,        # fraction of the training before the selection
+    ): # (method, keep) -> Rule
+    "An L1 penalty on batch norm scales that falls linearly to a tenth."
+    def penalise(training, method):
         by = total_shrinkage / (prune_at * training.steps) * (1 - .9 * min(1., training.progress / prune_at)) / .55
         for p, i in (part for group in bn_scales(training.space).values() for part in group): l1_proximal_step(p, i, by)
-    return penalty_rule(press, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
+    return penalty_rule(penalise, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
 
-@register("A Novel Compression Framework for YOLOv8: Achieving Real-Time Aerial Object Detection on Edge Devices via Structured Pruning and Channel-Wise Distillation", "arXiv:2509.12918", 2025, "structured")
-def yolov8_cwd(total_shrinkage:float=.5,   # how far a scale moves that the loss ignores; scales usually start at one
-               prune_at:float=.5,      # fraction of the training under the penalty
+@register("A Novel Compression Framework for YOLOv8: Achieving Real-Time Aerial Object Detection on Edge Devices via "
+          "Structured Pruning and Channel-Wise Distillation", "arXiv:2509.12918", 2025, "structured")
+def yolov8_cwd(total_shrinkage:float=.5,   # how far a scale without gradient moves in all; scales usually start at one
+               prune_at:float=.5,      # fraction of the training with the penalty
                steps:int=300,     # optimiser steps
                lr:float=1e-3,     # peak learning rate
-               residual:bool=False, # also cut the channels of residual streams
+               residual:bool=False, # also prune the channels of residual streams
     ):
-    "A fading lasso on batch norm scales, then the same share of every layer goes; `recover=distil(...)` adds the teacher."
-    return Method(space="channels", rule=decaying_l1_rule(total_shrinkage, prune_at), recover=finetune(steps, lr), options={"residual": residual})
+    "A falling L1 penalty on batch norm scales, then uniform pruning of channels; `recover=distil(...)` adds a teacher."
+    return Method(space="channels", rule=decaying_l1_rule(total_shrinkage, prune_at), recover=finetune(steps, lr),
+                  options={"residual": residual})
 
 # %% ../../nbs/structured/52_detection.ipynb #f2405ac1
 def channel_kl_loss(student:Tensor, # (batch, channels, height, width)
-                teacher:Tensor, # the same shape
-                temperature:float=1.)->Tensor: # scalar
-    "KL divergence of where each channel looks (channel-wise distillation)."
+                    teacher:Tensor, # the same shape
+                    temperature:float=1., # of the softmax over positions
+    )->Tensor: # scalar
+    "Channel-wise distillation: KL divergence of the spatial softmax of each channel."
     s, t = ((f / temperature).flatten(2).log_softmax(-1) for f in (student, teacher))
     return temperature**2 * (t.exp() * (t - s)).sum(-1).mean()
 
-def attention_map(x:Tensor)->Tensor: # (batch, channels, height, width) -> (batch, places), of length one
-    "How much happens where."
+def attention_map(x:Tensor)->Tensor: # (batch, channels, height, width) -> (batch, positions), of unit norm
+    "Spatial attention map: mean squared activation per position."
     return F.normalize(x.square().mean(1).flatten(1), dim=1)
 
 def attention_map_loss(student:Tensor, teacher:Tensor)->Tensor: # scalar; the numbers of channels may differ
-    "Squared distance of the attention maps (spatial attention distilling)."
+    "Spatial attention distillation: mean squared difference of the attention maps."
     return (attention_map(student) - attention_map(teacher)).square().mean()
 
 # %% ../../nbs/structured/52_detection.ipynb #9d70ed44
 class FeatureHooks:
-    "The last outputs of some modules."
+    "Hooks that keep the last outputs of some modules in `features`."
     def __init__(self, model:nn.Module, layers):
-        self.heard, named = {}, dict(model.named_modules())
-        if odd := [l for l in layers if l not in named]: raise BadInput(f"{type(model).__name__} has no module {odd[0]!r}: name layers as in named_modules()")
-        self.hooks = [named[l].register_forward_hook(lambda m, args, out, l=l: self.heard.__setitem__(l, out)) for l in layers]
+        self.features, named = {}, dict(model.named_modules())
+        if odd := [l for l in layers if l not in named]:
+            raise BadInput(f"{type(model).__name__} has no module {odd[0]!r}: name layers as in named_modules()")
+        self.hooks = [named[l].register_forward_hook(lambda m, args, out, l=l: self.features.__setitem__(l, out))
+                      for l in layers]
 
-    def close(self):
+    def remove(self):
         for h in self.hooks: h.remove()
 
-@part_factory(Recovery)
-def distil(teacher:nn.Module,  # the network before the cut; left alone
-           layers,             # names of modules whose outputs are maps
-           feature_loss=channel_kl_loss,    # `channel_kl_loss` or `attention_map_loss`, or `gap(student, teacher) -> scalar`
-           weight:float=1.,    # of the gap, summed over the layers
-           recovery=None,         # the training, as from `finetune(...)`
-    )->Recovery:
-    "Train on the loss and on what the teacher's features show."
-    recovery = as_recovery(recovery or finetune())
-    def go(model, data, loss, part=1., **piece):
-        theirs, ours, plain = FeatureHooks(teacher.eval(), layers), FeatureHooks(model, layers), as_loss(loss)
-        def translated(net, l): return net.translators[l.replace(".", "-")](ours.heard[l]) if l.replace(".", "-") in net.translators else ours.heard[l]
-        def both(net, batch):
-            value = plain(net, batch)
-            with torch.no_grad(): forward(teacher, batch)
-            return value + weight * sum(feature_loss(translated(net, l), theirs.heard[l]) for l in layers)
-        try:
-            model.translators = channel_projections(model, teacher, next(iter(data)), ours, theirs) if feature_loss is not attention_map_loss else nn.ModuleDict()
-            recovery(model, data, batch_loss(both), part, **piece)
-        finally:
-            theirs.close(); ours.close()
-            if hasattr(model, "translators"): del model.translators
-    return Recovery(go, steps=recovery.steps, resumable=recovery.resumable)
-
 @torch.no_grad()
-def channel_projections(model, teacher, batch, ours, theirs)->nn.ModuleDict: # {layer: 1 x 1 convolution}, where widths differ
-    "From the student's channels to the teacher's."
-    was = model.training
-    forward(model.eval(), batch); forward(teacher, batch); model.train(was)
-    wide = {l: (ours.heard[l].shape[1], theirs.heard[l].shape[1]) for l in ours.heard}
-    return nn.ModuleDict({l.replace(".", "-"): nn.Conv2d(a, b, 1).to(theirs.heard[l]) for l, (a, b) in wide.items() if a != b})
+def channel_projections(model:nn.Module,   # the student
+                        teacher:nn.Module, # in evaluation mode
+                        batch,             # one batch
+                        ours, theirs,      # `FeatureHooks` of both
+    )->nn.ModuleDict: # {layer: 1 x 1 convolution}, for layers whose widths differ
+    "Learned projections from the channels of the student to those of the teacher."
+    with in_mode(model, False): forward(model, batch)
+    forward(teacher, batch)
+    widths = {l: (ours.features[l].shape[1], theirs.features[l].shape[1]) for l in ours.features}
+    return nn.ModuleDict({l.replace(".", "-"): nn.Conv2d(a, b, 1).to(theirs.features[l])
+                          for l, (a, b) in widths.items() if a != b})
+
+# %% ../../nbs/structured/52_detection.ipynb #9d70ed45
+@part_factory(Recovery)
+def distil(teacher:nn.Module,  # the network before pruning; not changed
+           layers,             # names of modules whose outputs are feature maps
+           feature_loss=channel_kl_loss, # `channel_kl_loss`, `attention_map_loss`, or (student, teacher) -> scalar
+           weight:float=1.,    # of the feature loss, summed over the layers
+           recovery=None,      # the training, as from `finetune(...)`
+    )->Recovery:
+    "Feature distillation: train on the loss and on the difference to the feature maps of a teacher."
+    recovery = as_recovery(recovery or finetune())
+    def train(model, data, loss, part=1., **piece):
+        theirs, ours, task_loss = FeatureHooks(teacher.eval(), layers), FeatureHooks(model, layers), as_loss(loss)
+        def student_features(net, layer):
+            key = layer.replace(".", "-")
+            found = ours.features[layer]
+            return net.channel_projections[key](found) if key in net.channel_projections else found
+        def total_loss(net, batch):
+            value = task_loss(net, batch)
+            with torch.no_grad(): forward(teacher, batch)
+            return value + weight * sum(feature_loss(student_features(net, l), theirs.features[l]) for l in layers)
+        try:
+            model.channel_projections = nn.ModuleDict()
+            if feature_loss is not attention_map_loss:
+                model.channel_projections = channel_projections(model, teacher, next(iter(data)), ours, theirs)
+            recovery(model, data, batch_loss(total_loss), part, **piece)
+        finally:
+            theirs.remove()
+            ours.remove()
+            if hasattr(model, "channel_projections"): del model.channel_projections
+    return Recovery(train, steps=recovery.steps, resumable=recovery.resumable)

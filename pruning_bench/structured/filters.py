@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'NORMALISERS', 'l1_filter', 'l2_norm', 'l2_filter', 'member_sums', 'reduce_members', 'member_params',
-           'criterion', 'at_least_float32', 'group_magnitude', 'depgraph', 'fpgm', 'fpgm_', 'bn_scale', 'bn_scale_',
+           'sum_rows_by_unit', 'criterion', 'group_magnitude', 'depgraph', 'fpgm', 'fpgm_', 'bn_scale', 'bn_scale_',
            'rand_struct', 'group_signature', 'isomorphic', 'isomorphic_']
 
 # %% ../../nbs/structured/41_filters.ipynb #340ce78b
@@ -15,35 +15,38 @@ from ..core.allocate import allocator, global_
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
 from ..core.score import SCORES, Score, magnitude, random, score
-from ..core.stats import PROVIDERS, Provider
+from ..core.stats import PROVIDERS, Provider, at_least_float32
 
 # %% ../../nbs/structured/41_filters.ipynb #3ce18f44
 @register("Pruning Filters for Efficient ConvNets", "arXiv:1608.08710", 2017, "structured")
-def l1_filter(residual:bool=False): # stream = also cut the channels of residual streams
+def l1_filter(residual:bool=False): # also prune the channels of residual streams
     "Filters with the smallest sum of absolute weights are removed, with everything that reads them."
     return Method(space="channels", score=magnitude, options={"residual": residual})
 
 @score(unit="channel")
-def l2_norm(w:Tensor, # (units,), Euclidean norm of each unit's filters
+def l2_norm(w:Tensor, # (units,), Euclidean norm of the filters of each unit
            stats,    # unused
     )->Tensor: # (units,)
     "The Euclidean norm of a filter."
     return w
 
 @register("Pruning Filters for Efficient ConvNets", "arXiv:1608.08710", 2017, "structured")
-def l2_filter(residual:bool=False): # stream = also cut the channels of residual streams
+def l2_filter(residual:bool=False): # also prune the channels of residual streams
     "Filters with the smallest Euclidean norm are removed, with everything that reads them."
     return Method(space="channels", score=l2_norm, options={"residual": residual})
 
 # %% ../../nbs/structured/41_filters.ipynb #701afc40
-REDUCTIONS = {"sum": lambda t: t.sum(0), "mean": lambda t: t.mean(0), "max": lambda t: t.amax(0), "first": lambda t: t[0]}   # (members, units) -> (units,)
-NORMALISERS = {"none": lambda s: 1., "sum": torch.sum, "mean": torch.mean, "max": torch.amax}   # (units,) -> what to divide by
+# (members, units) -> (units,)
+REDUCTIONS = {"sum": lambda t: t.sum(0), "mean": lambda t: t.mean(0), "max": lambda t: t.amax(0),
+              "first": lambda t: t[0]}
+# (units,) -> what to divide by
+NORMALISERS = {"none": lambda s: 1., "sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 def member_sums(group,      # of coupled channels
                 values:dict,  # {parameter: tensor like it}
                 keys=None, # members to look at; all if not given
     )->dict: # {(parameter, dimension): (units,)}, the first writer first
-    "Add up, member by member, what goes with each unit."
+    "Sum the values of each unit within every member of a group."
     keys = sorted((k for k in keys or group.members if k[0] in values), key=lambda k: k != group.produces[0])
     total = lambda p, d: values[p].movedim(d, 0).reshape(values[p].shape[d], -1).sum(1)
     return {(p, d): total(p, d)[torch.as_tensor(group.members[p, d], device=values[p].device)].sum(1) for p, d in keys}
@@ -53,14 +56,27 @@ def reduce_members(space,             # of coupled channels
                  reduce:str="sum",  # one of REDUCTIONS
                  members_of=lambda g: g.members, # group -> members to look at
     )->dict: # {group: (units,)}
-    "One number for every unit, from all that goes with it."
+    "Reduce the values of all members to one number per unit."
     how = choose(reduce, REDUCTIONS, "reduction")
     return {n: how(torch.stack(list(member_sums(g, leaf, members_of(g)).values()))) for n, g in space.groups.items()}
 
-def member_params(space, exclude_suffix:str="")->dict: # {parameter: it}, members of some group whose name does not end in `but`
-    "The parameters that belong to channels."
+def member_params(space,                 # of coupled channels
+                  exclude_suffix:str="", # parameters whose name ends in it are left out; "" = none
+    )->dict: # {name: parameter}
+    "The parameters that are members of some group."
     mine = {p for g in space.groups.values() for p, _ in g.members}
-    return {n: p for n, p in space.model.named_parameters() if n in mine and not (exclude_suffix and n.endswith(exclude_suffix))}
+    return {n: p for n, p in space.model.named_parameters() if n in mine
+            and not (exclude_suffix and n.endswith(exclude_suffix))}
+
+def sum_rows_by_unit(space,     # of coupled channels
+                     rows:dict, # {weight: (rows,)}, one number per output of a layer
+    )->dict: # {group: (units,)}
+    "Sum the numbers of all rows that write a unit; groups without such rows are left out."
+    def parts(group):
+        return [rows[p][torch.as_tensor(group.members[p, d], device=rows[p].device)].sum(1)
+                for p, d in group.produces if p in rows]
+    found = {n: parts(g) for n, g in space.groups.items()}
+    return {n: sum(p) for n, p in found.items() if p}
 
 # %% ../../nbs/structured/41_filters.ipynb #ede44d12
 def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and so, usually, labels)
@@ -86,26 +102,24 @@ def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and s
     return mark
 
 # %% ../../nbs/structured/41_filters.ipynb #f6e8f4bc
-def at_least_float32(t:Tensor)->Tensor: # detached, at least float32
-    "Half precision is too coarse for sums."
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
-
 @criterion()
-def group_magnitude(space, batches=None, loss=None, # as every reading
+def group_magnitude(space, batches=None, loss=None, # as for every statistic
                p:float=2,         # power of the absolute value; no root is taken
                reduce:str="mean", # one of REDUCTIONS
     )->dict: # {group: (units,)}
-    "Powers of all weights that go with a unit (Fang et al., 2023)."
-    return reduce_members(space, {n: at_least_float32(t).abs()**p for n, t in member_params(space, exclude_suffix="bias").items()}, reduce)
+    "Group magnitude: powers of the absolute weights of all members of a unit (DepGraph, Fang et al., 2023)."
+    values = {n: at_least_float32(t).abs()**p for n, t in member_params(space, exclude_suffix="bias").items()}
+    return reduce_members(space, values, reduce)
 
 @register("DepGraph: Towards Any Structural Pruning", "arXiv:2301.12900", 2023, "structured")
 def depgraph(p:float=2,            # power of the absolute value
              reduce:str="mean",    # of the members: "sum", "mean", "max" or "first"
              normalise:str="mean", # divide the scores of a group by their "sum", "mean", "max", or "none"
-             residual:bool=False,    # also cut the channels of residual streams
+             residual:bool=False,    # also prune the channels of residual streams
     ):
     "Channels with the smallest norm over all members are removed, in one ranking of all groups."
-    choose(reduce, REDUCTIONS, "reduction"); choose(normalise, NORMALISERS, "normaliser")
+    choose(reduce, REDUCTIONS, "reduction")
+    choose(normalise, NORMALISERS, "normaliser")
     return Method(space="channels", score=group_magnitude, allocate=global_, options={"residual": residual},
                   readings={"group_magnitude": dict(p=p, reduce=reduce, normalise=normalise)})
 
@@ -115,57 +129,71 @@ def fpgm(space, batches=None, loss=None)->dict: # {group: (units,)}
     "Sum of the distances to all other filters of the group (He et al., 2019)."
     weights, out = member_params(space), {}
     for n, g in space.groups.items():
-        rows = [(at_least_float32(weights[p]).double().movedim(d, 0).flatten(1), torch.as_tensor(g.members[p, d], device=weights[p].device)) for p, d in g.produces]
+        rows = [(at_least_float32(weights[p]).double().movedim(d, 0).flatten(1),
+                 torch.as_tensor(g.members[p, d], device=weights[p].device)) for p, d in g.produces]
         f = torch.cat([r[i].flatten(1) for r, i in rows], 1)
         out[n] = torch.cdist(f, f[space.alive(n)]).sum(1)
     return out
 
-@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250", 2019, "structured")
-def fpgm_(residual:bool=False): # stream = also cut the channels of residual streams
-    "Filters that resemble all others most are removed."
+@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250",
+          2019, "structured")
+def fpgm_(residual:bool=False): # also prune the channels of residual streams
+    "Filters closest to the geometric median of their group are removed."
     return Method(space="channels", score=fpgm, options={"residual": residual})
 
 # %% ../../nbs/structured/41_filters.ipynb #4b562522
 @criterion()
 def bn_scale(space, batches=None, loss=None)->dict: # {group: (units,)}
     "Absolute scale of the batch norms that a channel passes (Liu et al., 2017)."
-    norms = {f"{n}.weight" if n else "weight" for n, m in space.model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+    norms = {f"{n}.weight" if n else "weight" for n, m in space.model.named_modules()
+             if isinstance(m, nn.modules.batchnorm._NormBase)}
     leaf = {n: at_least_float32(p).abs() for n, p in member_params(space).items() if n in norms}
     bare = [n for n, g in space.groups.items() if not any(p in leaf for p, _ in g.members)]
-    if bare: raise BadInput(f"no batch norm scales the channels of {bare[0]!r}: name it in skip=, or choose another criterion, such as 'depgraph'")
+    if bare:
+        raise BadInput(f"no batch norm scales the channels of {bare[0]!r}: name it in skip=, or choose another "
+                       "criterion, such as 'depgraph'")
     return reduce_members(space, leaf)
 
 @register("Learning Efficient Convolutional Networks through Network Slimming", "arXiv:1708.06519", 2017, "structured")
-def bn_scale_(residual:bool=False): # stream = also cut the channels of residual streams
+def bn_scale_(residual:bool=False): # also prune the channels of residual streams
     "Channels with the smallest batch norm scale are removed, in one ranking of all groups."
     return Method(space="channels", score=bn_scale, allocate=global_, options={"residual": residual})
 
 # %% ../../nbs/structured/41_filters.ipynb #cdd8ff48
 @register("Rethinking the Value of Network Pruning", "arXiv:1810.05270", 2019, "structured")
-def rand_struct(residual:bool=False): # stream = also cut the channels of residual streams
-    "A fair lottery among the channels of every group: the control of structured pruning."
+def rand_struct(residual:bool=False): # also prune the channels of residual streams
+    "Random pruning of the channels of every group: the control of structured pruning."
     return Method(space="channels", score=random, options={"residual": residual})
 
 # %% ../../nbs/structured/41_filters.ipynb #a0c571b5
-def group_signature(space, name:str)->tuple: # of (module, parameter, dimension, role, kernel, indices of a unit)
-    "What a group is made of, without its widths."
-    g, homes, tensors = space.groups[name], dict(space.model.named_modules()), {**dict(space.model.named_parameters()), **dict(space.model.named_buffers())}
-    role = lambda k: "writes" if k in g.produces else "reads" if k in g.consumes else "carries"
-    return tuple(sorted((type(homes[p.rpartition(".")[0]]).__name__, p.rpartition(".")[2], d, role((p, d)), tuple(tensors[p].shape[2:]), i.shape[1]) for (p, d), i in g.members.items()))
+def group_signature(space,    # of coupled channels
+                    name:str, # of a group
+    )->tuple: # of (module class, parameter, dimension, role, kernel size, indices per unit)
+    "The structure of a group without its widths: groups with equal signatures are isomorphic."
+    g, modules = space.groups[name], dict(space.model.named_modules())
+    tensors = {**dict(space.model.named_parameters()), **dict(space.model.named_buffers())}
+    def member(p, d, index):
+        owner, _, attr = p.rpartition(".")
+        role = "writes" if (p, d) in g.produces else "reads" if (p, d) in g.consumes else "carries"
+        return type(modules[owner]).__name__, attr, d, role, tuple(tensors[p].shape[2:]), index.shape[1]
+    return tuple(sorted(member(p, d, index) for (p, d), index in g.members.items()))
 
 @allocator
 def isomorphic(scores:dict, keep:float, space)->dict: # {group: fraction}
-    "One ranking for all groups that are built alike (Fang et al., 2024)."
-    if not hasattr(space, "groups"): raise BadInput(f"allocation 'isomorphic' compares coupled channels, and this space has {space.unit}s: use 'uniform' or 'global'")
-    alike = {}
+    "Isomorphic pruning: one ranking for all groups with the same structure (Fang et al., 2024)."
+    if not hasattr(space, "groups"):
+        raise BadInput(f"allocation 'isomorphic' compares coupled channels, and this space has {space.unit}s: use "
+                       "'uniform' or 'global'")
+    alike = {}   # {signature: groups}
     for n in scores: alike.setdefault(group_signature(space, n), []).append(n)
     return {n: f for names in alike.values() for n, f in global_({n: scores[n] for n in names}, keep, space).items()}
 
 @register("Isomorphic Pruning for Vision Models", "arXiv:2407.04616", 2024, "structured")
 def isomorphic_(p:float=2,         # power of the absolute value
                 reduce:str="mean", # of the members: "sum", "mean", "max" or "first"
-                residual:bool=False, # also cut the channels of residual streams
+                residual:bool=False, # also prune the channels of residual streams
     ):
-    "Channels with the smallest norm over all members are removed, in one ranking for all groups that are built alike."
+    "Channels with the smallest group magnitude are removed, in one ranking for all groups with the same structure."
     choose(reduce, REDUCTIONS, "reduction")
-    return Method(space="channels", score=group_magnitude, allocate=isomorphic, options={"residual": residual}, readings={"group_magnitude": dict(p=p, reduce=reduce)})
+    return Method(space="channels", score=group_magnitude, allocate=isomorphic, options={"residual": residual},
+                  readings={"group_magnitude": dict(p=p, reduce=reduce)})

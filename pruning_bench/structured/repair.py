@@ -27,135 +27,150 @@ from ..core.stats import unfold_inputs, record_inputs, provider
 @recovery
 def recalibrate(examples:int=256, # to estimate from
     )->Recovery: # without labels, gradients and steps
-    "Estimate the running statistics of every batch norm again, from nothing."
+    "Recalibrate batch norms: estimate their running statistics again, from scratch."
     def estimate(model, data, loss, part=1.):
         recalibrate_bn(model, take_samples(data, examples), select_forward(loss))
     return Recovery(estimate, reads=True)
 
 # %% ../../nbs/structured/49_repair.ipynb #78190051
 def following_norms(space)->dict: # {module: (module of the batch norm, the batch norm)}
-    "Which batch norm receives exactly what a layer puts out."
+    "The batch norm that receives exactly the output of a layer."
     found, made, hooks = {}, {}, []
     for n, m in space.model.named_modules():
-        if matrix_permutations(m): hooks.append(m.register_forward_hook(lambda m, args, out, n=n: made.update({id(out): (n, out)})))
+        if matrix_permutations(m):
+            hooks.append(m.register_forward_hook(lambda m, args, out, n=n: made.update({id(out): (n, out)})))
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
-            hooks.append(m.register_forward_pre_hook(lambda m, args, n=n: found.update({made[id(args[0])][0]: (n, m)} if id(args[0]) in made else {})))
+            hooks.append(m.register_forward_pre_hook(lambda m, args, n=n: found.update({made[id(args[0])][0]: (n, m)}
+                                                                                       if id(args[0]) in made else {})))
     try:
         with in_mode(space.model, False), torch.no_grad(): space.run(space.model, space.example)
     finally:
         for h in hooks: h.remove()
     return found
 
-def bias_target(owner:str, module:nn.Module, norm)->tuple|None: # (tensor, its values, sign)
-    "Where a constant can be added to what a layer puts out."
+def bias_target(owner:str,        # name of the layer
+                module:nn.Module, # the layer
+                norm,             # (name, batch norm) that follows it, or None
+    )->tuple|None: # (name of the tensor, its values, sign); None where there is none
+    "The tensor that can absorb a constant of the output of a layer: its bias, or the running mean of its batch norm."
     if isinstance(getattr(module, "bias", None), Tensor): return f"{owner}.bias", module.bias.detach(), 1
     return (f"{norm[0]}.running_mean", norm[1].running_mean, -1) if norm else None
 
 # %% ../../nbs/structured/49_repair.ipynb #ddda73dc
 @dataclass
 class Consumer:
-    "A layer that reads channels, as least squares sees it."
+    "A layer that reads channels, with the statistics of its inputs that least squares needs."
     name: str           # of its weight
     layer: Layer        # the weight as a matrix
     columns: dict       # {group: (units, count) columns of the matrix}
-    home: tuple|None    # (bias or running mean by name, its values, sign): where a constant can go
-    gram: Tensor = None # (g, columns, columns) for g convolution groups: covariance of the inputs, or second moment when there is no home
+    bias_target: tuple|None   # (name of a bias or running mean, its values, sign): absorbs constants
+    # (g, columns, columns) for g convolution groups: covariance of the inputs; second moment without a bias target
+    gram: Tensor = None
     mean: Tensor = None # (g, columns): mean of the inputs
 
     def matrix(self)->Tensor: # (g, rows of a group, columns), double
         w = self.layer.read().double()
         return w.view(len(self.gram), -1, w.shape[1])
 
-    def written(self, new:Tensor)->dict: # {tensor: values} that make this layer `new`, constants in their home
+    def refit_values(self, new:Tensor)->dict: # {tensor: values} that make this layer `new`
         out = {self.name: self.layer.tensor(new.flatten(0, 1))}
-        if self.home:
-            name, values, sign = self.home
+        if self.bias_target:
+            name, values, sign = self.bias_target
             out[name] = values + sign * ((self.matrix() - new) @ self.mean[..., None]).flatten()
         return out
 
 # %% ../../nbs/structured/49_repair.ipynb #42dd6a26
-def consumer_layers(space)->dict: # {parameter: Reader}
-    "The layers that read the channels of a space; a weight with two owners is nobody's to change."
-    layers, owned, norms, found = weight_layers(space.model), [id(p) for m in space.model.modules() for p in m._parameters.values()], following_norms(space), {}
+def consumer_layers(space)->dict: # {weight: `Consumer`}
+    "The layers that read the channels of a space; weights that two modules share are left out."
+    layers, norms, found = weight_layers(space.model), following_norms(space), {}
+    owned = [id(p) for m in space.model.modules() for p in m._parameters.values()]
     for g in space.groups.values():
         for p, d in g.consumes:
             owner, layer = p.rpartition(".")[0], layers.get(p)
             if layer is None or d != layer.perm[-1] or owned.count(id(layer.weight)) > 1: continue
             if p not in found: found[p] = Consumer(p, layer, {}, bias_target(owner, layer.module, norms.get(owner)))
-            index, size = torch.as_tensor(g.members[p, d], device=layer.weight.device), layer.read().shape[1]
-            found[p].columns[g.name] = (index[:, None] + torch.arange(0, size, layer.in_channels, device=index.device)[:, None]).flatten(1)
+            index = torch.as_tensor(g.members[p, d], device=layer.weight.device)
+            offsets = torch.arange(0, layer.read().shape[1], layer.in_channels, device=index.device)
+            found[p].columns[g.name] = (index[:, None] + offsets[:, None]).flatten(1)
     return found
 
-def consumers_by_group(space, found:dict)->dict: # {group: [(Reader, columns of the group)]}
-    "Every group with those who read it."
+def consumers_by_group(space, found:dict)->dict: # {group: [(`Consumer`, columns of the group)]}
+    "The layers that read each group."
     return {g: [(r, r.columns[g]) for r in found.values() if g in r.columns] for g in space.names()}
 
 # %% ../../nbs/structured/49_repair.ipynb #e4cb3b5a
 @provider()
-def consumer_stats(space, batches, loss=None)->dict: # {group: [(Reader, columns of the group)]}
-    "Mean and covariance of what the readers of every group receive."
+def consumer_stats(space, batches, loss=None)->dict: # {group: [(`Consumer`, columns of the group)]}
+    "Mean and covariance of the inputs of all layers that read each group."
     found, count = consumer_layers(space), {}
     def visit(name, layer, x, args):
         r, f = found[name], unfold_inputs(layer, x, args)
         square, total = f.mT @ f, f.sum(1)
         r.gram, r.mean = (square, total) if r.gram is None else (r.gram + square, r.mean + total)
         count[name] = count.get(name, 0) + f.shape[1]
-    record_inputs(SimpleNamespace(model=space.model, layers={n: r.layer for n, r in found.items()}), batches, visit, loss)
-    if unseen := [n for n in found if n not in count]: raise BadInput(f"no input of {unseen[0]!r} was seen: calibrate on data that runs this layer, or name it in skip=")
+    record_inputs(SimpleNamespace(model=space.model, layers={n: r.layer for n, r in found.items()}), batches,
+                  visit, loss)
+    if unseen := [n for n in found if n not in count]:
+        raise BadInput(
+            f"no input of {unseen[0]!r} was seen: calibrate on data that runs this layer, or name it in skip=")
     for n, r in found.items():
         r.gram, r.mean = r.gram.double() / count[n], r.mean.double() / count[n]
-        if r.home: r.gram = r.gram - r.mean[:, :, None] * r.mean[:, None]
+        if r.bias_target: r.gram = r.gram - r.mean[:, :, None] * r.mean[:, None]
     return consumers_by_group(space, found)
 
 # %% ../../nbs/structured/49_repair.ipynb #a217d3aa
-def damped_cholesky(gram:Tensor, # (g, columns, columns)
-           damping:float,  # added to the diagonal, relative to its mean
-    )->tuple: # damped matrix, a function that gives the Cholesky factor of a part of it
-    "A symmetric matrix that can be inverted."
-    loud = (damping * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=1e-30)
-    h = gram + loud[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+def damped_cholesky(gram:Tensor,   # (g, columns, columns)
+                    damping:float, # added to the diagonal, relative to its mean
+    )->tuple: # (damped matrix, function that gives the Cholesky factor of a principal submatrix)
+    "A symmetric matrix with damping; the factorisation raises `BadInput` when it is not positive definite."
+    diagonal = (damping * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=1e-30)
+    h = gram + diagonal[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     def root(keep=slice(None)):
         r, failed = torch.linalg.cholesky_ex(h[:, keep][..., keep])
-        if failed.any(): raise BadInput(f"the inputs of a layer are too few or too dependent for damping={damping:g}: calibrate on more data or raise damping")
+        if failed.any():
+            raise BadInput(f"the inputs of a layer are too few or too dependent for damping={damping:g}: calibrate on "
+                           "more data or raise damping")
         return r
     return h, root
 
-def least_squares_refit(w:Tensor,      # (g, rows, columns)
-          gram:Tensor,   # (g, columns, columns)
-          removed:Tensor,   # (columns,) bool
-          damping:float=0., # see `damped_cholesky`
-    )->Tensor: # (g, rows, columns), zero where gone
-    "Least squares: the columns that stay take over from those that go."
+def least_squares_refit(w:Tensor,         # (g, rows, columns)
+                        gram:Tensor,      # (g, columns, columns)
+                        removed:Tensor,   # (columns,) bool
+                        damping:float=0., # see `damped_cholesky`
+    )->Tensor: # (g, rows, columns), zero in removed columns
+    "Least-squares reconstruction: the columns that stay compensate for the removed ones."
     (h, root), new = damped_cholesky(gram, damping), w * ~removed
-    if removed.any() and not removed.all(): new[..., ~removed] += torch.cholesky_solve(h[:, ~removed][..., removed] @ w[..., removed].mT, root(~removed)).mT
+    if removed.any() and not removed.all():
+        new[..., ~removed] += torch.cholesky_solve(h[:, ~removed][..., removed] @ w[..., removed].mT, root(~removed)).mT
     return new
 
 # %% ../../nbs/structured/49_repair.ipynb #d3bfafd5
-def update_consumers(groups:dict, # as every joint solver
-          reading:str, # `consumer_stats` or `filter_similarity`
-          update,        # (w, gram, gone) -> new w, of one reader
+def update_consumers(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
+                     statistic:str, # `consumer_stats` or `filter_similarity`
+                     update,      # (w, gram, removed) -> new w, of one layer
     )->dict: # {group: ({tensor: values}, mask)}
-    "Choose by the scores, then move every reader once, whatever it has lost."
+    "Select units by their scores, then update every layer that reads them once, for all columns it has lost."
     masks = {n: pattern(scores, fraction) for n, (w, stats, scores, fraction, pattern) in groups.items()}
-    pairs, lost, new = {n: getattr(stats, reading) for n, (w, stats, *_) in groups.items()}, {}, {}
+    pairs, lost, new = {n: getattr(stats, statistic) for n, (w, stats, *_) in groups.items()}, {}, {}
     for n, mine in pairs.items():
         for r, columns in mine:
             _, gone = lost.setdefault(r.name, (r, torch.zeros_like(r.mean[0], dtype=torch.bool)))
             gone[columns[~masks[n]].flatten()] = True
-    for name, (r, gone) in lost.items(): new[name] = r.written(update(r.matrix(), r.gram, gone)) if gone.any() else {}
+    for name, (r, gone) in lost.items():
+        new[name] = r.refit_values(update(r.matrix(), r.gram, gone)) if gone.any() else {}
     return {n: ({k: v for r, _ in pairs[n] for k, v in new[r.name].items()}, masks[n]) for n in groups}
 
 @solver(needs=("consumer_stats",), unit="channel", joint=True)
 def bias_compensation(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
     )->dict: # {name: ({tensor: values}, mask)}
-    "What removed channels contribute on average goes into biases and running means."
+    "Bias compensation: the mean contribution of removed channels is added to biases and running means."
     return update_consumers(groups, "consumer_stats", lambda w, gram, gone: w * ~gone)
 
 @solver(needs=("consumer_stats",), unit="channel", joint=True)
 def compensate(groups:dict,    # {name: (w, stats, scores, fraction, pattern)}
                damping:float=.01, # see `damped_cholesky`
     )->dict: # {name: ({tensor: values}, mask)}
-    "Readers are fitted again to what they computed before, from the channels that stay."
+    "Least-squares reconstruction of the layers that read removed channels, from the channels that stay."
     return update_consumers(groups, "consumer_stats", partial(least_squares_refit, damping=damping))
 
 # %% ../../nbs/structured/49_repair.ipynb #bf0747b4
@@ -163,7 +178,7 @@ def compensate(groups:dict,    # {name: (w, stats, scores, fraction, pattern)}
 def channel_obs(w:Tensor, # (units,)
                 stats,    # `consumer_stats` of the group
     )->Tensor: # (units,)
-    "Error of all readers when one channel goes and all others are refitted (Hassibi & Stork, 1992, on blocks)."
+    "OBS for channels: error of the layers that read a channel when it is removed and the others are refitted."
     total = torch.zeros(len(w), dtype=torch.double, device=w.device)
     for r, columns in stats.consumer_stats:
         inverse = torch.cholesky_inverse(damped_cholesky(r.gram, .01)[1]())
@@ -172,21 +187,26 @@ def channel_obs(w:Tensor, # (units,)
             total += (mine * torch.linalg.solve(inv[columns[:, :, None], columns[:, None]], mine)).sum((1, 2))
     return total
 
-@register("Structurally Prune Anything: Any Architecture, Any Framework, Any Time", "arXiv:2403.18955", 2024, "structured")
-def obspa(residual:bool=False, # also cut the channels of residual streams
+@register("Structurally Prune Anything: Any Architecture, Any Framework, Any Time", "arXiv:2403.18955", 2024,
+          "structured")
+def obspa(residual:bool=False, # also prune the channels of residual streams
           damping:float=.01,    # see `damped_cholesky`
     ):
-    "Channels that refitted neighbours replace best are removed; readers are refitted, batch norms recalibrated, nothing is trained."
+    "Channels that the others reconstruct best are removed, with least-squares updates and recalibrated batch norms."
     return Method(space="channels", score=channel_obs, solve=compensate.configured(damping=damping),
                   recover=recalibrate(), options={"residual": residual})
 
 # %% ../../nbs/structured/49_repair.ipynb #f9a3a0ce
-def folded_filters(space, group, norms:dict)->tuple: # filters (units, weights) and constants (units, producers), batch norms folded in
-    "What a unit computes before its activation, as far as its weights can say."
+def folded_filters(space,      # of coupled channels
+                   group,      # one of its groups
+                   norms:dict, # from `following_norms`
+    )->tuple: # filters (units, weights), constants (units, producers)
+    "Filters and biases of a group with the batch norms behind them folded in."
     parts = []
     for p, d in group.produces:
         if p not in space.layers: continue
-        w, module, (_, norm) = space.layers[p].read().double(), space.layers[p].module, norms.get(p.rpartition(".")[0], ("", None))
+        w, module = space.layers[p].read().double(), space.layers[p].module
+        _, norm = norms.get(p.rpartition(".")[0], ("", None))
         b = torch.zeros_like(w[:, 0]) if getattr(module, "bias", None) is None else module.bias.detach().double()
         if norm is not None:
             gain, offset = (norm.weight.detach(), norm.bias.detach()) if norm.affine else (1., 0.)
@@ -197,18 +217,20 @@ def folded_filters(space, group, norms:dict)->tuple: # filters (units, weights) 
     return tuple(torch.cat(x, 1) for x in zip(*parts))
 
 @provider()
-def filter_similarity(space, batches, loss=None, # as every reading; the data is not looked at
+def filter_similarity(space, batches, loss=None, # as for every statistic; the data is not read
           bias_weight:float=.01,   # weight of the constants beside the filters
-          ridge:float=.008, # price of large coefficients
-    )->dict: # {group: [(Reader, columns of the group)]}
-    "How alike the channels of a group are by their filters, in place of what the readers receive."
+          ridge:float=.008, # ridge penalty of large coefficients
+    )->dict: # {group: [(`Consumer`, columns of the group)]}
+    "Similarity of the filters of a group (UDFC), in the form of `consumer_stats`, without data."
     found, norms, alike = consumer_layers(space), following_norms(space), {}
     for n, group in space.groups.items():
         f, b = folded_filters(space, group, norms)
         alike[n] = f @ f.T + bias_weight * b @ b.T + ridge * torch.eye(len(f), dtype=f.dtype, device=f.device)
     for r in found.values():
         size, weight = r.layer.read().shape[1], r.layer.weight
-        r.home, r.gram, r.mean = None, torch.eye(size, dtype=torch.double, device=weight.device)[None], torch.zeros(1, size, dtype=torch.double, device=weight.device)
+        r.bias_target = None
+        r.gram = torch.eye(size, dtype=torch.double, device=weight.device)[None]
+        r.mean = torch.zeros(1, size, dtype=torch.double, device=weight.device)
         for n, columns in r.columns.items():
             for at in columns.T: r.gram[0, at[:, None], at] = alike[n]
     return consumers_by_group(space, found)
@@ -217,23 +239,25 @@ def filter_similarity(space, batches, loss=None, # as every reading; the data is
 @solver(needs=("filter_similarity",), unit="channel", joint=True)
 def merge_filters(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
     )->dict: # {name: ({tensor: values}, mask)}
-    "Every removed channel is replaced by the combination of others whose filters come nearest to its own."
+    "Merge filters: a removed channel is replaced by the linear combination of others with the nearest filter."
     return update_consumers(groups, "filter_similarity", least_squares_refit)
 
-@register("Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", "arXiv:2308.07209", 2023, "structured")
-def udfc(residual:bool=False,   # also cut the channels of residual streams
+@register("Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", "arXiv:2308.07209", 2023,
+          "structured")
+def udfc(residual:bool=False,   # also prune the channels of residual streams
          bias_weight:float=.01,      # weight of the constants beside the filters
-         ridge:float=.008,    # price of large coefficients
+         ridge:float=.008,    # ridge penalty of large coefficients
     ):
-    "The smallest filters are merged into those that resemble them; no data is looked at."
-    return Method(space="channels", score=magnitude, solve=merge_filters, options={"residual": residual}, readings={"filter_similarity": dict(bias_weight=bias_weight, ridge=ridge)})
+    "The filters with the smallest L1 norm are merged into similar ones, without data."
+    return Method(space="channels", score=magnitude, solve=merge_filters, options={"residual": residual},
+                  readings={"filter_similarity": dict(bias_weight=bias_weight, ridge=ridge)})
 
 # %% ../../nbs/structured/49_repair.ipynb #aef472a6
 @score(needs=("consumer_stats",), unit="channel")
 def thinet_order(w:Tensor, # (units,)
                  stats,    # `consumer_stats` of the group
-    )->Tensor: # (units,), the turn at which a channel goes
-    "Channels go one by one: always the one whose loss, together with those already gone, changes the readers least."
+    )->Tensor: # (units,), the step at which a channel is removed
+    "ThiNet: greedy order of removal by the least change of the layers that read the channels removed so far."
     q, n = torch.zeros(len(w), len(w), dtype=torch.double, device=w.device), len(w)
     for r, columns in stats.consumer_stats:
         m, at = r.matrix(), columns.flatten()
@@ -245,10 +269,11 @@ def thinet_order(w:Tensor, # (units,)
         cost[c] = torch.inf
     return turn
 
-@register("ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression", "arXiv:1707.06342", 2017, "structured")
-def thinet(residual:bool=False, # also cut the channels of residual streams
+@register("ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression", "arXiv:1707.06342", 2017,
+          "structured")
+def thinet(residual:bool=False, # also prune the channels of residual streams
            damping:float=.01,    # see `damped_cholesky`
     ):
-    "Greedy search for the channels whose readers miss them least, then a least-squares refit."
+    "Greedy removal of the channels whose loss changes the next layers least, then a least-squares refit."
     return Method(space="channels", score=thinet_order, solve=compensate.configured(damping=damping),
                   options={"residual": residual})

@@ -21,9 +21,9 @@ from .sparse_training import group_norms, select_channels, penalty_rule
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #d0981cee
 @torch.no_grad()
-def zero_filters(space, keep:dict, # {group: mask}
+def zero_filters(space, keep:dict, # {group: bool mask}
     )->None:
-    "Zero the filters that write a channel; norms, biases and readers stay as they are."
+    "Zero the filters of the channels that are not kept; norms, biases and the layers that read them stay unchanged."
     own = dict(space.model.named_parameters())
     for n, m in keep.items():
         for p, d in space.groups[n].produces:
@@ -36,137 +36,152 @@ def filter_norm(space)->dict: # {group: (units,)}
     return {n: space.w(n) for n in space.names()}
 
 @rule_maker("allocate", "pattern")
-def soft_pruning_rule(score,      # space -> {group: (units,)}
-           rounds:int, # how often filters are blanked
-           prune_at:float,  # fraction of the training before the cut
-    ):                 # fn(method, keep) -> Rule
-    "Blank the weakest filters again and again; the last choice is for good."
-    def choose(training, method): return select_channels(training, score(training.space), method.allocate)
-    def press(training, method):
-        if training.step % max(1, round(prune_at * training.steps / rounds)) == 0: zero_filters(training.space, choose(training, method))
-    return penalty_rule(press, choose, prune_at)
+def soft_pruning_rule(score,          # space -> {group: (units,)}
+                      rounds:int,     # how often filters are zeroed
+                      prune_at:float, # fraction of the training before the channels are removed
+    ): # (method, keep) -> Rule
+    "Soft filter pruning: filters with the lowest scores are zeroed at intervals and keep training."
+    def select(training, method): return select_channels(training, score(training.space), method.allocate)
+    def penalise(training, method):
+        if training.step % max(1, round(prune_at * training.steps / rounds)) == 0:
+            zero_filters(training.space, select(training, method))
+    return penalty_rule(penalise, select, prune_at)
 
-@register("Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", "arXiv:1808.06866", 2018, "structured", start_state="init")
+@register("Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", "arXiv:1808.06866", 2018,
+          "structured", start_state="init")
 def sfp(rounds:int=10,     # how often filters are zeroed
-        prune_at:float=.9,      # fraction of the training before the cut
+        prune_at:float=.9,      # fraction of the training before the channels are removed
         steps:int=600,     # optimiser steps
         lr:float=3e-3,     # peak learning rate
-        residual:bool=False, # also cut the channels of residual streams
+        residual:bool=False, # also prune the channels of residual streams
     ):
-    "Filters with the smallest norm are zeroed again and again while all of them train; the last ones go."
+    "Filters with the smallest norm are zeroed at intervals while all of them train; at the end they are removed."
     return Method(space="channels", rule=soft_pruning_rule(filter_norm, rounds, prune_at),
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #065c27d1
-@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250", 2019, "structured", start_state="init")
+@register("Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", "arXiv:1811.00250",
+          2019, "structured", start_state="init")
 def soft_fpgm(rounds:int=10,     # how often filters are zeroed
-              prune_at:float=.9,      # fraction of the training before the cut
+              prune_at:float=.9,      # fraction of the training before the channels are removed
               steps:int=600,     # optimiser steps
               lr:float=3e-3,     # peak learning rate
-              residual:bool=False, # also cut the channels of residual streams
+              residual:bool=False, # also prune the channels of residual streams
     ):
-    "Filters that resemble all others most are zeroed again and again while all of them train; the last ones go."
+    "Filters closest to the geometric median are zeroed at intervals while all train; at the end they are removed."
     return Method(space="channels", rule=soft_pruning_rule(PROVIDERS["fpgm"], rounds, prune_at),
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #82fd4347
 def straight_through_step(s:Tensor, # (units,) importance
-           t:Tensor, # threshold
-           temperature:float)->Tensor: # (units,) zeros and ones; backwards, a sigmoid
-    "Who exceeds the threshold."
+                          t:Tensor, # scalar threshold
+                          temperature:float, # width of the sigmoid that replaces the step in the backward pass
+    )->Tensor: # (units,) zeros and ones
+    "A hard step at the threshold with the gradient of a sigmoid (straight-through estimator)."
     soft = torch.sigmoid((s - t) / temperature)
     return (s > t).to(soft) + (soft - soft.detach())
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #ee67dfcf
-def soft_density(scores:dict, thresholds:dict, temperature:float)->Tensor: # scalar, differentiable in the thresholds
-    "How many channels pass, softly."
+def soft_density(scores:dict,       # {group: (units,)}
+                 thresholds:dict,   # {group: scalar}
+                 temperature:float, # width of the sigmoid
+    )->Tensor: # scalar, differentiable in the thresholds
+    "The fraction of channels above their threshold, with sigmoids in place of steps."
     return torch.cat([torch.sigmoid((s - thresholds[n]) / temperature) for n, s in scores.items()]).mean()
 
 @rule_maker("allocate", "pattern")
-def learn_thresholds(max_shift:float,  # how far a threshold can move, in mean importances
-             temperature:float,   # width of the sigmoid
-             constraint_weight:float, # of the constraint
-             prune_at:float,    # fraction of the training before the cut
-    ): # fn(method, keep) -> Rule
-    "Learn a threshold per group under a falling budget, then keep what exceeds it most."
+def learn_thresholds(max_shift:float,         # how far a threshold can move, in mean importances
+                     temperature:float,       # width of the sigmoid
+                     constraint_weight:float, # of the squared difference between soft density and budget
+                     prune_at:float,          # fraction of the training before the channels are removed
+    ): # (method, keep) -> Rule
+    "LAPP: learn one threshold per group under a falling budget, then keep what exceeds it most."
     def rule(method, keep):
-        s, ts, own, chosen = {}, {}, [], []   # importances, thresholds, their optimiser, the step of the choice
+        s, ts = {}, {}   # {group: importances}, {group: threshold}
+        own, chosen = [], []   # the optimiser of the thresholds, the step of the selection
         def begin(training):
             s.update(group_norms(training.space, "mean"))
             ts.update({n: (v.min() - temperature).requires_grad_() for n, v in s.items()})
             own.append(torch.optim.Adam(ts.values(), max_shift / max(1., prune_at * training.steps)))
         def gate(n, state, training): return None if chosen else straight_through_step(s[n], ts[n], temperature)
-        def press(training, method):
+        def penalise(training, method):
             s.update(group_norms(training.space, "mean"))
             target = polynomial_decay(keep, min(1., training.progress / (.8 * prune_at)))
-            (constraint_weight * (soft_density(s, ts, temperature) - target)**2).backward()   # on top of what the loss left there
+            # the gradient of the constraint is added to that of the loss
+            (constraint_weight * (soft_density(s, ts, temperature) - target)**2).backward()
             own[0].step()
             own[0].zero_grad()
-        def choose(training, method):
+        def select(training, method):
             chosen.append(training.step)
             return select_channels(training, {n: v - ts[n].detach() for n, v in s.items()}, method.allocate)
-        return penalty_rule(press, choose, prune_at, begin, gate)(method, keep)
+        return penalty_rule(penalise, select, prune_at, begin, gate)(method, keep)
     return rule
 
-@register("LAPP: Layer Adaptive Progressive Pruning for Compressing CNNs from Scratch", "arXiv:2309.14157", 2023, "structured", start_state="init")
+# %% ../../nbs/structured/55_soft_filters.ipynb #ab0c04b5
+@register("LAPP: Layer Adaptive Progressive Pruning for Compressing CNNs from Scratch", "arXiv:2309.14157", 2023,
+          "structured", start_state="init")
 def lapp(max_shift:float=3.,    # how far a threshold can move, in mean importances
          temperature:float=.1,     # width of the step, in mean importances
          constraint_weight:float=1.,   # of the constraint on the share of channels
-         prune_at:float=.6,      # fraction of the training before the cut
+         prune_at:float=.6,      # fraction of the training before the channels are removed
          steps:int=600,     # optimiser steps
          lr:float=3e-3,     # peak learning rate
-         residual:bool=False, # also cut the channels of residual streams
+         residual:bool=False, # also prune the channels of residual streams
     ):
-    "A threshold per layer on the norms of channels, learned while a budget falls; no bypass branches."
+    "One threshold per layer on the norms of its channels, learned under a falling budget; without bypass branches."
     rule = learn_thresholds(max_shift, temperature, constraint_weight, prune_at)
     return Method(space="channels", rule=rule, allocate=global_,
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #ef158bc0
 def squared_filter_norms(space, name:str)->Tensor: # (units,), differentiable
-    "The squared norm of the weights that write each channel of a group."
+    "Squared norms of the filters of a group."
     g = space.groups[name]
-    rows = [(space.layers[p].matrix(space.layers[p].weight).square().sum(1), g.members[p, d]) for p, d in g.produces if p in space.layers]
+    rows = [(space.layers[p].matrix(space.layers[p].weight).square().sum(1), g.members[p, d]) for p, d in g.produces
+            if p in space.layers]
     return sum(r[torch.as_tensor(i, device=r.device)].sum(1) for r, i in rows)
 
 @rule_maker("allocate", "pattern")
-def soft_mask_ramp(tau:float,   # temperature, in medians of the squared norms of a group
-               start:float, # fraction of the training before the ramp
-               ramp_end:float,  # fraction of the training at its end
-               prune_at:float,   # fraction of the training before the cut
-    ): # fn(method, keep) -> Rule
-    "Let the network hear channels through a sigmoid mask whose threshold rises, then keep the loudest."
+def soft_mask_ramp(tau:float,      # temperature, in medians of the squared norms of a group
+                   start:float,    # fraction of the training before the ramp
+                   ramp_end:float, # fraction of the training at the end of the ramp
+                   prune_at:float, # fraction of the training before the channels are removed
+    ): # (method, keep) -> Rule
+    "PDP for channels: a sigmoid mask of the filter norm whose threshold rises, then a hard mask of the largest norms."
     def rule(method, keep):
         final, scale, now = {}, {}, {}   # shares of the groups, temperatures, thresholds
         def gate(n, state, training):
             return torch.sigmoid((squared_filter_norms(training.space, n) - now[n]**2) / scale[n]) if n in now else None
-        def press(training, method):
+        def penalise(training, method):
             if training.progress < start: return
             sizes = {n: training.w(n) for n in training.names}
             if not final:
-                final.update({n: int(m.sum()) / len(m) for n, m in select_channels(training, sizes, method.allocate).items()})
+                masks = select_channels(training, sizes, method.allocate)
+                final.update({n: int(m.sum()) / len(m) for n, m in masks.items()})
                 scale.update({n: (tau * s.square().median()).clamp(min=1e-12) for n, s in sizes.items()})
-            gone = 1 - ramped_density(0., training.progress, start, ramp_end, power=1)
-            masks = masks_from_scores(training, sizes, {n: 1 - gone * (1 - f) for n, f in final.items()})
+            ramp = 1 - ramped_density(0., training.progress, start, ramp_end, power=1)
+            masks = masks_from_scores(training, sizes, {n: 1 - ramp * (1 - f) for n, f in final.items()})
             now.update({n: magnitude_threshold(s, masks[n], len(s)) for n, s in sizes.items()})
-        def choose(training, method):
+        def select(training, method):
             now.clear()   # from here on the mask is hard
             sizes = {n: training.w(n) for n in training.names}
-            return masks_from_scores(training, sizes, final) if final else select_channels(training, sizes, method.allocate)
-        return penalty_rule(press, choose, prune_at, gate=gate)(method, keep)
+            if not final: return select_channels(training, sizes, method.allocate)
+            return masks_from_scores(training, sizes, final)
+        return penalty_rule(penalise, select, prune_at, gate=gate)(method, keep)
     return rule
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #9e25b8a0
-@register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "structured", start_state="init")
+@register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "structured",
+          start_state="init")
 def pdp_channels(tau:float=1.,      # temperature, in medians of the squared norms of a group
                  start:float=.1,    # fraction of the training before the ramp; then the share of each group is fixed
                  ramp_end:float=.5,     # fraction of the training when the final sparsity is reached
-                 prune_at:float=.7,      # fraction of the training before the cut
+                 prune_at:float=.7,      # fraction of the training before the channels are removed
                  steps:int=600,     # optimiser steps
                  lr:float=3e-3,     # peak learning rate
-                 residual:bool=False, # also cut the channels of residual streams
+                 residual:bool=False, # also prune the channels of residual streams
     ):
-    "Channels are heard through a sigmoid of their norm whose threshold rises, so weak ones may return; then they are cut."
+    "Channels are scaled by a sigmoid of their norm with a rising threshold, so that small ones can return."
     rule = soft_mask_ramp(tau, start, ramp_end, prune_at)
     return Method(space="channels", rule=rule, allocate=global_,
                   recover=finetune(steps, lr), options={"residual": residual})

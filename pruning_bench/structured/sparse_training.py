@@ -8,6 +8,7 @@ __all__ = ['penalty_share', 'l1_proximal_step', 'select_channels', 'penalty_rule
            'group_lasso_rule', 'group_lasso', 'growing_penalty_rule', 'growing_reg']
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #55ae38d8
+import math
 import torch
 from torch import nn, Tensor
 from ..core.allocate import global_
@@ -19,49 +20,54 @@ from ..core.stats import PROVIDERS
 from . import filters   # registers the statistics `bn_scale` and `group_magnitude`
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #b96b73bb
-def penalty_share(training, prune_at:float, # fraction of the training under pressure
-         increasing:bool=False, # from zero up, instead of down to zero
-    )->float:
-    "The share of the whole pressure that this step applies; the shares add up to one."
+def penalty_share(training,              # a `TrainingState`
+                  prune_at:float,        # fraction of the training with the penalty
+                  increasing:bool=False, # whether the penalty rises from zero, instead of falling to zero
+    )->float: # the share of this step
+    "The share of the whole penalty that this step applies; the shares of all steps sum to one."
     k, n = training.step - .5, prune_at * training.steps
     return max(0., 2 * (k if increasing else n - k) / n**2)
 
 @torch.no_grad()
-def l1_proximal_step(p:Tensor, i:Tensor, # a vector and the indices to pull
-         step_size:float)->None:    # how far
-    "Move numbers towards zero, and not beyond: the proximal step of the L1 norm."
+def l1_proximal_step(p:Tensor,        # a vector, changed in place
+                     i:Tensor,        # indices of the entries that are penalised
+                     step_size:float, # how far an entry moves
+    )->None:
+    "The proximal step of the L1 norm (soft thresholding): entries move towards zero, and not beyond."
     v = p.data[i]
     p.data[i] = v.sign() * (v.abs() - step_size).relu()
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #bbaec8ce
-def select_channels(training, scores:dict, # {group: (units,)}
-           allocate,            # an allocator
-    )->dict:                    # {group: mask}
-    "The channels that win a budget; one of each group always does."
-    open = {n: s.float().masked_fill(~training.allowed[n], -torch.inf) for n, s in scores.items()}
-    safe = {n: s.index_fill(0, s.argmax(), torch.inf) for n, s in open.items()}
-    return masks_from_scores(training, safe, layer_fractions(training, safe, training.keep, allocate))
+def select_channels(training,    # a `TrainingState`
+                    scores:dict, # {group: (units,)}
+                    allocate,    # an allocator
+    )->dict: # {group: bool mask}
+    "The channels with the highest scores within the budget; the best one of each group always stays."
+    candidates = {n: s.float().masked_fill(~training.allowed[n], -torch.inf) for n, s in scores.items()}
+    guarded = {n: s.index_fill(0, s.argmax(), torch.inf) for n, s in candidates.items()}
+    return masks_from_scores(training, guarded, layer_fractions(training, guarded, training.keep, allocate))
 
-def penalty_rule(penalise,     # `press(course, method)`, after every step before the choice
-             select,    # `choose(course, method)` -> {group: mask}
-             prune_at:float, # fraction of the training before the choice
-             begin=lambda training: None, # before the first step
-             gate=None, # (group, state, course) -> (units,) factors while training, or None
-    ):                  # fn(method, keep) -> Rule
-    "Press while training, choose once, and train on; raises `BadInput` for an allocation that reads statistics."
+def penalty_rule(penalise,       # (training, method) -> nothing, after every step before the selection
+                 select,         # (training, method) -> {group: mask}
+                 prune_at:float, # fraction of the training before the selection
+                 begin=lambda training: None, # before the first step
+                 gate=None,      # (group, state, training) -> (units,) factors while training, or None
+    ): # (method, keep) -> Rule
+    "Penalise while training, select channels once, and train on; raises `BadInput` for an allocation with statistics."
     def rule(method, keep):
         if method.allocate.needs:
             raise BadInput(f"allocation {method.allocate.name!r} reads {sorted(method.allocate.needs)[0]!r} "
-                           "from calibration data, and this method chooses inside its training: take an allocation without statistics, such as 'global'")
-        def settle(training):
+                           "from calibration data, and this method selects channels inside its training: take an "
+                           "allocation without statistics, such as 'global'")
+        def fix_masks(training):
             for n, m in select(training, method).items(): training.state[n]["mask"] = m
             training.space.apply({n: (training.w(n), training.state[n]["mask"]) for n in training.names})
-        def chosen(training): return "mask" in training.state[training.names[0]]
+        def selected(training): return "mask" in training.state[training.names[0]]
         def update(training):
-            if not chosen(training): penalise(training, method)
-            if not chosen(training) and training.progress >= prune_at: settle(training)
+            if not selected(training): penalise(training, method)
+            if not selected(training) and training.progress >= prune_at: fix_masks(training)
         def finish(training):
-            if not chosen(training): settle(training)
+            if not selected(training): fix_masks(training)
             return {n: (training.w(n), training.state[n]["mask"]) for n in training.names}
         return Rule(begin=begin, gate=gate, update=update, finish=finish)
     return rule
@@ -69,7 +75,8 @@ def penalty_rule(penalise,     # `press(course, method)`, after every step befor
 # %% ../../nbs/structured/48_sparse_training.ipynb #c351046f
 def bn_scales(space)->dict: # {group: [(parameter, (units, count) indices)]}
     "The batch norm scales of every group; raises `BadInput` where there is none."
-    own, norms = dict(space.model.named_parameters()), [m for m in space.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    own = dict(space.model.named_parameters())
+    norms = [m for m in space.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     mine = {id(m.weight) for m in norms if m.weight is not None}
     def scales(g):
         norms_of = [(own[p], i) for (p, _), i in g.members.items() if p in own and id(own[p]) in mine]
@@ -86,68 +93,76 @@ def by_scale(training, method)->dict: # {group: mask}
     return select_channels(training, PROVIDERS["bn_scale"](training.space), method.allocate)
 
 @rule_maker("allocate", "pattern")
-def bn_l1_rule(total_shrinkage:float, # how far a scale moves that the loss ignores
-         prune_at:float,    # fraction of the training before the choice
-    ):                 # fn(method, keep) -> Rule
-    "A lasso on the scales of batch norm."
-    def press(training, method):
+def bn_l1_rule(total_shrinkage:float, # how far a scale without gradient moves in all
+               prune_at:float,        # fraction of the training before the selection
+    ): # (method, keep) -> Rule
+    "Network slimming: an L1 penalty on the scales of batch norms."
+    def penalise(training, method):
         for parts in bn_scales(training.space).values():
             for p, i in parts: l1_proximal_step(p, i, total_shrinkage * penalty_share(training, prune_at))
-    return penalty_rule(press, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
+    return penalty_rule(penalise, by_scale, prune_at, begin=lambda training: bn_scales(training.space))
 
-@register("Learning Efficient Convolutional Networks through Network Slimming", "arXiv:1708.06519", 2017, "structured", start_state="init")
-def slimming(total_shrinkage:float=.9,   # how far a scale moves that the loss ignores; scales usually start at one
-             prune_at:float=.7,      # fraction of the training under the penalty
+@register("Learning Efficient Convolutional Networks through Network Slimming", "arXiv:1708.06519", 2017, "structured",
+          start_state="init")
+def slimming(total_shrinkage:float=.9,   # how far a scale without gradient moves in all; scales usually start at one
+             prune_at:float=.7,      # fraction of the training with the penalty
              steps:int=600,     # optimiser steps
              lr:float=3e-3,     # peak learning rate
-             residual:bool=False, # also cut the channels of residual streams
+             residual:bool=False, # also prune the channels of residual streams
     ):
-    "A lasso on batch norm scales while training, then the smallest are cut in one ranking of all layers."
+    "Network slimming: an L1 penalty on batch norm scales, then a global ranking of channels by them."
     return Method(space="channels", rule=bn_l1_rule(total_shrinkage, prune_at), allocate=global_,
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #565b273a
 @rule_maker("allocate", "pattern")
-def targeted_l1_rule(total_shrinkage:float, # how far an ignored scale moves while we look
-          select_at:float,   # fraction of the training for looking
-          prune_at:float,    # fraction of the training before the choice
-    ):                  # fn(method, keep) -> Rule
-    "A lasso that looks first, and then presses only the scales that will go."
+def targeted_l1_rule(total_shrinkage:float, # how far a scale without gradient moves before the selection
+                     select_at:float,       # fraction of the training with a penalty on all scales
+                     prune_at:float,        # fraction of the training before the channels are removed
+    ): # (method, keep) -> Rule
+    "MaskSparsity: an L1 penalty on all scales selects channels; a second one penalises only those to be removed."
     def begin(training):
-        training.knobs = {n: [(p, i, p.detach()[i].clone()) for p, i in parts] for n, parts in bn_scales(training.space).items()}
-    def press(training, method):
-        if training.progress <= select_at: return [l1_proximal_step(p, i, total_shrinkage * penalty_share(training, select_at)) for parts in training.knobs.values() for p, i, _ in parts]
-        if "stays" not in training.state[training.names[0]]:
-            for n, m in by_scale(training, method).items(): training.state[n]["stays"] = m
-            for p, i, start in (part for parts in training.knobs.values() for part in parts): p.data[i] = start
-        for n, parts in training.knobs.items():
-            goes, step = ~training.state[n]["stays"], 1 / max(1., (prune_at - select_at) * training.steps - 1)
-            for p, i, start in parts: l1_proximal_step(p, i[goes], start[goes].abs() * step)
-    def choose(training, method): return {n: training.state[n].get("stays", m) for n, m in by_scale(training, method).items()}
-    return penalty_rule(press, choose, prune_at, begin)
+        scales = bn_scales(training.space)
+        training.bn_scales = {n: [(p, i, p.detach()[i].clone()) for p, i in parts] for n, parts in scales.items()}
+    def penalise(training, method):
+        parts = [part for group in training.bn_scales.values() for part in group]
+        if training.progress <= select_at:
+            for p, i, _ in parts: l1_proximal_step(p, i, total_shrinkage * penalty_share(training, select_at))
+            return
+        if "keep" not in training.state[training.names[0]]:
+            for n, m in by_scale(training, method).items(): training.state[n]["keep"] = m
+            for p, i, start in parts: p.data[i] = start
+        step = 1 / max(1., (prune_at - select_at) * training.steps - 1)
+        for n, group in training.bn_scales.items():
+            removed = ~training.state[n]["keep"]
+            for p, i, start in group: l1_proximal_step(p, i[removed], start[removed].abs() * step)
+    def select(training, method):
+        return {n: training.state[n].get("keep", m) for n, m in by_scale(training, method).items()}
+    return penalty_rule(penalise, select, prune_at, begin)
 
 @register("Pruning-aware Sparse Regularization for Network Pruning", "arXiv:2201.06776", 2022, "structured")
-def masksparsity(total_shrinkage:float=.3,   # how far a scale moves that the loss ignores, while looking
-                 select_at:float=.2,     # fraction of the training in which all scales are pressed
-                 prune_at:float=.7,      # fraction of the training before the cut
+def masksparsity(total_shrinkage:float=.3,   # how far a scale without gradient moves before the selection
+                 select_at:float=.2,     # fraction of the training with a penalty on all scales
+                 prune_at:float=.7,      # fraction of the training before the channels are removed
                  steps:int=300,     # optimiser steps
                  lr:float=3e-3,     # peak learning rate
-                 residual:bool=False, # also cut the channels of residual streams
+                 residual:bool=False, # also prune the channels of residual streams
     ):
-    "A lasso on all batch norm scales finds who goes; a second one presses only those, down to zero."
+    "An L1 penalty on all batch norm scales selects channels; a second one shrinks only those to be removed, to zero."
     return Method(space="channels", rule=targeted_l1_rule(total_shrinkage, select_at, prune_at), allocate=global_,
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #2cdd517c
-def penalty_strengths(s:Tensor, # (units,) norms
-             alpha:float)->Tensor: # (units,) from one for the strongest to `alpha` for the weakest
-    "Who is pressed how hard."
+def penalty_strengths(s:Tensor,    # (units,) norms
+                      alpha:float, # strength for the smallest norm
+    )->Tensor: # (units,), from 1 for the largest norm to `alpha` for the smallest
+    "Penalty strength per channel."
     span = s.max() - s.min()
     return alpha ** ((s.max() - s) / span) if span > 0 else torch.ones_like(s)
 
 @torch.no_grad()
 def scale_members(space, factors:dict)->None: # {group: (units,)}
-    "Multiply everything that belongs to a channel, biases included."
+    "Multiply all members of every channel by a factor, biases included."
     own = dict(space.model.named_parameters())
     for n, f in factors.items():
         for (p, d), i in space.groups[n].members.items():
@@ -157,57 +172,61 @@ def scale_members(space, factors:dict)->None: # {group: (units,)}
             own[p].data.mul_(line.view([-1 if k == d else 1 for k in range(own[p].dim())]).to(own[p].dtype))
 
 def group_norms(space, normalise:str="none")->dict: # {group: (units,)}
-    "The norm of everything that goes with a channel, divided by one of `join_grouped.NORMALISERS`."
+    "The Euclidean norm of all members of every channel, divided by one of `NORMALISERS`."
     return {n: s.sqrt() for n, s in PROVIDERS["group_magnitude"](space, reduce="sum", normalise=normalise).items()}
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #6f76be9a
 @rule_maker("allocate", "pattern")
-def group_lasso_rule(strength:float, # logarithm of the factor by which the weakest channel shrinks
-          alpha:float,    # how much harder the weakest is pressed than the strongest
-          prune_at:float,      # fraction of the training before the choice
-    ):                    # fn(method, keep) -> Rule
-    "Shrink whole channels, the weak ones faster."
+def group_lasso_rule(strength:float, # logarithm of the factor by which the channel with the smallest norm shrinks
+                     alpha:float,    # penalty of the smallest norm over that of the largest
+                     prune_at:float, # fraction of the training before the selection
+    ): # (method, keep) -> Rule
+    "Group lasso: all members of a channel shrink together, channels with small norms faster."
     if alpha < 1:
-        raise BadInput(f"alpha={alpha:g} presses the weakest channel less than the strongest: give a number of at least 1")
-    def press(training, method):
-        by = strength / alpha * penalty_share(training, prune_at)
-        scale_members(training.space, {n: torch.exp(-by * penalty_strengths(s, alpha)) for n, s in group_norms(training.space).items()})
-    return penalty_rule(press, lambda training, method: select_channels(training, group_norms(training.space, "max"), method.allocate), prune_at)
+        raise BadInput(f"alpha={alpha:g} penalises channels with small norms less than those with large norms: "
+                       "give a number of at least 1")
+    def penalise(training, method):
+        by, norms = strength / alpha * penalty_share(training, prune_at), group_norms(training.space)
+        scale_members(training.space, {n: torch.exp(-by * penalty_strengths(s, alpha)) for n, s in norms.items()})
+    def select(training, method):
+        return select_channels(training, group_norms(training.space, "max"), method.allocate)
+    return penalty_rule(penalise, select, prune_at)
 
 @register("DepGraph: Towards Any Structural Pruning", "arXiv:2301.12900", 2023, "structured")
-def group_lasso(strength:float=8.,  # logarithm of the factor by which the weakest channel shrinks
-                alpha:float=16.,    # how much harder the weakest is pressed than the strongest
-                prune_at:float=.7,       # fraction of the training under pressure
+def group_lasso(strength:float=8.,  # logarithm of the factor by which the channel with the smallest norm shrinks
+                alpha:float=16.,    # penalty of the smallest norm over that of the largest
+                prune_at:float=.7,       # fraction of the training with the penalty
                 steps:int=300,      # optimiser steps
                 lr:float=3e-3,      # peak learning rate
-                residual:bool=False,  # also cut the channels of residual streams
+                residual:bool=False,  # also prune the channels of residual streams
     ):
-    "Whole channels shrink while training, the weakest sixteen times as fast as the strongest; then the smallest go."
+    "Group lasso over all members of a channel while training; then the channels with the smallest norms are removed."
     return Method(space="channels", rule=group_lasso_rule(strength, alpha, prune_at), allocate=global_,
                   recover=finetune(steps, lr), options={"residual": residual})
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #69dcab32
 @rule_maker("allocate", "pattern")
-def growing_penalty_rule(strength:float, # logarithm of the factor by which a chosen channel shrinks
-            prune_at:float,      # fraction of the training before the cut
-    ):                      # fn(method, keep) -> Rule
-    "Choose at once, and press the chosen channels harder and harder."
-    def choose(training, method):
-        if "stays" not in training.state[training.names[0]]:
-            for n, m in select_channels(training, group_norms(training.space, "max"), method.allocate).items(): training.state[n]["stays"] = m
-        return {n: training.state[n]["stays"] for n in training.names}
-    def press(training, method):
-        squeeze = torch.tensor(-strength * penalty_share(training, prune_at, increasing=True)).exp().item()
-        scale_members(training.space, {n: torch.where(m, 1., squeeze) for n, m in choose(training, method).items()})
-    return penalty_rule(press, choose, prune_at)
+def growing_penalty_rule(strength:float, # logarithm of the factor by which a channel to be removed shrinks
+                         prune_at:float, # fraction of the training before the channels are removed
+    ): # (method, keep) -> Rule
+    "Growing regularisation: channels to be removed are selected at once, and their penalty grows."
+    def select(training, method):
+        if "keep" not in training.state[training.names[0]]:
+            masks = select_channels(training, group_norms(training.space, "max"), method.allocate)
+            for n, m in masks.items(): training.state[n]["keep"] = m
+        return {n: training.state[n]["keep"] for n in training.names}
+    def penalise(training, method):
+        factor = math.exp(-strength * penalty_share(training, prune_at, increasing=True))
+        scale_members(training.space, {n: torch.where(m, 1., factor) for n, m in select(training, method).items()})
+    return penalty_rule(penalise, select, prune_at)
 
 @register("Neural Pruning via Growing Regularization", "arXiv:2012.09243", 2021, "structured")
-def growing_reg(strength:float=8.,  # logarithm of the factor by which a chosen channel shrinks
-                prune_at:float=.7,       # fraction of the training under pressure
+def growing_reg(strength:float=8.,  # logarithm of the factor by which a channel to be removed shrinks
+                prune_at:float=.7,       # fraction of the training with the penalty
                 steps:int=300,      # optimiser steps
                 lr:float=3e-3,      # peak learning rate
-                residual:bool=False,  # also cut the channels of residual streams
+                residual:bool=False,  # also prune the channels of residual streams
     ):
-    "The channels with the smallest norms are chosen at once, and squeezed out by a penalty that grows."
+    "Channels with the smallest norms are selected before training, and a growing penalty shrinks them to zero."
     return Method(space="channels", rule=growing_penalty_rule(strength, prune_at),
                   recover=finetune(steps, lr), options={"residual": residual})

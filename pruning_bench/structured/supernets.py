@@ -21,77 +21,91 @@ from ..core.part import part_factory
 from ..core.recovery import Preparation, finetune, recalibrate_bn
 from ..core.score import magnitude, score, unit_scores
 from ..core.stats import provider
-from .search import parametrized, batch_statistics, gated_weights, cached_search, unit_ranks, width_fractions, width_budget, round_widths
+from .evolution import (batch_statistics, cached_search, gated_weights, parametrized,
+                                                unit_ranks)
+from .precrop import round_widths, width_budget, width_fractions
 
 # %% ../../nbs/structured/56_supernets.ipynb #c8ec7a59
-def class_logits(out)->Tensor: # (..., classes)
-    "The scores of the classes in what a model returns."
+def class_logits(out, # a tensor, an object with `logits`, or a tuple that begins with them
+    )->Tensor: # (..., classes)
+    "The logits of a model output."
     return out if isinstance(out, Tensor) else getattr(out, "logits", None) if hasattr(out, "logits") else out[0]
 
 @contextmanager
-def distil_gradients(model:nn.Module, teacher:nn.Module,
-              distil_weight:float=.5,         # of the gradient that comes from the teacher
-              temperature:float=1.,  # of both softmaxes
+def distil_gradients(model:nn.Module,   # the student
+                     teacher:nn.Module, # called on the same inputs
+                     distil_weight:float=.5, # of the gradient that comes from the teacher
+                     temperature:float=1.,   # of both softmaxes
     ): # yields nothing
-    "Inside, every training step of `model` also follows a teacher: its gradient is added where that of the loss arrives."
+    "Knowledge distillation: inside, the gradient of the KL divergence to a teacher is added at the logits."
     def hook(module, args, kwargs, out):
         y = class_logits(out)
         if not (module.training and y.requires_grad): return
-        with torch.no_grad(): pull = ((y / temperature).softmax(-1) - (class_logits(teacher(*args, **kwargs)) / temperature).softmax(-1)) * temperature / (y.numel() / y.shape[-1])
-        y.register_hook(lambda g: (1 - distil_weight) * g + distil_weight * pull)
+        with torch.no_grad():
+            target = (class_logits(teacher(*args, **kwargs)) / temperature).softmax(-1)
+            samples = y.numel() / y.shape[-1]
+            teacher_grad = ((y / temperature).softmax(-1) - target) * temperature / samples
+        y.register_hook(lambda g: (1 - distil_weight) * g + distil_weight * teacher_grad)
     handle = model.register_forward_hook(hook, with_kwargs=True)
     try: yield
     finally: handle.remove()
 
 # %% ../../nbs/structured/56_supernets.ipynb #3d8907d5
 def l1_ranks(space)->dict: # {group: (units,)}, 0 = largest
-    "Places of the channels by the L1 norm of the weights that write them."
+    "Ranks of the channels of every group by the L1 norm of their filters."
     return unit_ranks(unit_scores(space, magnitude, dict.fromkeys([*space.layers, *space.names()])))
 
 @provider()
 def channel_order(space, batches, loss=None)->dict: # {group: (units,)}
-    "The places that a search gave to the channels, before it began; by the L1 norm now if there was none."
+    "The ranks of the channels before a search began; where there was none, ranks by the L1 norm now."
     return getattr(space, "channel_order", None) or l1_ranks(space)
 
 @score(needs=("channel_order",), unit="channel")
 def first_channels(w:Tensor, # (units,), only its device is read
                    stats,    # `channel_order`: (units,)
     )->Tensor: # (units,)
-    "The first channels of the order are the best."
+    "The negative rank of a channel: the first channels are kept."
     return -stats.channel_order.to(w.device).float()
 
 # %% ../../nbs/structured/56_supernets.ipynb #aa23612a
 @contextmanager
-def before_each_step(model:nn.Module, draw): # `digits_gen_outputs(step)` is called before every training pass
-    "Do something before every forward pass that has a gradient."
+def before_each_step(model:nn.Module, # any network
+                     draw,            # (step) -> nothing
+    ): # yields nothing
+    "Inside, call `draw` before every forward pass in training mode with gradients."
     count = itertools.count()
-    handle = model.register_forward_pre_hook(lambda m, args: draw(next(count)) if m.training and torch.is_grad_enabled() else None)
+    def hook(module, args):
+        if module.training and torch.is_grad_enabled(): draw(next(count))
+    handle = model.register_forward_pre_hook(hook)
     try: yield
     finally: handle.remove()
 
 # %% ../../nbs/structured/56_supernets.ipynb #b9f94c3f
 @part_factory(Preparation, trains=True)
 def progressive_shrinking(distil_weight:float, # of the gradient that comes from the full network
-           shrink_end:float, # fraction of the training after which the narrowest widths are allowed
+                          shrink_end:float,    # fraction of the training after which the narrowest widths are allowed
     ): # (method, space, keep, train) -> None
-    "Train with other widths at every step, from the full network down, taught by the full network."
+    "Progressive shrinking (Once-for-All): random widths at every step, ever narrower, distilled from the full network."
     def prepare(method, space, keep, train):
-        teacher, space.order = copy.deepcopy(space.model).eval().requires_grad_(False), l1_ranks(space)
+        teacher, space.channel_order = copy.deepcopy(space.model).eval().requires_grad_(False), l1_ranks(space)
         with gated_weights(space) as gates:
             def draw(step):
                 low = 1 - (1 - keep / 2) * min(1., step / max(1, shrink_end * train.steps))
-                for n, g in gates.items(): g.copy_(space.order[n] < max(1, round((low + (1 - low) * torch.rand(()).item()) * len(g))))
+                for n, g in gates.items():
+                    g.copy_(space.channel_order[n] < max(1, round((low + (1 - low) * torch.rand(()).item()) * len(g))))
             with distil_gradients(space.model, teacher, distil_weight), before_each_step(space.model, draw): train(1.)
     return prepare
 
 # %% ../../nbs/structured/56_supernets.ipynb #68e57e56
 @provider(reads_loss=True)
 def loss_on_batches(space, batches, loss=None)->dict: # {layer: (batches, loss)}
-    "What is needed to try a network: batches, and the loss of the task."
+    "The calibration batches and the loss, for allocations that evaluate networks."
     return dict.fromkeys(space.layers, (list(batches), as_loss(loss)))
 
-def mutate_widths(count:dict, size:dict)->dict: # {group: units}, with the same sum
-    "Some units of one group for as many of another."
+def mutate_widths(count:dict, # {group: units}
+                  size:dict,  # {group: units there are}
+    )->dict: # {group: units}, with the same sum
+    "A mutation: a random number of units moves from one group to another."
     a, b = (list(count)[i] for i in torch.randperm(len(count))[:2].tolist())
     n = min(count[a] - 1, size[b] - count[b])
     n = 1 + int(torch.rand(()) * n / 2) if n > 0 else 0
@@ -102,7 +116,7 @@ def mutate_widths(count:dict, size:dict)->dict: # {group: units}, with the same 
 def evolutionary_search(generations:int=6,  # generations
                 population:int=16, # members of each
     ): # (scores, keep, space, stats) -> {group: fraction}
-    "Of all widths with the right sum, the one whose network has the smallest loss, by mutation and selection."
+    "Evolutionary search over widths with the right sum, for the smallest loss of the subnetwork."
     def search(scores, keep, space, stats):
         size, total = width_budget(scores, keep, space, "evolutionary_search")
         batches, loss = next(iter(stats.values())).loss_on_batches
@@ -114,46 +128,58 @@ def evolutionary_search(generations:int=6,  # generations
                     for n, g in gates.items(): g.copy_(place[n] < count[n])
                     known[key] = sum(loss(space.model, b).item() for b in batches) / len(batches)
                 return known[key]
-            herd = [round_widths({n: keep * s for n, s in size.items()}, size, total)]
+            members = [round_widths({n: keep * s for n, s in size.items()}, size, total)]
             for _ in range(generations):
-                herd += [mutate_widths(herd[i % len(herd)], size) for i in range(population)] if len(size) > 1 else []
-                herd = sorted({tuple(c.values()): c for c in herd}.values(), key=cost)[:max(1, population // 4)]
-        return width_fractions(herd[0], scores)
+                if len(size) > 1: members += [mutate_widths(members[i % len(members)], size) for i in range(population)]
+                members = sorted({tuple(c.values()): c for c in members}.values(), key=cost)[:max(1, population // 4)]
+        return width_fractions(members[0], scores)
     return search
 
 # %% ../../nbs/structured/56_supernets.ipynb #3b57ee75
-def recalibrate_norms(batches:int=8): # a `replace_marked` for a `Method`: batches to look at
-    "When no cut is left, measure the batch norms; nothing is trained."
+def recalibrate_norms(batches:int=8, # to estimate from
+    ): # a `between` for a `Method`
+    "After the last pruning step, recalibrate the batch norms; nothing is trained."
     def measure_norms(model, start, train, n, left):
         if not left: recalibrate_bn(model, itertools.islice(train.data, batches))
     return measure_norms
 
 # %% ../../nbs/structured/56_supernets.ipynb #70e3edf9
-@register("Once-for-All: Train One Network and Specialize it for Efficient Deployment", "arXiv:1908.09791", 2020, "structured")
+@register("Once-for-All: Train One Network and Specialize it for Efficient Deployment", "arXiv:1908.09791", 2020,
+          "structured")
 def ofa(steps:int=100,   # of training, where the benchmark gives none
-        generations:int=6, population:int=16, # generations of the search, and members of each
+        generations:int=6,    # of the search
+        population:int=16,    # members of each generation
         distil_weight:float=.5,   # of the gradient that comes from the full network
         shrink_end:float=.5,  # fraction of the training after which the narrowest widths are allowed
-        residual:bool=False, # also cut the channels of residual streams
+        residual:bool=False, # also prune the channels of residual streams
     ):
-    "Train all widths at once, taught by the full network, then choose one: no training afterwards, only batch norms measured again."
-    return Method(space="channels", score=first_channels, allocate=evolutionary_search(generations, population), prepare=progressive_shrinking(distil_weight, shrink_end), between=recalibrate_norms(),
+    "Once-for-all: train all widths at once with distillation, then search one; only batch norms are recalibrated."
+    return Method(space="channels", score=first_channels, allocate=evolutionary_search(generations, population),
+                  prepare=progressive_shrinking(distil_weight, shrink_end), between=recalibrate_norms(),
                   recover=finetune(steps), options={"residual": residual})
 
 # %% ../../nbs/structured/56_supernets.ipynb #f641c017
-def channel_interpolation(c:int, to:int)->Tensor: # (c, to): weight of every channel in every result
+def channel_interpolation(c:int,  # channels
+                          to:int, # channels of the result
+    )->Tensor: # (c, to): weight of every channel in every result
     "Channel-wise interpolation as a matrix: adaptive average pooling along the channels."
     return F.adaptive_avg_pool1d(torch.eye(c)[None], to)[0]
 
-def width_mixture(units:int, widths, probabilities)->Tensor: # (units, units)
-    "What the readers of a group get for the first channels of several widths: x becomes x @ mixture."
+def width_mixture(units:int,     # units of the group
+                  widths,        # candidate widths
+                  probabilities, # of the candidates
+    )->Tensor: # (units, units)
+    "The matrix that mixes candidate widths of a group, interpolated to the widest: x becomes x @ mixture."
     wide = max(int(c) for c in widths)
-    return sum(q * F.pad(channel_interpolation(int(c), wide), (0, units - wide, 0, units - int(c))).to(probabilities) for c, q in zip(widths, probabilities))
+    return sum(q * F.pad(channel_interpolation(int(c), wide), (0, units - wide, 0, units - int(c))).to(probabilities)
+               for c, q in zip(widths, probabilities))
 
 # %% ../../nbs/structured/56_supernets.ipynb #b570d14a
 class MixedWidths(nn.Module):
-    "A parametrisation: columns that read a group read the mixture of its widths."
-    def __init__(self, parts, mix): super().__init__(); self.parts, self.mix = parts, mix
+    "A parametrisation of weights that read a group: their columns read the mixture of its candidate widths."
+    def __init__(self, parts, mix):
+        super().__init__()
+        self.parts, self.mix = parts, mix
 
     def forward(self, w):
         for d, group, index in self.parts:
@@ -162,67 +188,94 @@ class MixedWidths(nn.Module):
             w = w.index_copy(0, flat, new.reshape(len(flat), *w.shape[1:])).movedim(0, d)
         return w
 
-def consumer_columns(space, order:dict)->dict: # {parameter: [(dimension, group, indices of the units from first to last)]}
-    "The columns that read each group, units in their order."
+def consumer_columns(space,      # of coupled channels
+                     order:dict, # {group: (units,)} ranks
+    )->dict: # {parameter: [(dimension, group, indices of the units in their order)]}
+    "The columns that read each group, sorted by the ranks of the units."
     parts = {}
     for name, group in space.groups.items():
-        for p, d in group.consumes: parts.setdefault(p, []).append((d, name, torch.from_numpy(group.members[p, d])[order[name].argsort().cpu()]))
+        first_to_last = order[name].argsort().cpu()
+        for p, d in group.consumes:
+            parts.setdefault(p, []).append((d, name, torch.from_numpy(group.members[p, d])[first_to_last]))
     return parts
 
 # %% ../../nbs/structured/56_supernets.ipynb #f52e2494
 class LearnedWidths:
-    "The widths of all groups as logits, learned during somebody else's training."
-    def __init__(self, space, keep:float, steps:int, choices:int, reach:float, weight:float):
+    "Widths of all groups as logits over candidates (TAS), learned by Gumbel-softmax during a training."
+    def __init__(self, space,    # of coupled channels
+                 keep:float,     # fraction of the channels
+                 steps:int,      # optimiser steps of the search
+                 num_widths:int, # candidates per group
+                 max_logit_shift:float, # how far a logit can move
+                 budget_weight:float):  # of the penalty
         self.size = {n: len(g) for n, g in space.groups.items()}
-        self.options = {n: torch.tensor(sorted({max(1, round(f * s)) for f in torch.linspace(keep / 2, 1, choices).tolist()})) for n, s in self.size.items()}
+        fractions = torch.linspace(keep / 2, 1, num_widths).tolist()
+        self.options = {n: torch.tensor(sorted({max(1, round(f * s)) for f in fractions}))
+                        for n, s in self.size.items()}
         self.logits = {n: (torch.randn(len(o)) * .01).requires_grad_() for n, o in self.options.items()}
-        self.target, self.steps, self.weight, self.drawn, self.log = keep * sum(self.size.values()), steps, weight, {}, []
-        self.optimizer = torch.optim.Adam(self.logits.values(), reach / max(1, steps))
-        for n, a in self.logits.items(): a.register_hook(lambda g, n=n: g + self.pressure(n))
+        self.target, self.steps, self.budget_weight = keep * sum(self.size.values()), steps, budget_weight
+        self.samples, self.history = {}, []   # {group: (noise, temperature, candidates)}; expected widths of every step
+        self.optimizer = torch.optim.Adam(self.logits.values(), max_logit_shift / max(1, steps))
+        for n, a in self.logits.items(): a.register_hook(lambda g, n=n: g + self.penalty_gradient(n))
 
-    def likely(self, n): return self.logits[n].detach().softmax(0)
-    def expected(self): return {n: float(self.likely(n) @ o.float()) for n, o in self.options.items()}
+    def probabilities(self, n)->Tensor: return self.logits[n].detach().softmax(0)
 
-    def pressure(self, n)->Tensor: # the gradient of the penalty
-        total, p, o = sum(self.expected().values()), self.likely(n), self.options[n].float()
+    def expected_widths(self)->dict: # {group: mean width}
+        return {n: float(self.probabilities(n) @ o.float()) for n, o in self.options.items()}
+
+    def penalty_gradient(self, n)->Tensor: # of the logarithm of the expected size, towards the budget
+        total, p, o = sum(self.expected_widths().values()), self.probabilities(n), self.options[n].float()
         sign = 1 if total > self.target else -1 if total < .95 * self.target else 0
-        return sign * self.weight * p * (o - p @ o) / total
+        return sign * self.budget_weight * p * (o - p @ o) / total
 
-    def draw(self, step:int)->None: # two candidates for every group; the logits move first
-        if self.drawn: self.optimizer.step(); self.optimizer.zero_grad()
-        self.log.append(self.expected())
-        heat = .1 + 4.9 * (1 + math.cos(math.pi * min(1., step / max(1, self.steps)))) / 2
+    def sample_widths(self, step:int)->None: # two candidates for every group, after a step of the logits
+        if self.samples:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.history.append(self.expected_widths())
+        temperature = .1 + 4.9 * (1 + math.cos(math.pi * min(1., step / max(1, self.steps)))) / 2
         for n, a in self.logits.items():
             noise = -torch.empty(len(a)).exponential_().log()
-            p = ((a.detach().log_softmax(0) + noise) / heat).softmax(0)
-            self.drawn[n] = noise, heat, torch.multinomial(p + 1e-9, min(2, len(p)))
+            p = ((a.detach().log_softmax(0) + noise) / temperature).softmax(0)
+            self.samples[n] = noise, temperature, torch.multinomial(p + 1e-9, min(2, len(p)))
 
-    def mix(self, n)->Tensor: # (units, units), differentiable in the logits
-        noise, heat, two = self.drawn[n]
-        p = ((self.logits[n].log_softmax(0) + noise) / heat)[two].softmax(0)
+    def mixture_of(self, n)->Tensor: # (units, units), differentiable in the logits
+        noise, temperature, two = self.samples[n]
+        p = ((self.logits[n].log_softmax(0) + noise) / temperature)[two].softmax(0)
         return width_mixture(self.size[n], self.options[n][two].tolist(), p)
 
 # %% ../../nbs/structured/56_supernets.ipynb #f594ff1b
 @part_factory(Preparation, trains=True)
-def search_widths(search_share:float, num_widths:int, max_logit_shift:float, budget_weight:float): # (method, space, keep, train) -> {"teacher": network}
-    "Learn widths with a share of the training; the weights return to what they were."
+def search_widths(search_share:float,    # of the training that is spent on the search
+                  num_widths:int,        # candidate widths per group
+                  max_logit_shift:float, # how far a logit can move in the search
+                  budget_weight:float,   # of the budget in the search
+    ): # (method, space, keep, train) -> {"teacher": network}
+    "Learn widths with a share of the training; afterwards the weights are restored."
     def prepare(method, space, keep, train):
-        teacher, before, space.order = copy.deepcopy(space.model).eval().requires_grad_(False), copy.deepcopy(space.model.state_dict()), l1_ranks(space)
-        search = LearnedWidths(space, keep, max(1, round(train.steps * search_share)), num_widths, max_logit_shift, budget_weight)
-        with parametrized(space.model, {p: MixedWidths(parts, search.mix) for p, parts in consumer_columns(space, space.order).items()}), before_each_step(space.model, search.draw): train(search_share)
+        teacher = copy.deepcopy(space.model).eval().requires_grad_(False)
+        before, space.channel_order = copy.deepcopy(space.model.state_dict()), l1_ranks(space)
+        search = LearnedWidths(space, keep, max(1, round(train.steps * search_share)), num_widths, max_logit_shift,
+                               budget_weight)
+        columns = consumer_columns(space, space.channel_order)
+        views = {p: MixedWidths(parts, search.mixture_of) for p, parts in columns.items()}
+        with parametrized(space.model, views), before_each_step(space.model, search.sample_widths): train(search_share)
         space.model.load_state_dict(before)
-        space.found = {n: float(o[search.likely(n).argmax()]) for n, o in search.options.items()}
+        space.found_widths = {n: float(o[search.probabilities(n).argmax()]) for n, o in search.options.items()}
         return {"teacher": teacher}
     return prepare
 
 # %% ../../nbs/structured/56_supernets.ipynb #a86a3fda
 def found_widths(scores:dict, keep:float, space)->dict: # {group: fraction}
-    "The widths that a search has left with the space, brought to the budget."
+    "Allocation of the widths that `search_widths` found, rounded to the budget."
     size, total = width_budget(scores, keep, space, "found_widths")
-    return width_fractions(round_widths(space.found, size, total), scores)
+    return width_fractions(round_widths(space.found_widths, size, total), scores)
 
-def distil_final(train_share:float, distil_weight:float, temperature:float): # a `replace_marked` for a `Method`
-    "When no cut is left, spend a share of the training with the dense network as the teacher."
+def distil_final(train_share:float,   # of the training
+                 distil_weight:float, # of the gradient that comes from the teacher
+                 temperature:float,   # of both softmaxes
+    ): # a `between` for a `Method`
+    "After the last pruning step, train with distillation from the dense network."
     def train_with_teacher(model, start, train, n, left):
         if left: return
         with distil_gradients(model, start["teacher"], distil_weight, temperature): train(train_share)
@@ -235,9 +288,12 @@ def tas(steps:int=100,   # of training, where the benchmark gives none
         num_widths:int=8,   # widths per group, from half the budget to all channels
         max_logit_shift:float=8.,  # how far a logit can move in the search
         budget_weight:float=2., # of the budget in the search
-        distil_weight:float=.9, temperature:float=4., # of the distillation
-        residual:bool=False, # also cut the channels of residual streams
+        distil_weight:float=.9, # of the gradient that comes from the dense network
+        temperature:float=4.,   # of the distillation
+        residual:bool=False, # also prune the channels of residual streams
     ):
-    "Learn the widths by Gumbel-softmax under a budget, then train the network of these widths with the dense one as its teacher."
-    return Method(space="channels", score=first_channels, allocate=found_widths, prepare=search_widths(search_share, num_widths, max_logit_shift, budget_weight),
-                  between=distil_final(1 - search_share, distil_weight, temperature), recover=finetune(steps), options={"residual": residual})
+    "Learn widths by Gumbel-softmax under a budget, then train the pruned network with distillation from the dense one."
+    return Method(space="channels", score=first_channels, allocate=found_widths,
+                  prepare=search_widths(search_share, num_widths, max_logit_shift, budget_weight),
+                  between=distil_final(1 - search_share, distil_weight, temperature), recover=finetune(steps),
+                  options={"residual": residual})

@@ -25,26 +25,27 @@ from ..graph.surgery import cut
 # %% ../../nbs/structured/51_vit_bert.ipynb #e8cad447
 MODULE_WORDS = ("attn", "attention", "self_attn", "self_attention", "mlp", "intermediate", "output", "ffn")
 
-def comparison_module(name:str,            # of a parameter
-              scope:str="block",   # "layer", "block" or "stage"
-    )->str:                        # what it is compared with
-    "The module a weight belongs to: attention inputs, attention output or feed-forward of its block or stage."
+def comparison_module(name:str,          # of a parameter
+                      scope:str="block", # "layer", "block" or "stage"
+    )->str: # the name of its comparison group
+    "The comparison group of a weight: attention inputs, attention output or feed-forward of its block or stage."
     words = name.split(".")
     at = next((i for i, w in enumerate(words) if w in MODULE_WORDS), 0)
     if scope == "layer" or not at: return name
     block, rest = ".".join(words[:at]), ".".join(words[at:])
-    role = "MLP" if "att" not in words[at] else "QKV" if re.search(r"q_proj|k_proj|v_proj|query|key|value|qkv|in_proj", rest) else "PRJ"
+    role = ("MLP" if "att" not in words[at] else "QKV" if re.search(r"q_proj|k_proj|v_proj|query|key|value|qkv|in_proj",
+                                                                    rest) else "PRJ")
     return f"{block if scope == 'block' else block.rpartition('.')[0]} {role}"
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #2505c90b
 @allocator_factory()
 def module_share(scope:str="block", # "layer", "block" or "stage"
     ): # (scores, keep, space) -> {layer: fraction}
-    "One ranking over the network, by the share of a weight in its module."
+    "DIMAP: global ranking by the LAMP score of a weight within its module."
     def cut(scores, keep, space):
-        rooms, shares = {}, {}
-        for n in scores: rooms.setdefault(comparison_module(n, scope), []).append(n)
-        for names in rooms.values():
+        modules, shares = {}, {}
+        for n in scores: modules.setdefault(comparison_module(n, scope), []).append(n)
+        for names in modules.values():
             flat = torch.cat([scores[n].flatten() for n in names])
             gone = flat == -torch.inf
             share = lamp(flat.masked_fill(gone, 0), None).masked_fill(gone, -torch.inf)
@@ -52,10 +53,11 @@ def module_share(scope:str="block", # "layer", "block" or "stage"
         return global_({n: shares[n] for n in scores}, keep, space)
     return cut
 
-@register("Data-independent Module-aware Pruning for Hierarchical Vision Transformers", "arXiv:2404.13648", 2024, "structured")
-def dimap(scope:str="block", # what a weight is compared with: the weights of its role in its "block" or "stage", or its "layer"
+@register("Data-independent Module-aware Pruning for Hierarchical Vision Transformers", "arXiv:2404.13648", 2024,
+          "structured")
+def dimap(scope:str="block", # comparison group: weights of one role in a "block" or "stage", or of a "layer"
     ):
-    "Single weights with the smallest share of their module's energy go, wherever they are."
+    "Weights with the smallest share of the squared weights of their module are removed, in one global ranking."
     if scope not in ("layer", "block", "stage"): raise BadInput(f"scope {scope!r} is none of 'layer', 'block', 'stage'")
     return Method(score=magnitude, allocate=module_share(scope))
 
@@ -66,27 +68,29 @@ def output_square_grad(space, batches, loss=None)->dict: # {layer: (rows, column
     if isinstance(loss, BatchLoss):
         raise BadInput("this method reads outputs of the model on data=, but the loss runs the model itself: "
                        "choose another score, for instance 'magnitude'")
-    with in_mode(space.model, False): return mean_gradient(space, batches, batch_loss(lambda model, batch: output_tensor(model, batch).square().mean()))
+    with in_mode(space.model, False):
+        return mean_gradient(space, batches,
+                             batch_loss(lambda model, batch: output_tensor(model, batch).square().mean()))
 
 @score(needs=("output_square_grad",))
 def tile_taylor(w:Tensor, # (rows, columns)
                 stats,    # `output_square_grad`: (rows, columns)
     )->Tensor: # like w
-    "First-order change of the output's energy when a weight goes (Xu et al., 2024, arXiv:2407.02068)."
+    "First-order change of the mean squared output when a weight is removed (LPViT, arXiv:2407.02068)."
     return (w * stats.output_square_grad).abs()
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #dbbf0b9a
 def tile_shape(shape, rows:int, columns:int)->tuple: # (rows, columns) that divide the matrix
-    "The tile of a matrix: the largest common divisors."
+    "The tile shape of a matrix: greatest common divisors, so that tiles divide it."
     return math.gcd(shape[0], rows), math.gcd(shape[1], columns)
 
 def to_tiles(x:Tensor, rows:int, columns:int)->Tensor: # (tiles, rows * columns), row by row of tiles
-    "The numbers of every tile of a matrix."
+    "The entries of every tile of a matrix, one row per tile."
     r, c = tile_shape(x.shape, rows, columns)
     return x.unflatten(0, (-1, r)).unflatten(2, (-1, c)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 def tile_scores(scores:Tensor, rows:int, columns:int)->Tensor: # (tiles,), -inf where the tile is gone
-    "Mean score of every tile, over what is left of it."
+    "Mean score of every tile over its unpruned weights."
     parts = to_tiles(scores.float(), rows, columns)
     gone = parts == -torch.inf
     return parts.masked_fill(gone, 0).mean(1).masked_fill(gone.all(1), -torch.inf)
@@ -103,15 +107,19 @@ def tiles(rows:int=4,    # height of a tile
     return Pattern(f"{rows}x{columns} tiles", select)
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #f47cd050
-def distortion_curve(w:Tensor, g:Tensor, # (rows, columns): weights, gradient
-          order:Tensor,       # tiles in the order of removal
-          rows:int, columns:int)->Tensor: # (tiles,) distortion after each removal
-    "LPViT's distortion of a layer, as running sums over tiles."
-    change, size = to_tiles((w * g).double(), rows, columns)[order], to_tiles(w.double().square(), rows, columns)[order].sum(1)
+def distortion_curve(w:Tensor,     # (rows, columns): weights
+                     g:Tensor,     # (rows, columns): gradient
+                     order:Tensor, # tiles in the order of removal
+                     rows:int, columns:int, # of a tile
+    )->Tensor: # (tiles,): distortion after each removal
+    "Estimated distortion of a layer after each tile removed (LPViT)."
+    change, size = ((to_tiles((w * g).double(), rows, columns)[order],
+                     to_tiles(w.double().square(), rows, columns)[order].sum(1)))
     return change.square().sum(1).cumsum(0) / w.numel() + (change.sum(1).cumsum(0).square() + 1e-7 * size.cumsum(0)) / 2
 
-def convex_slopes(d)->list: # of the lower hull, one per step, rising
-    "Steps of the largest convex curve below `d` (which starts at zero): pool neighbours until the steps rise."
+def convex_slopes(d:list, # a curve that starts at zero, without its first point
+    )->list: # one slope per step, non-decreasing
+    "Slopes of the lower convex hull of a curve, by pooling adjacent violators."
     pools = []
     for step in (d[0], *(b - a for a, b in zip(d, d[1:]))):
         pools.append((step, 1))
@@ -125,9 +133,11 @@ def convex_slopes(d)->list: # of the lower hull, one per step, rising
 def equal_slope(rows:int=4,    # height of a tile
                 columns:int=4, # width of a tile
     ): # (scores, keep, space, stats) -> {layer: fraction}
-    "Tiles leave in the order of the slopes of all layers' distortion curves; one tile of every layer stays."
+    "Allocation of equal slopes: tiles are removed by the slopes of the distortion curves; one tile per layer stays."
     def trade(scores, keep, space, stats):
-        if space.unit != "weight": raise BadInput(f"equal slopes are for tiles of weights, and this space has {space.unit}s: choose another allocation")
+        if space.unit != "weight":
+            raise BadInput(
+                f"equal slopes are for tiles of weights, and this space has {space.unit}s: choose another allocation")
         steps, count, size = [], {}, {}
         for i, (n, s) in enumerate(scores.items()):
             best, size[n] = tile_scores(s, rows, columns), math.prod(tile_shape(s.shape, rows, columns))
@@ -138,7 +148,9 @@ def equal_slope(rows:int=4,    # height of a tile
             steps += [(slope / size[n], i, n) for slope in convex_slopes(d)[:-1]]
         extra = sum(count[n] * size[n] for n in count) - math.floor(keep * sum(s.numel() for s in scores.values()) + .5)
         for _, _, n in sorted(steps):
-            if size[n] <= extra: count[n] -= 1; extra -= size[n]
+            if size[n] <= extra:
+                count[n] -= 1
+                extra -= size[n]
         return {n: count[n] * size[n] / scores[n].numel() for n in scores}
     return trade
 
@@ -146,12 +158,12 @@ def equal_slope(rows:int=4,    # height of a tile
 def lpvit(rows:int=4,    # height of a tile, as the hardware reads it
           columns:int=4, # width of a tile
     ):
-    "Tiles that matter least to first order go; every layer gives until the slopes of estimated distortion are equal."
+    "Tiles with the smallest Taylor scores are removed; layers share the slope of the estimated distortion."
     return Method(score=tile_taylor, allocate=equal_slope(rows, columns), pattern=tiles(rows, columns))
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #c6777326
 class HeadExperts(nn.Module):
-    "An encoder layer in which one head speaks: chosen by a router, or, after `keep_top_head`, the only one."
+    "An encoder layer with one active head: routed by the first token, or, after `keep_top_head`, the only one."
     def __init__(self, query:nn.Linear, key:nn.Linear, value:nn.Linear, heads:int, width:int):
         super().__init__()
         self.query, self.key, self.value, self.heads, self.size = query, key, value, heads, query.out_features // heads
@@ -159,44 +171,47 @@ class HeadExperts(nn.Module):
         self.expand = nn.Sequential(nn.Linear(self.size, width), nn.GELU(), nn.Linear(width, query.in_features))
         self.norm = nn.LayerNorm(query.in_features)
 
-    def spoken(self, x, mask=None): # (batch, heads, tokens, size): what every head says
+    def head_outputs(self, x, mask=None)->Tensor: # (batch, heads, tokens, size)
         split = [m(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for m in (self.query, self.key, self.value)]
         return F.scaled_dot_product_attention(*split, attn_mask=mask)
 
-    def chosen(self, x): # (batch, heads): one-hot, with the gradient of a softmax
+    def routing(self, x)->Tensor: # (batch, heads): one-hot, with the gradient of a softmax
         p = self.router(x[:, 0]).softmax(-1)
         return F.one_hot(p.argmax(-1), self.heads).to(p) + p - p.detach()
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
-        said = self.spoken(hidden_states, attention_mask)
-        if self.router is not None: said = said * self.chosen(hidden_states)[..., None, None]
-        return self.norm(hidden_states + self.expand(said.sum(1)))
+        outputs = self.head_outputs(hidden_states, attention_mask)
+        if self.router is not None: outputs = outputs * self.routing(hidden_states)[..., None, None]
+        return self.norm(hidden_states + self.expand(outputs.sum(1)))
 
-def expert_layers(model:nn.Module)->list: # of Experts
-    "The layers of a model that have been made experts."
+def expert_layers(model:nn.Module)->list: # of `HeadExperts`
+    "The `HeadExperts` layers of a model."
     return [m for m in model.modules() if isinstance(m, HeadExperts)]
 
 def add_head_experts(model:nn.Module, # a BERT encoder, changed in place
-                 layers,          # numbers of the layers
-                 width:int=128,   # of the expander
-    )->nn.Module:
-    "Give layers a router and an expander; the projections of their heads stay."
+                     layers,          # numbers of the layers
+                     width:int=128,   # hidden width of the expander
+    )->nn.Module: # the same model
+    "Replace encoder layers by `HeadExperts`: a router and an expander, with the query, key and value weights kept."
     path, blocks = block_list(model)
     odd = [i for i in layers if not 0 <= i < len(blocks) or not hasattr(getattr(blocks[i], "attention", None), "self")]
-    if odd: raise BadInput(f"layer {odd[0]} of {path!r} is not a BERT layer with attention.self: name layers of a BERT encoder, 0 to {len(blocks) - 1}")
+    if odd:
+        raise BadInput(f"layer {odd[0]} of {path!r} is not a BERT layer with attention.self: name layers of a BERT "
+                       f"encoder, 0 to {len(blocks) - 1}")
     for i in layers:
         heads = blocks[i].attention.self
-        blocks[i] = HeadExperts(heads.query, heads.key, heads.value, heads.num_attention_heads, width).to(heads.query.weight).train(blocks[i].training)
+        blocks[i] = HeadExperts(heads.query, heads.key, heads.value, heads.num_attention_heads,
+                                width).to(heads.query.weight).train(blocks[i].training)
     return model
 
 # %% ../../nbs/structured/51_vit_bert.ipynb #09bcb097
 @torch.no_grad()
-def head_usage(model:nn.Module, batches)->list: # one tensor (heads,) per layer of experts: how often each was chosen
-    "What the routers choose on batches."
+def head_usage(model:nn.Module, batches)->list: # one tensor (heads,) per layer: how often each head was selected
+    "Counts of the heads that the routers select on batches."
     layers = expert_layers(model)
     used = [torch.zeros(e.heads) for e in layers]
     def count(u):
-        def hook(e, args): u.add_(e.chosen(args[0]).round().sum(0).cpu())
+        def hook(e, args): u.add_(e.routing(args[0]).round().sum(0).cpu())
         return hook
     hooks = [e.register_forward_pre_hook(count(u)) for e, u in zip(layers, used) if e.router is not None]
     try:
@@ -206,8 +221,10 @@ def head_usage(model:nn.Module, batches)->list: # one tensor (heads,) per layer 
         for h in hooks: h.remove()
     return used
 
-def keep_top_head(model:nn.Module, usage:list)->nn.Module: # the same model, smaller
-    "Keep the most used head of every layer of experts; the router and the other heads are gone for good."
+def keep_top_head(model:nn.Module, # with `HeadExperts`, changed in place
+                  usage:list,      # from `head_usage`
+    )->nn.Module: # the same model, smaller
+    "Keep only the most used head of every `HeadExperts` layer; router and other heads are removed."
     for e, used in zip(expert_layers(model), usage):
         if e.router is None: continue
         best = int(used.argmax())

@@ -16,7 +16,8 @@ from pruning_bench.structured.blocks import block_cosine
 def llama(layers=4, **more):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, **more)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+                                        num_attention_heads=4, num_key_value_heads=2, **more)).eval()
 
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -26,7 +27,8 @@ def gpt2():
 def opt():
     from transformers import OPTConfig, OPTForCausalLM
     torch.manual_seed(0)
-    return OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=32)).eval()
+    return OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=4,
+                                    num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=32)).eval()
 
 def text(seed=0): return {"input_ids": torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(seed))}
 
@@ -66,7 +68,8 @@ def test_bypass_is_removal_and_the_plan_repeats_it():
 def test_generation_with_and_without_cache(build):
     model, batch = build(), text()
     prune(model, "block-influence", .5, data=[batch])
-    a, b = (model.generate(batch["input_ids"], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=c) for c in (True, False))
+    a, b = (model.generate(batch["input_ids"], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0,
+                           use_cache=c) for c in (True, False))
     assert torch.equal(a, b) and model.config.num_hidden_layers == 2
 
 
@@ -89,9 +92,11 @@ def test_other_scores_on_blocks():
     model, batch = llama(), text()
     with torch.no_grad():
         for p in model.model.layers[1].parameters(): p.mul_(.01)
-    assert prune(copy.deepcopy(model), score="magnitude", space="blocks", sparsity=.25).masks["model.layers"].tolist() == [True, False, True, True]
+    assert prune(copy.deepcopy(model), score="magnitude", space="blocks",
+                 sparsity=.25).masks["model.layers"].tolist() == [True, False, True, True]
     def taylor(w, stats): return (w * stats.grad).abs()
-    plan = prune(copy.deepcopy(model), score=Score(taylor, "taylor", needs=frozenset({"grad"})), space="blocks", sparsity=.25, data=[batch])
+    plan = prune(copy.deepcopy(model), score=Score(taylor, "taylor", needs=frozenset({"grad"})), space="blocks",
+                 sparsity=.25, data=[batch])
     assert plan.masks["model.layers"].sum() == 3
 
 
@@ -107,7 +112,9 @@ def test_vision_transformer_and_what_cannot_be_left_out():
     prune(vit, "block-influence", .5, data=x)
     assert len(vit.encoder.layers) == 2 and torch.isfinite(vit(x)).all()
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 8)), nn.Sequential(nn.Linear(8, 8))])
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 8)), nn.Sequential(nn.Linear(8, 8))])
         def forward(self, x):
             for b in self.blocks: x = b(x)
             return x

@@ -54,7 +54,8 @@ def parts(plan):
 
 def found(*rows):
     boxes, scores, kinds = zip(*rows) if rows else ((), (), ())
-    return torch.tensor(boxes, dtype=torch.float32).view(-1, 4), torch.tensor(scores), torch.tensor(kinds, dtype=torch.long)
+    return ((torch.tensor(boxes, dtype=torch.float32).view(-1, 4), torch.tensor(scores),
+             torch.tensor(kinds, dtype=torch.long)))
 
 
 A, B, WRONG = (0, 0, 10, 10), (20, 20, 30, 30), (12, 0, 22, 10)
@@ -136,7 +137,8 @@ def test_the_penalty_travels_as_far_as_it_says(name):
             return self.out(self.part(x)) * 0
     model = Spy()
     with torch.no_grad(): model.part[1].weight.copy_(torch.linspace(1, 2, 20))
-    prune(model, name, .5, data=[(torch.rand(4, 1, 4, 4), torch.zeros(4, 2, 4, 4))] * 2, loss=F.mse_loss, total_shrinkage=.4, prune_at=.5, recover=finetune(41, 1e-12))
+    prune(model, name, .5, data=[(torch.rand(4, 1, 4, 4), torch.zeros(4, 2, 4, 4))] * 2, loss=F.mse_loss,
+          total_shrinkage=.4, prune_at=.5, recover=finetune(41, 1e-12))
     moved = torch.linspace(1, 2, 20) - seen[20]
     assert torch.allclose(moved[:10], torch.full((10,), .4 * 20 / 20.5), rtol=.08)
     if name == "gcp-yolov4": assert (moved[-5:] < .85 * moved[0]).all()
@@ -158,12 +160,15 @@ def test_channel_gap_by_hand_and_its_blindness():
     assert torch.allclose(channel_kl_loss(s, t), kl)
     a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.allclose(channel_kl_loss(a + torch.randn(2, 3, 1, 1), b + 7), channel_kl_loss(a, b), atol=1e-5)
-    assert channel_kl_loss(a, a) == 0 and channel_kl_loss(a, b) > 0 and torch.allclose(channel_kl_loss(2 * a, 2 * b, 2.), 4 * channel_kl_loss(a, b), atol=1e-4)
+    assert channel_kl_loss(a, a) == 0
+    assert channel_kl_loss(a, b) > 0
+    assert torch.allclose(channel_kl_loss(2 * a, 2 * b, 2.), 4 * channel_kl_loss(a, b), atol=1e-4)
 
 
 def test_attention_ignores_scale_and_width():
     a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
-    assert torch.allclose(attention_map_loss(3 * a, b), attention_map_loss(a, b), atol=1e-7) and attention_map_loss(a, b) > 0
+    assert torch.allclose(attention_map_loss(3 * a, b), attention_map_loss(a, b), atol=1e-7)
+    assert attention_map_loss(a, b) > 0
     one = torch.tensor([[[[3., 0.]]]]), torch.tensor([[[[0., 2.]]]])
     assert torch.allclose(attention_map_loss(*one), torch.tensor(1.))   # maps (1, 0) and (0, 1)
 
@@ -173,7 +178,8 @@ def test_a_teacher_pulls_the_features_and_leaves_no_trace(gap):
     teacher = net()
     def distance(model):
         seen = {}
-        hooks = [m.neck.out.register_forward_hook(lambda mod, args, out, k=k: seen.__setitem__(k, out)) for k, m in (("s", model.eval()), ("t", teacher.eval()))]
+        hooks = [m.neck.out.register_forward_hook(lambda mod, args, out, k=k: seen.__setitem__(k, out))
+                 for k, m in (("s", model.eval()), ("t", teacher.eval()))]
         with torch.no_grad(): [m(batches()[0][0]) for m in (model, teacher)]
         for h in hooks: h.remove()
         return attention_map_loss(seen["s"], seen["t"]).item()
@@ -182,15 +188,18 @@ def test_a_teacher_pulls_the_features_and_leaves_no_trace(gap):
         model = net(seed=1)
         distil(teacher, ["neck.out"], gap, weight, finetune(30, 1e-2))(model, batches(), F.mse_loss)
         got[weight] = distance(model)
-        assert not hasattr(model, "translators") and model.state_dict().keys() == teacher.state_dict().keys() and not model.neck.out._forward_hooks
+        assert not hasattr(model, "channel_projections")
+        assert model.state_dict().keys() == teacher.state_dict().keys()
+        assert not model.neck.out._forward_hooks
     assert got[100.] < got[0.] and not teacher.neck.out._forward_hooks
     assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), net().state_dict().values()))
 
 
 def test_a_narrow_student_is_translated():
     teacher, student = net(), net()
-    plan = prune(student, "l1-filter", .5, data=batches(), loss=F.mse_loss, recover=distil(teacher, ["backbone.b", "neck.out"], recovery=finetune(2, 1e-3)))
-    assert plan.density == pytest.approx(.5, abs=.01) and not hasattr(student, "translators")
+    plan = prune(student, "l1-filter", .5, data=batches(), loss=F.mse_loss,
+                 recover=distil(teacher, ["backbone.b", "neck.out"], recovery=finetune(2, 1e-3)))
+    assert plan.density == pytest.approx(.5, abs=.01) and not hasattr(student, "channel_projections")
     assert student.backbone.b[0].out_channels == 6
 
 

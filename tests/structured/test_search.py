@@ -13,8 +13,12 @@ from pruning_bench import BadInput, prune
 from pruning_bench.core.inputs import in_mode
 from pruning_bench.core.recovery import Recovery, finetune, recalibrate_bn
 from pruning_bench.graph.groups import Channels
-from pruning_bench.structured.search import Residuals, block_cka, block_lists, cka, balanced_widths, parametrized, layer_groups, evolve_widths, gated_weights, combine_fronts, precrop, round_widths
-from pruning_bench.structured.supernets import MixedWidths, LearnedWidths, evolutionary_search, distil_gradients, width_mixture, channel_interpolation, l1_ranks, consumer_columns
+from pruning_bench.structured.evolution import combine_fronts, evolve_widths, gated_weights, parametrized
+from pruning_bench.structured.layer_similarity import Residuals, block_cka, block_lists, cka
+from pruning_bench.structured.precrop import balanced_widths, layer_groups, precrop, round_widths
+from pruning_bench.structured.supernets import (LearnedWidths, MixedWidths, channel_interpolation, channel_order,
+                                                consumer_columns, distil_gradients, evolutionary_search, l1_ranks,
+                                                progressive_shrinking, width_mixture)
 
 WEIGHTS = {"a": 1, "b": 2, "c": 4}
 
@@ -33,7 +37,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU())
-        self.stages = nn.Sequential(nn.Sequential(Block(6, 6), Block(6, 6), Block(6, 6)), nn.Sequential(Block(6, 8, 2), Block(8, 8)))
+        self.stages = nn.Sequential(nn.Sequential(Block(6, 6), Block(6, 6), Block(6, 6)),
+                                    nn.Sequential(Block(6, 8, 2), Block(8, 8)))
         self.head = nn.Linear(8, 4)
 
     def forward(self, x): return self.head(self.stages(self.stem(x)).mean((2, 3)))
@@ -51,13 +56,15 @@ def residual(seed=0):
 
 def chain(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1),
+                         nn.ReLU(), nn.MaxPool2d(2),
                          nn.Flatten(), nn.Linear(12 * 9, 16), nn.ReLU(), nn.Linear(16, 4)).double().eval()
 
 
 def batches(n=3, size=8, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(size, 1, 6, 6, generator=g).double(), torch.randint(0, 4, (size,), generator=g)) for _ in range(n)]
+    return [(torch.randn(size, 1, 6, 6, generator=g).double(), torch.randint(0, 4, (size,), generator=g))
+            for _ in range(n)]
 
 
 def bits(model): return {k: v.clone() for k, v in model.state_dict().items()}
@@ -88,7 +95,8 @@ def test_the_condition_of_the_optimum_holds_for_coupled_groups(seed):
     r = balanced_widths(ends, price, 2000)
     for n in names:
         held = sum(s * math.prod(r[m] for m in groups) for s, groups in ends.values() if n in groups)
-        assert held == pytest.approx(2 * price, rel=1e-3) if r[n] < 1 - 1e-6 else held <= 2 * price * 1.001   # two layer ends each
+        # two layer ends each
+        assert held == pytest.approx(2 * price, rel=1e-3) if r[n] < 1 - 1e-6 else held <= 2 * price * 1.001
 
 
 def test_widths_grow_with_the_price():
@@ -111,7 +119,8 @@ def test_whole_numbers_add_up_and_keep_their_bounds(seed):
 
 
 def test_precrop_holds_equal_weights_per_layer_end_within_a_channel():
-    net = nn.Sequential(nn.Linear(9, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 40))
+    net = nn.Sequential(nn.Linear(9, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+                        nn.Linear(128, 40))
     data = [torch.randn(2, 9)]
     space = Channels(net, data)
     scores = {n: torch.zeros(len(g)) for n, g in space.groups.items()}
@@ -120,8 +129,10 @@ def test_precrop_holds_equal_weights_per_layer_end_within_a_channel():
     assert all((fractions[n] * len(s)) % 1 < 1e-9 or (fractions[n] * len(s)) % 1 > 1 - 1e-9 for n, s in scores.items())
     r, names = list(fractions.values()), list(fractions)
     ends = layer_groups(space)
-    held = [sum(s * math.prod(fractions[m] for m in groups) for s, groups in ends.values() if n in groups) for n in names]
-    cut = [(h, h / round(f * len(scores[n]))) for h, f, n in zip(held, r, names) if f < 1]   # weights, and those of one channel
+    held = [sum(s * math.prod(fractions[m] for m in groups) for s, groups in ends.values() if n in groups)
+            for n in names]
+    # weights, and those of one channel
+    cut = [(h, h / round(f * len(scores[n]))) for h, f, n in zip(held, r, names) if f < 1]
     assert len(cut) >= 2 and max(cut)[0] - min(cut)[0] < max(one for _, one in cut)
     wider = precrop(scores, .6, space)
     assert all(wider[n] >= fractions[n] for n in names)
@@ -135,7 +146,8 @@ def test_alignment_ignores_rotation_scale_shift_and_order_of_arguments():
     q = torch.linalg.qr(torch.randn(7, 7).double()).Q
     assert cka(x, 3 * x @ q + 2) == pytest.approx(1, abs=1e-12)
     assert cka(x, y) == pytest.approx(cka(y, x), abs=1e-12) and 0 < cka(x, y) < .5
-    assert cka(x[:4], y[:4]) == pytest.approx(cka(x[:4].repeat(3, 1), y[:4].repeat(3, 1)), abs=1e-12)   # samples against features
+    # samples against features
+    assert cka(x[:4], y[:4]) == pytest.approx(cka(x[:4].repeat(3, 1), y[:4].repeat(3, 1)), abs=1e-12)
     assert cka(x, torch.ones(40, 2)) == 0
     a, b = torch.tensor([[1.], [2], [3]]), torch.tensor([[0.], [2], [1]])
     assert cka(a, b) == pytest.approx(.25)
@@ -158,7 +170,8 @@ def test_a_block_that_adds_nothing_scores_zero_and_its_removal_is_exact(gone):
     (read,) = block_cka(Residuals(net, data), data).values()
     assert 1 - read[gone] < 1e-12 and all(1 - read[i] > 1e-5 for i in range(4) if i != gone)
     plan = prune(net, "cka-layer", .25, data, rounds=1)
-    assert [m.tolist() for m in plan.masks.values()] == [[i != gone for i in range(4)]] and [len(s) for s in net.stages] == [2, 2]
+    assert [m.tolist() for m in plan.masks.values()] == [[i != gone for i in range(4)]]
+    assert [len(s) for s in net.stages] == [2, 2]
     with torch.no_grad(): assert torch.equal(net(data[0][0]), before)
 
 
@@ -191,19 +204,26 @@ def test_the_lottery_of_layers_drops_the_least_sensitive_block():
         grads = [torch.autograd.grad(F.cross_entropy(twin(x), y), list(twin.parameters())) for x, y in data]
     mean = {n: sum(g[i] for g in grads) / len(data) for i, (n, _) in enumerate(twin.named_parameters())}
     spaces = Residuals(net, data)
-    total = [sum((mean[n] * q).abs().sum().item() for n, q in twin.named_parameters() if n.startswith(f"{p}.{i}.") and q.dim() > 1) for p, i in spaces.units]
+    total = [sum((mean[n] * q).abs().sum().item() for n, q in twin.named_parameters() if n.startswith(f"{p}.{i}.")
+                 and q.dim() > 1) for p, i in spaces.units]
     (mask,) = prune(net, "layer-lottery", .25, data, F.cross_entropy).masks.values()
     assert (~mask).nonzero().flatten().tolist() == [total.index(min(total))]
 
 
 @pytest.mark.parametrize("make, message", [(lambda: prune(residual(), "cka-layer", .5), "data="),
                                            (lambda: prune(chain(), "cka-layer", .5, batches()), "no residual block"),
-                                           (lambda: prune(residual(), "cka-layer", .5, batches(), skip=("stages*",)), "no residual block"),
-                                           (lambda: prune(residual(), "cka-layer", .5, [torch.randn(2, 3, 6, 6)]), "first batch"),
-                                           (lambda: prune(residual(), "magnitude", .5, batches(), allocate="emo"), "space='channels'"),
-                                           (lambda: prune(residual(), "magnitude", .5, batches(), allocate="precrop"), "space='channels'"),
-                                           (lambda: prune(residual(), "tas", .5, batches(), F.cross_entropy, recover="none"), "trains"),
-                                           (lambda: prune(residual(), "ofa", .5, batches(), F.cross_entropy, recover="none"), "trains")])
+                                           (lambda: prune(residual(), "cka-layer", .5, batches(), skip=("stages*",)),
+                                            "no residual block"),
+                                           (lambda: prune(residual(), "cka-layer", .5, [torch.randn(2, 3, 6, 6)]),
+                                            "first batch"),
+                                           (lambda: prune(residual(), "magnitude", .5, batches(), allocate="emo"),
+                                            "space='channels'"),
+                                           (lambda: prune(residual(), "magnitude", .5, batches(), allocate="precrop"),
+                                            "space='channels'"),
+                                           (lambda: prune(residual(), "tas", .5, batches(), F.cross_entropy,
+                                                          recover="none"), "trains"),
+                                           (lambda: prune(residual(), "ofa", .5, batches(), F.cross_entropy,
+                                                          recover="none"), "trains")])
 def test_refusals(make, message):
     with pytest.raises(BadInput, match=message) as refused: make()
     assert "\n" not in str(refused.value)
@@ -221,7 +241,8 @@ def test_a_front_has_no_beaten_member_and_is_as_good_as_uniform(seed):
     def hurt(c): return sum(weight[n] * (1 - c[n] / size[n])**2 for n in size)
     front = evolve_widths(size, hurt, 8, 16)
     assert not any(beaten(a, b) for a in front for b in front) and len({m[0] for m in front}) == len(front)
-    assert all(m[0] == sum(m[2].values()) and m[1] == pytest.approx(hurt(m[2])) and all(1 <= m[2][n] <= size[n] for n in size) for m in front)
+    assert all(m[0] == sum(m[2].values()) and m[1] == pytest.approx(hurt(m[2]))
+               and all(1 <= m[2][n] <= size[n] for n in size) for m in front)
     even = [{n: max(1, round(f * s)) for n, s in size.items()} for f in (.25, .5, .75, 1.)]
     for e in even: assert any(m[0] <= sum(e.values()) and m[1] <= hurt(e) + 1e-12 for m in front)
     torch.manual_seed(seed)
@@ -245,7 +266,7 @@ def test_a_missing_library_is_named_before_the_model_is_touched(monkeypatch):
 
 
 def test_evolution_hurts_no_more_than_uniform_widths():
-    from pruning_bench.structured.search import output_change, unit_ranks
+    from pruning_bench.structured.evolution import output_change, unit_ranks
     net, data = chain(), batches()
     space = Channels(net, data)
     scores = {n: space.w(n) for n in space.names()}
@@ -290,12 +311,14 @@ def test_sorting_is_a_permutation_that_the_network_does_not_notice():
                 flat, sorted_ = torch.from_numpy(index).flatten(), torch.from_numpy(index)[place[n].argsort()].flatten()
                 tensors[p].index_copy_(d, flat, tensors[p].index_select(d, sorted_))
         assert torch.allclose(net(data[0][0]), twin(data[0][0]), atol=1e-12)
-    assert all((p == torch.arange(len(p))).all() for p in l1_ranks(Channels(twin, data)).values()) and not all((p == torch.arange(len(p))).all() for p in place.values())
+    assert all((p == torch.arange(len(p))).all() for p in l1_ranks(Channels(twin, data)).values())
+    assert not all((p == torch.arange(len(p))).all() for p in place.values())
 
 
 def test_interpolation_by_hand():
     four = torch.tensor([1., 2, 3, 4])
-    assert (four @ channel_interpolation(4, 2)).tolist() == [1.5, 3.5] and (four[:3] @ channel_interpolation(3, 3)).tolist() == [1, 2, 3]
+    assert (four @ channel_interpolation(4, 2)).tolist() == [1.5, 3.5]
+    assert (four[:3] @ channel_interpolation(3, 3)).tolist() == [1, 2, 3]
     assert torch.equal(width_mixture(4, [4, 2], torch.tensor([1., 0.])), torch.eye(4))
     assert torch.equal(width_mixture(4, [3, 3], torch.tensor([.4, .6])).diagonal(), torch.tensor([1., 1, 1, 0]))
     half = four @ width_mixture(4, [2, 4], torch.tensor([.5, .5]))
@@ -309,7 +332,9 @@ def test_readers_of_one_width_are_the_gated_network_and_full_width_is_the_identi
     place = l1_ranks(space)
     for part in (.5, 1.):
         width = {n: max(1, round(part * len(g))) for n, g in space.groups.items()}
-        views = {p: MixedWidths(parts, lambda n: width_mixture(len(place[n]), [width[n]] * 2, torch.tensor([.3, .7]).double())) for p, parts in consumer_columns(space, place).items()}
+        views = {p: MixedWidths(parts,
+                                lambda n: width_mixture(len(place[n]), [width[n]] * 2, torch.tensor([.3, .7]).double()))
+                 for p, parts in consumer_columns(space, place).items()}
         with torch.no_grad():
             with parametrized(net, views): mixed = net(x)
             with gated_weights(space) as gates:
@@ -328,12 +353,12 @@ def test_the_pressure_is_the_gradient_of_the_logarithm():
         logits = {k: a.detach().clone().requires_grad_() for k, a in search.logits.items()}
         total = sum(a.softmax(0) @ search.options[k].float() for k, a in logits.items())
         wanted = torch.autograd.grad(sign * 2. * total.log(), logits[n])[0]
-        assert torch.allclose(search.pressure(n), wanted, atol=1e-6)
-        search.draw(0)
-        search.drawn[n] = (*search.drawn[n][:2], torch.tensor([0, 1]))
-        assert search.mix(n).sum().isfinite()
-    search.target = sum(search.expected().values()) * 1.02   # between 95 % and 100 % nothing pulls
-    assert search.pressure(n).abs().max() == 0
+        assert torch.allclose(search.penalty_gradient(n), wanted, atol=1e-6)
+        search.sample_widths(0)
+        search.samples[n] = (*search.samples[n][:2], torch.tensor([0, 1]))
+        assert search.mixture_of(n).sum().isfinite()
+    search.target = sum(search.expected_widths().values()) * 1.02   # between 95 % and 100 % nothing pulls
+    assert search.penalty_gradient(n).abs().max() == 0
 
 
 def test_drawn_candidates_are_two_and_their_parts_are_a_whole():
@@ -341,11 +366,12 @@ def test_drawn_candidates_are_two_and_their_parts_are_a_whole():
     net, data = chain(), batches()
     search = LearnedWidths(Channels(net, data), .5, 10, 5, 8., 2.)
     for step in range(10):
-        search.draw(step)
+        search.sample_widths(step)
         for n in search.logits:
-            assert len(set(search.drawn[n][2].tolist())) == 2
-            m, wide = search.mix(n), max(search.options[n][search.drawn[n][2]].tolist())
-            assert torch.allclose(m.sum(0)[:wide], torch.ones(wide)) and (m[:, wide:] == 0).all()   # averages of channels
+            assert len(set(search.samples[n][2].tolist())) == 2
+            m, wide = search.mixture_of(n), max(search.options[n][search.samples[n][2]].tolist())
+            # averages of channels
+            assert torch.allclose(m.sum(0)[:wide], torch.ones(wide)) and (m[:, wide:] == 0).all()
 
 
 def test_the_added_gradient_is_that_of_the_written_loss():
@@ -353,9 +379,11 @@ def test_the_added_gradient_is_that_of_the_written_loss():
     student, teacher = chain(1).train(), chain(2)
     (x, y), a, t = batches()[0], .7, 3.
     out, goal = student(x), teacher(x).detach()
-    full = (1 - a) * F.cross_entropy(out, y) + a * t**2 * F.kl_div((out / t).log_softmax(-1), (goal / t).softmax(-1), reduction="batchmean")
+    full = ((1 - a) * F.cross_entropy(out, y) + a * t**2 * F.kl_div((out / t).log_softmax(-1), (goal / t).softmax(-1),
+                                                                    reduction="batchmean"))
     wanted = torch.autograd.grad(full, list(student.parameters()))
-    with distil_gradients(student, teacher, a, t): got = torch.autograd.grad(F.cross_entropy(student(x), y), list(student.parameters()))
+    with distil_gradients(student, teacher, a, t):
+        got = torch.autograd.grad(F.cross_entropy(student(x), y), list(student.parameters()))
     assert all(torch.allclose(u, v, atol=1e-10) for u, v in zip(wanted, got))
     alone = torch.autograd.grad(F.cross_entropy(student(x), y), list(student.parameters()))
     assert not torch.allclose(alone[0], got[0])
@@ -376,7 +404,7 @@ def test_the_search_among_sub_networks_is_no_worse_than_uniform_widths():
     net, data = chain(), batches()
     space = Channels(net, data)
     scores = {n: -p.float() for n, p in l1_ranks(space).items()}
-    stats = {"x": SimpleNamespace(trial=(data, as_loss(F.cross_entropy)))}
+    stats = {"x": SimpleNamespace(loss_on_batches=(data, as_loss(F.cross_entropy)))}
     torch.manual_seed(0)
     before = bits(net)
     fractions = evolutionary_search(6, 8)(scores, .5, space, stats)
@@ -397,7 +425,22 @@ def test_a_supernet_spends_the_budget_of_the_recipe_and_not_more(method):
         step(model, data, loss, part)
     plan = prune(net, method, .5, data, F.cross_entropy, recover=Recovery(counting, steps=20, resumable=True))
     assert sum(spent) == 20 and plan.density == .5
-    assert not any(hasattr(m, "parametrizations") for m in net.modules()) and not any(m._forward_pre_hooks for m in net.modules())
+    assert not any(hasattr(m, "parametrizations") for m in net.modules())
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_the_score_reads_the_order_from_before_the_training():
+    space = Channels(residual(), batches())
+    before = {n: r.clone() for n, r in l1_ranks(space).items()}
+    assert all(torch.equal(r, before[n]) for n, r in channel_order(space, None).items())
+    weights = [layer.weight for layer in space.layers.values()]
+    class Training:
+        steps = 2
+        def __call__(self, part):
+            for w in weights: w.data.mul_(2. ** torch.arange(len(w)).view(-1, *[1] * (w.dim() - 1)))
+    progressive_shrinking(.5, .5)(None, space, .5, Training())
+    assert any(not torch.equal(r, before[n]) for n, r in l1_ranks(space).items())
+    assert all(torch.equal(r, before[n]) for n, r in channel_order(space, None).items())
 
 
 def test_the_searched_weights_are_thrown_away():
@@ -408,7 +451,8 @@ def test_the_searched_weights_are_thrown_away():
         finetune(6, lr=.1)(model, data, loss, part)
     plan = prune(net, "tas", .5, data, F.cross_entropy, recover=Recovery(watching, steps=6, resumable=True))
     plan.apply(dense)
-    assert len(seen) == 2 and same(bits(dense), bits(seen[1]))   # what is trained after the cut are the dense weights, cut
+    # what is trained after the cut are the dense weights, cut
+    assert len(seen) == 2 and same(bits(dense), bits(seen[1]))
 
 
 @pytest.mark.slow
@@ -419,7 +463,8 @@ def test_narrow_networks_from_a_supernet_are_far_ahead_of_those_cut_from_the_den
         made = {}
         for name in ("l1-filter", "ofa"):
             net = cnn.dense(seed)
-            prune(net, name, .75, cnn.batches(seed), F.cross_entropy, recover=cnn.recover if name == "ofa" else "none", seed=seed)
+            prune(net, name, .75, cnn.batches(seed), F.cross_entropy, recover=cnn.recover if name == "ofa" else "none",
+                  seed=seed)
             recalibrate_bn(net, cnn.calibration(seed))
             made[name] = cnn.evaluate(net, "validation")["accuracy"]
         gain.append(made["ofa"] - made["l1-filter"])

@@ -19,7 +19,8 @@ from pruning_bench.structured.soft_filters import squared_filter_norms
 def net(norm=False, dtype=torch.float32):
     torch.manual_seed(0)
     one, two = (nn.BatchNorm2d(8), nn.BatchNorm2d(6)) if norm else (nn.Identity(), nn.Identity())
-    return nn.Sequential(nn.Conv2d(2, 8, 3), one, nn.ReLU(), nn.Conv2d(8, 6, 3), two, nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)).to(dtype)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), one, nn.ReLU(), nn.Conv2d(8, 6, 3), two, nn.ReLU(), nn.Flatten(),
+                         nn.Linear(24, 3)).to(dtype)
 
 
 def data(dtype=torch.float32):
@@ -29,7 +30,8 @@ def data(dtype=torch.float32):
 
 def steps(model, n, lr=.05):
     opt = torch.optim.SGD(model.parameters(), lr)
-    for x, y in itertools.islice(itertools.cycle(data(next(model.parameters()).dtype)), n): opt.zero_grad(); F.cross_entropy(model(x), y).backward(); opt.step(); yield
+    for x, y in itertools.islice(itertools.cycle(data(next(model.parameters()).dtype)), n):
+        opt.zero_grad(); F.cross_entropy(model(x), y).backward(); opt.step(); yield
 
 
 @pytest.fixture
@@ -45,7 +47,8 @@ def test_a_mask_on_what_is_read_is_a_mask_on_weights_and_biases_where_no_norm_is
     masks = {n: torch.rand(len(g), dtype=torch.float64) for n, g in space.groups.items()}
     assert list(masks) == ["0.weight", "3.weight"]
     with space.gate(masks.get): heard = model(x)
-    for i in (0, 3): twin[i].weight.data *= masks[f"{i}.weight"].view(-1, 1, 1, 1); twin[i].bias.data *= masks[f"{i}.weight"]
+    for i in (0, 3):
+        twin[i].weight.data *= masks[f"{i}.weight"].view(-1, 1, 1, 1); twin[i].bias.data *= masks[f"{i}.weight"]
     assert torch.allclose(heard, twin(x), atol=1e-12) and not torch.allclose(heard, model(x), atol=1e-3)
 
 
@@ -54,12 +57,14 @@ def test_loudness_is_the_squared_norm_and_has_the_slope_of_the_formula(norm):
     model = net(norm, torch.float64)
     space, tau = Channels(model, data(torch.float64)), .3
     for n, i in (("0.weight", 0), ("3.weight", 3)):
-        assert torch.allclose(squared_filter_norms(space, n), model[i].weight.square().flatten(1).sum(1)) and torch.allclose(squared_filter_norms(space, n).sqrt().float(), space.w(n).float())
+        assert torch.allclose(squared_filter_norms(space, n), model[i].weight.square().flatten(1).sum(1))
+        assert torch.allclose(squared_filter_norms(space, n).sqrt().float(), space.w(n).float())
         t = space.w(n).double()[2]
         m = torch.sigmoid((squared_filter_norms(space, n) - t**2) / tau)
         assert abs(m[2].item() - .5) < 1e-6
         slope, = torch.autograd.grad(m.sum(), model[i].weight)
-        assert torch.allclose(slope, (m * (1 - m) * 2 / tau).view(-1, 1, 1, 1) * model[i].weight) and (slope.flatten(1).abs().sum(1) > 0).all()
+        assert torch.allclose(slope, (m * (1 - m) * 2 / tau).view(-1, 1, 1, 1) * model[i].weight)
+        assert (slope.flatten(1).abs().sum(1) > 0).all()
 
 
 def test_as_many_channels_as_the_ramp_says_are_heard_by_half_or_more_and_then_none_is_soft(ears):
@@ -69,10 +74,12 @@ def test_as_many_channels_as_the_ramp_says_are_heard_by_half_or_more_and_then_no
             factors = {n: ears[0](n) for n in p.training.names}
             rows.append({n: None if f is None else int((f >= .5).sum()) for n, f in factors.items()})
     final = {n: int(m.sum()) for n, m in p.plan.masks.items()}
-    assert sum(final.values()) == 7 and all(r == dict.fromkeys(final) for r in rows[:3] + rows[15:])   # before the start, and after the cut
+    # before the start, and after the cut
+    assert sum(final.values()) == 7 and all(r == dict.fromkeys(final) for r in rows[:3] + rows[15:])
     for k, row in enumerate(rows[3:15], 4):
         gone = min(1., (k / 20 - .2) / .4)
-        assert row == {n: count_to_keep(1 - gone * (1 - final[n] / len(p.plan.masks[n])), len(p.plan.masks[n])) for n in row}
+        assert row == {n: count_to_keep(1 - gone * (1 - final[n] / len(p.plan.masks[n])), len(p.plan.masks[n]))
+                       for n in row}
     assert rows[3] == {"0.weight": 8, "3.weight": 6} and rows[11] == final
 
 
@@ -88,7 +95,9 @@ def test_shares_are_fixed_at_the_start_and_a_channel_that_grows_late_returns(ear
                 assert ears[0]("0.weight")[weakest] < .5   # on its way out
                 model[0].weight.data[weakest] *= 100
     flat = torch.cat(list(at_start.values())).sort(descending=True).values
-    assert {n: int(m.sum()) for n, m in p.plan.masks.items()} == {n: int((s >= flat[6]).sum()) for n, s in at_start.items()}   # one ranking of all norms, at the start
+    # one ranking of all norms, at the start
+    assert {n: int(m.sum()) for n, m in p.plan.masks.items()} == {n: int((s >= flat[6]).sum())
+                                                                  for n, s in at_start.items()}
     assert p.plan.masks["0.weight"][weakest]
 
 
@@ -103,7 +112,8 @@ def test_channels_on_their_way_out_learn_and_channels_that_are_cut_do_not(ears):
             if k == 9:
                 dead = ~masks_of(model)["0.weight"].flatten(1).any(1)
                 assert dead.any() and (model[0].weight[dead] == 0).all() and (model[3].weight[:, dead] == 0).all()
-    assert torch.equal(p.plan.masks["0.weight"], ~dead) and model[0].out_channels == int((~dead).sum()) == model[3].in_channels
+    assert torch.equal(p.plan.masks["0.weight"], ~dead)
+    assert model[0].out_channels == int((~dead).sum()) == model[3].in_channels
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -112,10 +122,13 @@ def test_channels_are_gone_and_the_plan_makes_the_same_network(norm, dtype):
     model, fresh, (x, _) = net(norm, dtype), net(norm, dtype), data(dtype)[0]
     plan = prune(model, "pdp-channels", .5, data(dtype), F.cross_entropy, recover=finetune(10, 1e-2))
     widths = [int(m.sum()) for m in plan.masks.values()]
-    assert sum(widths) == 7 and [model[0].out_channels, model[3].out_channels] == widths and {v.dtype for v in model.parameters()} == {dtype}
+    assert sum(widths) == 7
+    assert [model[0].out_channels, model[3].out_channels] == widths
+    assert {v.dtype for v in model.parameters()} == {dtype}
     plan.apply(fresh)
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh.eval()(x), model.eval()(x)) and not any(m._forward_pre_hooks for m in model if not masks_of(m))
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+    assert not any(m._forward_pre_hooks for m in model if not masks_of(m))
 
 
 def test_channels_have_a_name_of_their_own_and_need_a_batch():
@@ -126,7 +139,8 @@ def test_channels_have_a_name_of_their_own_and_need_a_batch():
 class Attends(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.attend, self.out = nn.Linear(5, 16), nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+        self.embed, self.attend, self.out = ((nn.Linear(5, 16), nn.MultiheadAttention(16, 4, batch_first=True),
+                                              nn.Linear(16, 3)))
     def forward(self, x):
         h = self.embed(x)
         return self.out(self.attend(h, h, h, need_weights=False)[0])
@@ -140,7 +154,9 @@ def test_gates_of_heads_are_the_network_without_them_and_learn():
     with space.gate(lambda n: gate):
         heard = model(x)
         heard.square().sum().backward()
-    assert type(model.attend) is before and not any(m._forward_pre_hooks for m in model.modules()) and (gate.grad != 0).all()
+    assert type(model.attend) is before
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert (gate.grad != 0).all()
     space.apply({n: (None, gate.bool()) for n in space.names()})
     space.remove()
     assert torch.allclose(model(x), heard, atol=1e-6)
@@ -157,9 +173,10 @@ def test_a_gate_that_would_do_nothing_is_refused(method):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(BadInput, match="'b.weight', which Linear does not multiply"):
         prune(model, method, .5, rows, F.cross_entropy, recover=finetune(5))
-    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and not any(m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_an_allocation_that_reads_statistics_is_refused_inside_a_training():
-    with pytest.raises(BadInput, match="allocation 'emo' reads 'calibration'"):
+    with pytest.raises(BadInput, match="allocation 'emo' reads 'calibration_batches'"):
         prune(net(), "sfp", .5, data(), F.cross_entropy, allocate="emo", recover=finetune(4))

@@ -1,4 +1,4 @@
-"Trainings that empty channels before they are cut: exact penalties, exact counts, and the order that the papers report."
+"Sparsity regularisation of channels: exact penalties, exact counts, and the order that the papers report."
 import copy
 from types import SimpleNamespace
 
@@ -12,8 +12,11 @@ from pruning_bench.core.allocate import global_, uniform
 from pruning_bench.core.rule import TrainingState, Rule, apply_rule
 from pruning_bench.core.recovery import finetune, none
 from pruning_bench.graph.groups import Channels
-from pruning_bench.structured.soft_filters import zero_filters, filter_norm, straight_through_step, soft_density, soft_pruning_rule
-from pruning_bench.structured.sparse_training import targeted_l1_rule, penalty_share, growing_penalty_rule, group_lasso_rule, group_norms, select_channels, penalty_rule, penalty_strengths, l1_proximal_step, scale_members, bn_l1_rule
+from pruning_bench.structured.soft_filters import (zero_filters, filter_norm, straight_through_step, soft_density,
+                                                   soft_pruning_rule)
+from pruning_bench.structured.sparse_training import (targeted_l1_rule, penalty_share, growing_penalty_rule,
+                                                      group_lasso_rule, group_norms, select_channels, penalty_rule,
+                                                      penalty_strengths, l1_proximal_step, scale_members, bn_l1_rule)
 
 METHODS = ("slimming", "masksparsity", "group-lasso", "growing-reg", "sfp", "soft-fpgm", "lapp")
 GLOBAL = SimpleNamespace(allocate=global_)
@@ -23,7 +26,9 @@ EVEN = SimpleNamespace(allocate=uniform)
 def chain(dtype=torch.float64, widths=(6, 10)):
     torch.manual_seed(0)
     a, b = widths
-    net = nn.Sequential(nn.Conv2d(1, a, 3), nn.BatchNorm2d(a), nn.ReLU(), nn.Conv2d(a, b, 3, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * b, 3)).to(dtype)
+    net = nn.Sequential(nn.Conv2d(1, a, 3), nn.BatchNorm2d(a), nn.ReLU(), nn.Conv2d(a, b, 3, bias=False),
+                        nn.BatchNorm2d(b), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                        nn.Linear(4 * b, 3)).to(dtype)
     for m in (net[1], net[4]):
         m.weight.data.copy_(torch.rand(len(m.weight)) + .5)
         m.bias.data.copy_(torch.randn(len(m.bias)) / 4)
@@ -43,7 +48,8 @@ def followed(net, rule, steps, look, lr=0., keep=.5, optimizer="adamw"):
     "What `look(space)` says after every step of a training under a rule."
     space, log = Channels(net, batches()), []
     def update(training): rule.update(training); log.append(look(space))
-    with apply_rule(Rule(begin=rule.begin, update=update, finish=rule.finish), space, keep, steps): finetune(steps, lr, optimizer)(net, batches(), F.cross_entropy)
+    with apply_rule(Rule(begin=rule.begin, update=update, finish=rule.finish), space, keep, steps):
+        finetune(steps, lr, optimizer)(net, batches(), F.cross_entropy)
     return log
 
 
@@ -82,7 +88,8 @@ def test_pressure_of_the_weakest_and_the_strongest():
 
 def test_the_norm_of_a_channel_has_all_its_members():
     net = chain()
-    by_hand = net[3].weight.square().sum((1, 2, 3)) + net[4].weight.square() + net[8].weight.view(3, 10, 4).square().sum((0, 2))
+    by_hand = (net[3].weight.square().sum((1, 2, 3)) + net[4].weight.square() + net[8].weight.view(3, 10, 4).square()
+               .sum((0, 2)))
     assert torch.allclose(group_norms(Channels(net, batches()))["3.weight"], by_hand.sqrt().detach())
 
 
@@ -93,10 +100,12 @@ def test_shrinking_touches_the_members_of_a_channel_and_nothing_else():
     f[3] = .25
     scale_members(space, {"3.weight": f})
     after, quarter = states(net), {}
-    for n, where in {"3.weight": (3,), "4.weight": (3,), "4.bias": (3,), "8.weight": (slice(None), slice(12, 16))}.items():
+    for n, where in {"3.weight": (3,), "4.weight": (3,), "4.bias": (3,),
+                     "8.weight": (slice(None), slice(12, 16))}.items():
         quarter[n] = torch.zeros_like(before[n], dtype=torch.bool)
         quarter[n][where] = True
-    assert all(torch.equal(after[n], torch.where(quarter[n], before[n] / 4, before[n]) if n in quarter else before[n]) for n in after)
+    assert all(torch.equal(after[n], torch.where(quarter[n], before[n] / 4, before[n]) if n in quarter else before[n])
+               for n in after)
 
 
 # choices
@@ -111,9 +120,13 @@ def test_no_group_vanishes_and_the_count_is_exact():
 
 def test_the_choice_is_made_once_and_then_held():
     net, order = chain(), []
-    rule = penalty_rule(lambda c, m: order.append(c.step), lambda c, m: select_channels(c, group_norms(c.space), m.allocate), .5)(EVEN, .5)
+    rule = penalty_rule(lambda c, m: order.append(c.step),
+                        lambda c, m: select_channels(c, group_norms(c.space), m.allocate), .5)(EVEN, .5)
     log = followed(net, rule, 10, lambda space: space.kept["3.weight"].clone(), lr=1e-2)
-    assert order == [1, 2, 3, 4, 5] and all(m.all() for m in log[:4]) and all(torch.equal(m, log[4]) for m in log[5:]) and log[4].sum() == 5
+    assert order == [1, 2, 3, 4, 5]
+    assert all(m.all() for m in log[:4])
+    assert all(torch.equal(m, log[4]) for m in log[5:])
+    assert log[4].sum() == 5
     assert (net[8].weight.view(3, 10, 4)[:, ~log[4]] == 0).all() and (net[4].bias[~log[4]] == 0).all()
 
 
@@ -123,7 +136,9 @@ def test_a_record_is_used_twice_without_a_memory(name):
     record = build(name, steps=6)
     first, second = (prune(chain(), record, .5, batches(), F.cross_entropy) for _ in range(2))
     other = prune(chain(), record, .25, batches(), F.cross_entropy)
-    assert first == second and sum(int(m.sum()) for m in first.masks.values()) == 8 and sum(int(m.sum()) for m in other.masks.values()) == 12 + (name in ("growing-reg", "sfp", "soft-fpgm"))
+    assert first == second
+    assert sum(int(m.sum()) for m in first.masks.values()) == 8
+    assert sum(int(m.sum()) for m in other.masks.values()) == 12 + (name in ("growing-reg", "sfp", "soft-fpgm"))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -147,8 +162,11 @@ def test_the_choice_inside_the_training_meets_a_budget_of_multiplications(name):
 def test_without_batch_norm_scales_are_refused_in_one_sentence(name):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     before = states(net)
-    with pytest.raises(BadInput, match="no batch norm scales the channels of '1.weight'") as refused: prune(net, name, .5, batches(), F.cross_entropy, steps=4)
-    assert "\n" not in str(refused.value) and "group-lasso" in str(refused.value) and all(torch.equal(before[n], t) for n, t in states(net).items())
+    with pytest.raises(BadInput, match="no batch norm scales the channels of '1.weight'") as refused:
+        prune(net, name, .5, batches(), F.cross_entropy, steps=4)
+    assert "\n" not in str(refused.value)
+    assert "group-lasso" in str(refused.value)
+    assert all(torch.equal(before[n], t) for n, t in states(net).items())
 
 
 # what each of them does to weights that the loss ignores (learning rate zero)
@@ -156,7 +174,8 @@ def test_without_batch_norm_scales_are_refused_in_one_sentence(name):
 def test_slimming_takes_the_travel_from_every_scale_and_nothing_from_the_rest():
     net = chain()
     before = states(net)
-    log = followed(net, bn_l1_rule(.3, 1.)(GLOBAL, .5), 11, lambda space: torch.cat([net[1].weight.detach(), net[4].weight.detach()]))
+    log = followed(net, bn_l1_rule(.3, 1.)(GLOBAL, .5), 11,
+                   lambda space: torch.cat([net[1].weight.detach(), net[4].weight.detach()]))
     start = torch.cat([before["1.weight"], before["4.weight"]])
     left = .3 * penalty_share(SimpleNamespace(step=11, steps=11), 1.)
     assert torch.allclose(log[-2], (start - .3 + left).clamp(min=0))
@@ -166,17 +185,21 @@ def test_slimming_takes_the_travel_from_every_scale_and_nothing_from_the_rest():
 def test_masksparsity_leaves_the_scales_that_stay_as_they_were():
     net = chain()
     before = states(net)
-    log = followed(net, targeted_l1_rule(.3, .2, 1.)(GLOBAL, .5), 20, lambda space: torch.cat([net[1].weight.detach(), net[4].weight.detach()]))
+    log = followed(net, targeted_l1_rule(.3, .2, 1.)(GLOBAL, .5), 20,
+                   lambda space: torch.cat([net[1].weight.detach(), net[4].weight.detach()]))
     start = torch.cat([before["1.weight"], before["4.weight"]])
     stays = log[-1] > 0
     assert (log[2] < start).all() and stays.sum() == 8 and torch.equal(log[-2][stays], start[stays])
-    assert (log[-2][~stays] < .1 * start[~stays]).all() and torch.equal(stays, start >= start.sort(descending=True).values[7])
+    assert (log[-2][~stays] < .1 * start[~stays]).all()
+    assert torch.equal(stays, start >= start.sort(descending=True).values[7])
 
 
 def test_growing_regularisation_squeezes_the_chosen_and_nobody_else():
     net = chain()
     s, start = group_norms(Channels(net, batches())), states(net)
-    log = followed(net, growing_penalty_rule(8., 1.)(EVEN, .5), 10, lambda space: {n: m.weight.detach().clone() for n, m in (("0.weight", net[1]), ("3.weight", net[4]))})
+    log = followed(net, growing_penalty_rule(8., 1.)(EVEN, .5), 10,
+                   lambda space: {n: m.weight.detach().clone()
+                                  for n, m in (("0.weight", net[1]), ("3.weight", net[4]))})
     factor = torch.tensor(-8 * (1 - penalty_share(SimpleNamespace(step=10, steps=10), 1., True))).exp().item()
     for n, norm in (("0.weight", "1.weight"), ("3.weight", "4.weight")):
         stays = s[n] >= s[n].sort(descending=True).values[len(s[n]) // 2 - 1]
@@ -185,7 +208,8 @@ def test_growing_regularisation_squeezes_the_chosen_and_nobody_else():
 
 
 def test_the_group_lasso_widens_the_gap_between_weak_and_strong():
-    first, log = group_norms(Channels(chain(), batches())), followed(chain(), group_lasso_rule(8., 16., 1.)(GLOBAL, .5), 20, group_norms)
+    first, log = ((group_norms(Channels(chain(), batches())),
+                   followed(chain(), group_lasso_rule(8., 16., 1.)(GLOBAL, .5), 20, group_norms)))
     for n, s in first.items():
         left = log[-2][n] / s
         assert left[s.argmin()] == left.min() < .01 and left[s.argmax()] == left.max() > .5
@@ -198,7 +222,8 @@ def test_a_blank_filter_regains_weight_in_one_step_where_its_bias_lets_the_gradi
     before, stays = states(net), {"0.weight": torch.arange(6) % 2 == 0, "3.weight": torch.arange(10) < 4}
     zero_filters(Channels(net, batches()), stays)
     changed = {n for n, t in states(net).items() if not torch.equal(t, before[n])}
-    assert changed == {"0.weight", "3.weight"} and all(torch.equal(net[k].weight.flatten(1).norm(dim=1) == 0, ~stays[f"{k}.weight"]) for k in (0, 3))
+    assert changed == {"0.weight", "3.weight"}
+    assert all(torch.equal(net[k].weight.flatten(1).norm(dim=1) == 0, ~stays[f"{k}.weight"]) for k in (0, 3))
     opt, awake = torch.optim.SGD(net.parameters(), 1e-2), net[4].bias.detach() > 0
     F.cross_entropy(net.train()(x), y).backward(); opt.step()
     assert torch.equal(net[3].weight.flatten(1).norm(dim=1) > 0, awake | stays["3.weight"]) and 0 < awake[4:].sum() < 6
@@ -207,7 +232,8 @@ def test_a_blank_filter_regains_weight_in_one_step_where_its_bias_lets_the_gradi
 def test_soft_filters_are_zeroed_in_equal_numbers_and_change_places():
     net = chain(widths=(12, 10))
     rule = soft_pruning_rule(filter_norm, 5, 1.)(EVEN, .5)
-    log = followed(net, rule, 25, lambda space: net[0].weight.detach().flatten(1).norm(dim=1) == 0, lr=1e-1, optimizer="sgd")
+    log = followed(net, rule, 25, lambda space: net[0].weight.detach().flatten(1).norm(dim=1) == 0, lr=1e-1,
+                   optimizer="sgd")
     rounds = [log[k] for k in (4, 9, 14, 19, 24)]
     assert all(m.sum() == 6 for m in rounds) and not any(log[k].any() for k in (5, 10, 15, 20))
     assert any((a != b).any() for a, b in zip(rounds, rounds[1:]))
@@ -231,7 +257,8 @@ def test_a_gate_is_a_mask_on_the_readers_and_leaves_no_hook():
 
 def test_gates_of_depthwise_and_grouped_readers():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
+                        nn.Conv2d(8, 4, 1, groups=2), nn.Flatten(), nn.Linear(64, 3)).double().eval()
     space, (x, _) = Channels(net, batches()), batches()[0]
     masks = {n: torch.arange(len(g)) % 2 == 0 for n, g in space.groups.items()}
     with space.gate(lambda n: masks[n].double()): seen = net(x)
@@ -246,7 +273,9 @@ def test_thresholds_rise_while_too_many_pass():
         (soft_density(s, ts, .1) - target).square().backward()
         assert all(sign * t.grad > 0 for t in ts.values())   # descent moves against the slope
     passed = [straight_through_step(s["a"], torch.tensor(t), .1) for t in (0., .3, .6, 1.1)]
-    assert all((a >= b).all() for a, b in zip(passed, passed[1:])) and passed[-1].sum() == 0 and set(passed[1].tolist()) <= {0., 1.}
+    assert all((a >= b).all() for a, b in zip(passed, passed[1:]))
+    assert passed[-1].sum() == 0
+    assert set(passed[1].tolist()) <= {0., 1.}
 
 
 # transformers
@@ -255,16 +284,19 @@ def test_thresholds_rise_while_too_many_pass():
 def test_the_feed_forward_layers_of_a_vision_transformer(name):
     from torchvision.models import VisionTransformer
     torch.manual_seed(0)
-    net = VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=3)
+    net = VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24,
+                            num_classes=3)
     data = [(x.float().expand(-1, 3, -1, -1), y) for x, y in batches()]
     skip = ("*self_attention*", "conv_proj*", "class_token", "*pos_embedding")
     if name in ("slimming", "masksparsity"):
-        with pytest.raises(BadInput, match="no batch norm"): prune(net, name, .5, data, F.cross_entropy, skip=skip, steps=4)
+        with pytest.raises(BadInput, match="no batch norm"):
+            prune(net, name, .5, data, F.cross_entropy, skip=skip, steps=4)
         return
     plan = prune(net, name, .5, data, F.cross_entropy, skip=skip, steps=10)
     ffn = [m for n, m in plan.masks.items() if "mlp" in n]
     assert len(ffn) == 2 and sum(int(m.sum()) for m in ffn) == 24 and all(m.any() for m in ffn)
-    assert [b.mlp[0].out_features for b in net.encoder.layers] == [int(m.sum()) for m in ffn] and net(data[0][0]).isfinite().all()
+    assert [b.mlp[0].out_features for b in net.encoder.layers] == [int(m.sum()) for m in ffn]
+    assert net(data[0][0]).isfinite().all()
 
 
 # the order that the papers report
@@ -282,4 +314,5 @@ def test_a_cut_after_group_sparse_training_survives_and_a_plain_one_does_not():
             else: prune(model, name, .5, prune_at=1., recover=recipe, **more)
             found.setdefault(name, []).append(cnn.evaluate(model, "validation")["accuracy"])
     mean = {n: sum(v) / 3 for n, v in found.items()}
-    assert min(mean["group-lasso"], mean["growing-reg"]) > max(mean["l1-filter"], mean["trained l1-filter"], mean["slimming"]) + .3, mean
+    assert min(mean["group-lasso"], mean["growing-reg"]) > max(mean["l1-filter"], mean["trained l1-filter"],
+                                                               mean["slimming"]) + .3, mean

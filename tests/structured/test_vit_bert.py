@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from pruning_bench import BadInput, prune
-from pruning_bench.structured.vit_bert import HeadExperts, distortion_curve, dimap, equal_slope, head_usage, comparison_module, module_share, keep_top_head, convex_slopes, tile_scores, to_tiles, tiles, add_head_experts
+from pruning_bench.structured.vit_bert import (HeadExperts, distortion_curve, dimap, equal_slope, head_usage,
+                                               comparison_module, module_share, keep_top_head, convex_slopes,
+                                               tile_scores, to_tiles, tiles, add_head_experts)
 
 
 class Block(nn.Module):
@@ -34,7 +36,8 @@ def batches():
 def bert(layers=2):
     from transformers import BertConfig, BertModel
     torch.manual_seed(0)
-    return BertModel(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64), add_pooling_layer=False).eval()
+    return BertModel(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+                                intermediate_size=64), add_pooling_layer=False).eval()
 
 
 def words():
@@ -68,7 +71,8 @@ def test_shares_of_a_module_by_hand():
     scores = {"0.attn.q_proj": torch.tensor([[3., 1.]]), "0.attn.k_proj": torch.tensor([[.2, .1]])}
     space = SimpleNamespace(cost=lambda n: 1.)
     assert module_share()(scores, .75, space) == {"0.attn.q_proj": 1., "0.attn.k_proj": .5}
-    assert module_share("layer")(scores, .75, space) == {"0.attn.q_proj": .5, "0.attn.k_proj": 1.}   # 1, .1 against 1, .2
+    # 1, .1 against 1, .2
+    assert module_share("layer")(scores, .75, space) == {"0.attn.q_proj": .5, "0.attn.k_proj": 1.}
 
 
 def test_no_module_is_emptied_and_scale_does_not_matter():
@@ -101,7 +105,8 @@ def test_tiles_by_hand():
     s = torch.tensor([[1., 1, 5, 0], [1, 1, 0, 0], [9, 0, 2, 2], [0, 0, 2, 2]])
     assert tile_scores(s, 2, 2).tolist() == [1., 1.25, 2.25, 2.]
     assert tiles(2, 2)(s, .5).int().tolist() == [[0] * 4] * 2 + [[1] * 4] * 2
-    assert tiles(2, 2)(torch.ones(4, 4), .25).int().tolist() == [[1, 1, 0, 0]] * 2 + [[0] * 4] * 2   # ties: the first tile
+    # ties: the first tile
+    assert tiles(2, 2)(torch.ones(4, 4), .25).int().tolist() == [[1, 1, 0, 0]] * 2 + [[0] * 4] * 2
 
 
 def test_tiles_shrink_and_dead_tiles_stay_dead():
@@ -130,28 +135,35 @@ def test_slopes_are_the_lower_hull():
         s, points = convex_slopes(d), [0., *d]
         hull = torch.tensor([0., *s]).cumsum(0).tolist()
         assert all(b >= a - 1e-9 for a, b in itertools.pairwise(s)) and abs(hull[-1] - d[-1]) < 1e-5
-        below = [min((points[i] * (j - k) + points[j] * (k - i)) / (j - i) if i < j else points[k] for i in range(k + 1) for j in range(k, 10)) for k in range(10)]
+        below = [min((points[i] * (j - k) + points[j] * (k - i)) / (j - i) if i < j else points[k] for i in range(k + 1)
+                     for j in range(k, 10)) for k in range(10)]
         assert all(abs(a - b) < 1e-5 for a, b in zip(hull, below))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_slopes_find_the_best_choice(seed):
     g = torch.Generator().manual_seed(seed)
-    layers = {f"{i}.weight": (torch.randn(4, 4, generator=g), torch.randn(4, 4, generator=g) * 3.**-i) for i in range(3)}
+    layers = {f"{i}.weight": (torch.randn(4, 4, generator=g), torch.randn(4, 4, generator=g) * 3.**-i)
+              for i in range(3)}
     scores = {n: (w * v).abs() for n, (w, v) in layers.items()}
-    stats = {n: SimpleNamespace(energy_grad=v) for n, (w, v) in layers.items()}
+    stats = {n: SimpleNamespace(output_square_grad=v) for n, (w, v) in layers.items()}
     space = SimpleNamespace(unit="weight", w=lambda n: layers[n][0])
-    hulls = [torch.tensor([0., *convex_slopes(distortion_curve(w, v, tile_scores(scores[n], 2, 2).argsort(stable=True), 2, 2).tolist())]).cumsum(0) for n, (w, v) in layers.items()]
+    hulls = [torch.tensor([0.,
+                           *convex_slopes(distortion_curve(w, v, tile_scores(scores[n], 2, 2).argsort(stable=True), 2,
+                                                           2).tolist())]).cumsum(0) for n, (w, v) in layers.items()]
     for removed in (2, 5, 8):
         got = [round(4 * (1 - f)) for f in equal_slope(2, 2)(scores, 1 - removed / 12, space, stats).values()]
         cost = lambda c: float(sum(h[k] for h, k in zip(hulls, c)))
-        assert sum(got) == removed and cost(got) <= min(cost(c) for c in itertools.product(range(4), repeat=3) if sum(c) == removed) + 1e-5
+        assert sum(got) == removed
+        assert cost(got) <= min(cost(c) for c in itertools.product(range(4), repeat=3) if sum(c) == removed) + 1e-5
 
 
 def test_tiles_are_empty_or_untouched_and_no_label_is_read():
     model = net()
     plan = prune(model, "lpvit", .5, data=batches())
-    assert plan.density == .5 and all(to_tiles(m.double(), 4, 4).mean(1).unique().tolist() in ([0., 1.], [1.], [0.]) for m in plan.masks.values())
+    assert plan.density == .5
+    assert all(to_tiles(m.double(), 4, 4).mean(1).unique().tolist() in ([0., 1.], [1.], [0.])
+               for m in plan.masks.values())
     assert all(m.any() for m in plan.masks.values())
     assert plan == prune(net(), "lpvit", .5, data=[(x, torch.zeros(16, dtype=torch.long)) for x in batches()])
 
