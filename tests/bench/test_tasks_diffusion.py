@@ -166,7 +166,7 @@ def test_unknown_pipelines_are_refused(name):
     with pytest.raises(BadInput, match="nobody/nothing.*save_pretrained"): find_task(name)
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(BadInput, match="did you mean mnist"): ddpm.pictures("mnst", "test")
+    with pytest.raises(BadInput, match="did you mean mnist"): ddpm.mnist_images("mnst", "test")
 
 def test_folder_without_images_is_refused(tmp_path):
     with pytest.raises(BadInput, match="holds 0 images"): ddpm.images_for(str(tmp_path), "test", 28, 1)
@@ -186,8 +186,8 @@ def test_images_of_a_folder_are_split_and_resized(tmp_path):
 @needs_data
 @pytest.mark.parametrize("name, counts", [("mnist", 892), ("fashion", 1000)])
 def test_splits_are_those_of_the_files(name, counts):
-    sizes = [len(ddpm.pictures(name, s)[1]) for s in ("train", "validation", "test")]
-    assert sizes == [55000, 5000, 10000] and ddpm.pictures(name, "test")[1].bincount().min() == counts
+    sizes = [len(ddpm.mnist_images(name, s)[1]) for s in ("train", "validation", "test")]
+    assert sizes == [55000, 5000, 10000] and ddpm.mnist_images(name, "test")[1].bincount().min() == counts
 
 @needs_data
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_published_error_is_met(name, published):
     world = find_task(f"ddpm-{name}")
     net = world.dense()
     with torch.no_grad():
-        found = ddpm.noise_errors(net, ddpm.scaled(ddpm.pictures(name, "test")[0][:2000]),
+        found = ddpm.noise_errors(net, ddpm.scale_pixels(ddpm.mnist_images(name, "test")[0][:2000]),
                                   *ddpm.draw_noise(2000, (1, 28, 28), 1)).mean().item()
     assert abs(found - published) < 5.1e-6 and world.accepts(found)
 
@@ -223,7 +223,7 @@ def test_training_streams_replay():
 @needs_data
 def test_the_weights_belong_to_their_data():
     own, other = ({n: ddpm.noise_errors(find_task("ddpm-mnist@smoke").dense(),
-                                        ddpm.scaled(ddpm.pictures(n, "test")[0][:100]),
+                                        ddpm.scale_pixels(ddpm.mnist_images(n, "test")[0][:100]),
                                         *ddpm.draw_noise(100, (1, 28, 28), 1)).mean().item()}[n]
                   for n in ("mnist", "fashion"))
     assert own < .05 < .1 < other
@@ -261,7 +261,7 @@ def test_a_saved_ddpm_is_a_task(tmp_path):
     net = ddpm.fashion_unet().eval()
     DDPMPipeline(net, DDPMScheduler()).save_pretrained(tmp_path)
     world = find_task(f"ddpm:{tmp_path},mnist")
-    x = ddpm.scaled(ddpm.pictures("mnist", "test")[0][:200])
+    x = ddpm.scale_pixels(ddpm.mnist_images("mnist", "test")[0][:200])
     with torch.no_grad(): direct = ddpm.noise_errors(net, x, *ddpm.draw_noise(200, (1, 28, 28), 1)).mean().item()
     assert world.evaluate(world.dense())["eps-mse"] == pytest.approx(direct, rel=1e-4)
     assert find_task(f"ddpm:{tmp_path}").digest != world.digest

@@ -121,7 +121,7 @@ def test_windows_of_the_library_follow_one_another():
     assert sum(i == 0 for i in ids) == len(language.stdlib_documents("test", True)) == 12
 
 def test_the_unigram_reference_by_hand(monkeypatch):
-    monkeypatch.setattr(language, "library_windows", lambda split, *text: torch.tensor([[0, 0, 0, 1]])
+    monkeypatch.setattr(language, "stdlib_windows", lambda split, *text: torch.tensor([[0, 0, 0, 1]])
                         if split == "train" else torch.tensor([[2, 0, 1]]))
     # counts 3, 1, 0, 0 and one each
     assert language.unigram_baseline("test", 4) == pytest.approx((4 / 8 * 2 / 8)**-.5)
