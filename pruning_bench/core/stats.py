@@ -199,7 +199,7 @@ def calibration_batches(space, batches, loss=None)->dict: # {layer: list of batc
     "The calibration batches, for parts that run the network on their own; raises `BadInput` for a `batch_loss`."
     if isinstance(loss, BatchLoss):
         raise BadInput("this method compares outputs of the model on data=, but the loss runs the model itself: "
-                       "choose another allocation, for instance 'lamp'")
+                       "choose another allocation, for instance 'erk'")
     return dict.fromkeys(space.layers, list(batches))
 
 # %% ../../nbs/core/03_stats.ipynb #82182e6a

@@ -303,7 +303,7 @@ def test_layer_counts_never_change(power):
 
 def test_no_swaps_no_change():
     assert prune(mlp(), "jackpot", .8, batches(), F.cross_entropy, steps=30, lr=.05,
-                 power=math.inf) == prune(mlp(), "global-magnitude", .8)
+                 power=1e6) == prune(mlp(), "global-magnitude", .8)
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("seed", range(5))
