@@ -156,7 +156,7 @@ def t2i_scheduler(): # 1,000 steps, betas from 1e-4 to 0.02
     return DDIMScheduler(num_train_timesteps=1000, clip_sample=False, steps_offset=1, timestep_spacing="trailing")
 
 # %% ../../../nbs/bench/tasks/75_text_to_image.ipynb #428492f2
-AUTOENCODER_TASK = autoencoder_task("t2i-tiny-autoencoder", dict(steps=600, lr=2e-3, weight_decay=0., warmup=.05,
+AUTOENCODER_TASK = autoencoder_task("t2i-tiny-codec", dict(steps=600, lr=2e-3, weight_decay=0., warmup=.05,
                                                                  clip=1.))
 
 @functools.cache
