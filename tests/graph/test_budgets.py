@@ -213,7 +213,7 @@ def test_what_cannot_be_met_is_refused_before_any_work(request_, said):
 def test_budgets_are_for_channels_and_for_decisions_that_are_made_at_once():
     model, batch = made("residual")
     with pytest.raises(BadInput, match="needs channels"): prune(model, "magnitude", {"macs": .5}, [batch])
-    with pytest.raises(BadInput, match="keeps what is left"):
+    with pytest.raises(BadInput, match="keeps the current masks"):
         prune(model, "l1-filter", {"macs": .5}, [batch], allocate="keep_current")
     blind = Method("blind", space="channels", rule=Rule())
     with pytest.raises(BadInput, match="a rule that knows only a fraction of channels"):
