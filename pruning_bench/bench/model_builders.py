@@ -34,7 +34,7 @@ def torchvision_classifier(name:str, # of `torchvision.models`
 
 @torch.no_grad()
 def randomise(model:nn.Module)->nn.Module: # the same model
-    "Untrained networks react weakly: zeros, tiny layer scales and unit statistics hide mistakes, so they get random values."
+    "Random values in place of the zeros, tiny layer scales and unit statistics of a new network, which hide mistakes."
     for p in model.parameters():
         if p.numel() and p.abs().max() < 1e-3: p.normal_(std=.2)
     for m in model.modules():
