@@ -3,8 +3,9 @@
 A notebook that shares a process with others sees what they registered, and can pass or hang because of it. So the heavy
 libraries are imported once, and every notebook gets a fork that has nothing else. Cells marked with one of `tst_flags`
 of settings.ini are skipped unless --flags names the mark. A notebook that takes longer than --limit seconds has failed.
+The random streams of Python, NumPy and torch start at --seed in every notebook: no assertion may need a certain one.
 """
-import argparse, importlib, multiprocessing, sys, time
+import argparse, importlib, multiprocessing, random, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,9 +14,11 @@ SHARED = (
     "nbdev.test")
 
 
-def execute(path, flags):
+def execute(path, flags, seed):
+    import numpy, torch
     from nbdev.config import get_config
     from nbdev.test import test_nb
+    for start in (random.seed, numpy.random.seed, torch.manual_seed): start(seed)
     done, _ = test_nb(path, get_config().tst_flags.split(), flags, basepath=get_config().config_path)
     sys.exit(not done)
 
@@ -26,6 +29,7 @@ def main():
     parser.add_argument("--flags", default="")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=900)
+    parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     hidden = lambda p: any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)
     waiting = [p.resolve() for p in asked.notebooks] or sorted(
@@ -36,7 +40,7 @@ def main():
         while waiting or running:
             while waiting and len(running) < asked.workers:
                 path = waiting.pop(0)
-                process = fork.Process(target=execute, args=(path, asked.flags.split()))
+                process = fork.Process(target=execute, args=(path, asked.flags.split(), asked.seed))
                 process.start()
                 running[path] = process, time.monotonic()
             for path, (process, since) in list(running.items()):
