@@ -92,7 +92,7 @@ def prune(model:nn.Module, method=None, sparsity=None, data=None, loss:Loss=None
     rule: what happens at every training step: a `Rule`, or a function (method, keep) -> Rule
     stages: the network at once ("whole"), or `block_by_block(...)`; None = whole where the memory allows it
     recover: retraining: a name, a `Recovery`, or a function (model, data, loss, part)
-    space: what is a unit: "weights", "channels", "heads", "blocks", "examples", ...
+    space: what is a unit: "weights", "channels", "heads", "blocks", "experts", "examples", ...
     restore: put the model back as it was when something fails; costs a copy of its tensors
     settings: arguments of the method, see `help(build(method))`
     """

@@ -30,7 +30,7 @@ READERS = {"score": (SCORES, Score, as_score), "allocate": (ALLOCATORS, Allocato
 REGISTRIES = [r for r, _, _ in READERS.values()] + [SPACES, PROVIDERS, RUNTIME_SPACES, RESOURCES, METHODS]
 REGISTERED = [(r, n) for r in REGISTRIES for n in r]
 PARTS = [(slot, n) for slot, (r, _, _) in READERS.items() for n in r]
-UNITS = ("weight", "channel", "head", "block", "residual", "rank", "example", "token", "any")
+UNITS = ("weight", "channel", "head", "block", "residual", "expert", "rank", "example", "token", "any")
 
 
 def label(x):

@@ -43,6 +43,14 @@ def llama():
                                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32))
 
 
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+    return MixtralForCausalLM(MixtralConfig(vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+                                            num_local_experts=6, num_experts_per_tok=2,
+                                            experts_implementation="eager"))   # the grouped product has no float64
+
+
 def images(n=96):
     g = torch.Generator().manual_seed(0)
     y = torch.arange(n) % 10
@@ -66,7 +74,7 @@ def dataset(dtype):
 
 WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "ranks": (mlp, labelled, F.cross_entropy),
           "channels": (Residual, labelled, F.cross_entropy), "heads": (llama, ids, None),
-          "blocks": (llama, ids, None), "residuals": (llama, ids, None),
+          "blocks": (llama, ids, None), "residuals": (llama, ids, None), "experts": (mixtral, ids, None),
           "examples": (mlp, dataset, F.cross_entropy)}
 NAMES = list(methods().method)
 
