@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERT_COUNTS', 'ExpertLayer', 'is_expert_stack', 'expert_layers', 'original_numbers', 'route_among', 'set_counts',
-           'ScaledExperts', 'last_matrices', 'Experts', 'check_enough', 'scaled', 'expert_slices', 'remove_experts']
+           'ScaledExperts', 'last_matrices', 'stacked_matrices', 'expert_size', 'check_enough', 'scaled',
+           'expert_slices', 'remove_experts', 'Experts']
 
 # %% ../../nbs/graph/45_experts.ipynb #29720431
 import copy
@@ -45,6 +46,7 @@ class ExpertLayer:
             found |= {f"{self.path}.{child}.{n}".lstrip("."): t for n, t in own if t.dim() and len(t) == self.count}
         return found
 
+# %% ../../nbs/graph/45_experts.ipynb #adefac10
 def is_expert_stack(m:nn.Module)->bool: # any module
     "Whether a module keeps several experts in tensors with three dimensions."
     counts = [getattr(m, a, None) for a in EXPERT_COUNTS]
@@ -56,13 +58,13 @@ def expert_layers(model:nn.Module, skip=())->dict: # {path: ExpertLayer}; raises
     for path, parent in model.named_modules():
         for experts in filter(is_expert_stack, parent.children()):
             n = next(p for p in experts.parameters(recurse=False) if p.dim() == 3).shape[0]
-            routers = [m for m in parent.children() if m is not experts and isinstance(getattr(m, "weight", None), Tensor)
-                       and m.weight.dim() == 2 and len(m.weight) == n]
+            weights = [(m, getattr(m, "weight", None)) for m in parent.children() if m is not experts]
+            routers = [m for m, w in weights if isinstance(w, Tensor) and w.dim() == 2 and len(w) == n]
             if len(routers) == 1 and not name_matches(path, skip):
                 found[path] = ExpertLayer(path, parent, experts, routers[0])
     if not found:
-        raise BadInput(f"{type(model).__name__} has no mixture-of-experts layer to prune outside skip={skip!r}: it needs "
-                       "experts in tensors (experts, ..., ...) beside a router with one row per expert")
+        raise BadInput(f"{type(model).__name__} has no mixture-of-experts layer to prune outside skip={skip!r}: it "
+                       "needs experts in tensors (experts, ..., ...) beside a router with one row per expert")
     return found
 
 # %% ../../nbs/graph/45_experts.ipynb #71ba42a2
@@ -111,65 +113,19 @@ def last_matrices(layer:ExpertLayer)->list: # of names in `layer.experts`
     "The tensors in which an expert's output is linear; raises `BadInput` where that is not known."
     found = [n for n in ("down_proj", "down_proj_bias") if n in layer.experts._parameters]
     if "down_proj" in found and not getattr(layer.experts, "has_post_expert_norm", False): return found
-    raise BadInput(f"the experts of {layer.path!r} have no last matrix called 'down_proj' whose output is added as it is: "
-                   "no gate can act on them; choose a method without gates")
+    raise BadInput(f"the experts of {layer.path!r} have no last matrix called 'down_proj' whose output is added as it "
+                   "is: no gate can act on them; choose a method without gates")
 
-# %% ../../nbs/graph/45_experts.ipynb #256c7ff6
-@space
-class Experts:
-    "Every expert of every mixture-of-experts layer is a unit; a layer keeps at least as many as a token needs."
-    unit = "expert"
+# %% ../../nbs/graph/45_experts.ipynb #0dd7df36
+def stacked_matrices(layer:ExpertLayer)->dict: # {name from the root: Layer}, rows = experts
+    "The matrices of the experts of a layer, all weights of an expert in one row."
+    stacks = [n for n, t in layer.tensors().items() if t.dim() == 3]
+    return {n: Layer(layer.experts, n.rpartition(".")[2], (0, 1, 2)) for n in stacks}
 
-    def __init__(self, model, data=None, skip=(), loss=None):
-        self.model, self.all, self.hooks = model, expert_layers(model, skip), {}
-        stacks = {f"{l.path}.{n}".lstrip("."): (l.experts, n) for l in self.all.values()
-                  for n, p in l.experts.named_parameters(recurse=False) if p.dim() == 3}
-        self.layers = {name: Layer(m, a, (0, 1, 2)) for name, (m, a) in stacks.items()}
-        self.kept = {n: torch.ones(l.count, dtype=torch.bool) for n, l in self.all.items()}
+def expert_size(layer:ExpertLayer)->float: # weights
+    "The number of weights of one expert, with its row of the router."
+    return float(sum(t[0].numel() for t in layer.tensors().values() if isinstance(t, nn.Parameter)))
 
-    def names(self)->list: return list(self.all)
-    def alive(self, name:str)->Tensor: return self.kept[name].to(self.w(name).device)
-    def owned(self, name:str)->dict: return {n: l for n, l in self.layers.items() if l.module is self.all[name].experts}
-
-    def cost(self, name:str)->float:
-        return float(sum(t[0].numel() for t in self.all[name].tensors().values() if isinstance(t, nn.Parameter)))
-
-    def w(self, name:str)->Tensor: # (experts,) L2 norm of all matrices of each expert
-        return torch.stack([l.read().float().square().sum(1) for l in self.owned(name).values()]).sum(0).sqrt()
-
-    def reduce(self, name:str, leaf:dict)->Tensor: # (experts,)
-        return torch.stack([leaf[n].float().sum(1) for n in self.owned(name)]).sum(0)
-
-    def apply(self, solved):
-        new = {n: mask.cpu() for n, (_, mask) in group_pairs(solved)}
-        for n, kept in new.items(): check_enough(self.all[n], kept)
-        for n, kept in new.items():
-            if n in self.hooks: self.hooks.pop(n).remove()
-            self.kept[n] = kept
-            if not kept.all():
-                hook = route_among(kept)
-                self.hooks[n] = self.all[n].router.register_forward_hook(hook, with_kwargs=True)
-
-    @contextmanager
-    def gate(self, factor:Callable): # factor(path) -> (experts,) factors, or None for no gate
-        "While the context is open, each expert adds its factor times what it adds without a gate."
-        with ExitStack() as stack:
-            for name, layer in self.all.items():
-                for p in last_matrices(layer): stack.enter_context(scaled(layer.experts, p, factor, name))
-            yield
-
-    def slices(self)->dict: return expert_slices(self.all, self.kept)
-
-    def remove(self):
-        for hook in self.hooks.values(): hook.remove()
-        remove_experts(self.model, self.all, self.kept)
-
-    @staticmethod
-    def restore(model, plan):
-        found = expert_layers(model)
-        remove_experts(model, {n: found[n] for n in plan.masks}, plan.masks)
-
-# %% ../../nbs/graph/45_experts.ipynb #5f1365a2
 def check_enough(layer:ExpertLayer, kept:Tensor)->None: # (experts,) bool; raises BadInput
     "Refuse to leave fewer experts than the router chooses for a token, and to break up groups of experts."
     groups = [getattr(m, a, 1) for m in (layer.router, layer.parent) for a in ("num_group", "n_group")]
@@ -190,6 +146,7 @@ def scaled(m:nn.Module, tensor:str, factor:Callable, path:str): # yields nothing
         parametrize.remove_parametrizations(m, tensor, leave_parametrized=False)
         for k in [k for k in order if k in m._parameters]: m._parameters[k] = m._parameters.pop(k)
 
+# %% ../../nbs/graph/45_experts.ipynb #e3fd36ad
 def expert_slices(layers:dict, # {path: ExpertLayer}
                   kept:dict,   # {path: (experts,) bool}
     )->dict: # {tensor: {0: kept indices}}, for layers that lose experts
@@ -201,7 +158,7 @@ def remove_experts(model:nn.Module, # changed in place
                    layers:dict,     # {path: ExpertLayer}
                    kept:dict,       # {path: (experts,) bool}
     )->None:
-    "Remove experts with their rows of the router; modules, and the configuration where layers agree, get the new counts."
+    "Remove experts and their rows of the router; modules, and a configuration that one count can express, follow."
     cut(model, expert_slices(layers, kept))
     for layer in layers.values():
         for m in (layer.parent, layer.experts, layer.router): set_counts(m, layer.count)
@@ -213,3 +170,52 @@ def remove_experts(model:nn.Module, # changed in place
         m.config = copy.deepcopy(config)
         set_counts(m.config, *counts)
         set_counts(m, *counts)
+
+# %% ../../nbs/graph/45_experts.ipynb #256c7ff6
+@space
+class Experts:
+    "Every expert of every mixture-of-experts layer is a unit; a layer keeps at least as many as a token needs."
+    unit = "expert"
+
+    def __init__(self, model, data=None, skip=(), loss=None):
+        self.model, self.all, self.hooks = model, expert_layers(model, skip), {}
+        self.layers = {n: l for layer in self.all.values() for n, l in stacked_matrices(layer).items()}
+        self.kept = {n: torch.ones(l.count, dtype=torch.bool) for n, l in self.all.items()}
+
+    def names(self)->list: return list(self.all)
+    def alive(self, name:str)->Tensor: return self.kept[name].to(self.w(name).device)
+    def cost(self, name:str)->float: return expert_size(self.all[name])
+
+    def w(self, name:str)->Tensor: # (experts,) L2 norm of all matrices of each expert
+        owned = stacked_matrices(self.all[name]).values()
+        return torch.stack([l.read().float().square().sum(1) for l in owned]).sum(0).sqrt()
+
+    def reduce(self, name:str, leaf:dict)->Tensor: # (experts,)
+        return torch.stack([leaf[n].float().sum(1) for n in stacked_matrices(self.all[name])]).sum(0)
+
+    def apply(self, solved):
+        new = {n: mask.cpu() for n, (_, mask) in group_pairs(solved)}
+        for n, kept in new.items(): check_enough(self.all[n], kept)
+        for n, kept in new.items():
+            if n in self.hooks: self.hooks.pop(n).remove()
+            self.kept[n], router = kept, self.all[n].router
+            if not kept.all(): self.hooks[n] = router.register_forward_hook(route_among(kept), with_kwargs=True)
+
+    @contextmanager
+    def gate(self, factor:Callable): # factor(path) -> (experts,) factors, or None for no gate
+        "While the context is open, each expert adds its factor times what it adds without a gate."
+        with ExitStack() as stack:
+            for name, layer in self.all.items():
+                for p in last_matrices(layer): stack.enter_context(scaled(layer.experts, p, factor, name))
+            yield
+
+    def slices(self)->dict: return expert_slices(self.all, self.kept)
+
+    def remove(self):
+        for hook in self.hooks.values(): hook.remove()
+        remove_experts(self.model, self.all, self.kept)
+
+    @staticmethod
+    def restore(model, plan):
+        found = expert_layers(model)
+        remove_experts(model, {n: found[n] for n in plan.masks}, plan.masks)

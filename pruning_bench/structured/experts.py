@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from ..core.inputs import BadInput, forward, in_mode, to_device
+from ..core.inputs import BadInput, forward, in_mode
 from ..core.method import Method, register
 from ..core.score import score
 from ..core.stats import provider
