@@ -16,6 +16,7 @@ from .blocks import equal_lists
 from .cost import CostMeter
 from .inputs import Loss, seeded
 from .method import Method
+from .model_checks import check_usable
 from .plan import Plan
 from .recovery import Trainer, infinite_batches
 from .request import prepare_job, resolve_request
@@ -99,6 +100,7 @@ def prune(model:nn.Module, method=None, sparsity=None, data=None, loss:Loss=None
     given = dict(score=score, allocate=allocate, pattern=pattern, solve=solve, schedule=schedule, rule=rule,
                  stages=stages, recover=recover, space=space)
     record, budget = resolve_request(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
+    check_usable(model)
     with restore_on_error(model if restore and isinstance(model, nn.Module) else None):
         job = prepare_job(record, model, budget, data, loss, skip, calibration, seed, settings, stages is None)
         lists = equal_lists(model).values() if job.record.stages.local else ()

@@ -13,6 +13,7 @@ from .cost import CostMeter
 from .driver import run_method
 from .inputs import BadInput, Loss
 from .method import Method
+from .model_checks import check_usable
 from .plan import Plan
 from .recovery import no_preparation, none, no_training
 from .request import prepare_job, resolve_request
@@ -63,6 +64,7 @@ def pruning(model:nn.Module, method, sparsity=None, steps:int=0, data=None, loss
     given = dict(score=score, allocate=allocate, pattern=pattern, schedule=schedule, rule=rule, space=space)
     record, budget = resolve_request(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
     record = adapt_to_user_loop(record, steps, settings)
+    check_usable(model)
     with restore_on_error(model if isinstance(model, nn.Module) else None):
         job = prepare_job(record, model, budget, data, loss, skip, calibration, 0)
         with CostMeter(model) as cost:

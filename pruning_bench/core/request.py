@@ -22,6 +22,7 @@ from .checkpoint import batch_spec, compose_changes, diff_snapshots, snapshot
 from .inputs import BadInput, Loss, as_batches, as_loss, choose, device_of, first_batch, in_mode
 from .inputs import seeded, select_forward, size_of, slice_batch
 from .memory import available_bytes
+from .model_checks import check_other_masks, check_skip, check_zeros_kept
 from .method import PARTS, Method, build
 from .pattern import as_pattern
 from .plan import Plan
@@ -33,6 +34,7 @@ from .stats import PROVIDERS
 def check_request(method:Method, space:Space, data, loss:Loss)->None: # raises BadInput
     "Refuse a request that cannot be met, before any work."
     check_weights(space.model)
+    if space.unit == "weight": check_zeros_kept(space.layers)
     for name, layer in space.layers.items() if space.unit == "weight" else (): method.pattern.check(name, layer)
     if method.solve.unit not in ("any", space.unit):
         raise BadInput(f"solver {method.solve.name!r} updates {method.solve.unit}s, but this space has {space.unit}s: "
@@ -143,6 +145,8 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
     )->Job:
     "Check a request; raises `BadInput` before any work."
     if model is not None or record.space != "examples": check_module(model)
+    skip = check_skip(model, skip)
+    if record.space == "weights": check_other_masks(model, skip)
     check_whole(0, 10**12, calibration=calibration)
     check_whole(-2**63, 2**63 - 1, seed=seed)
     keep, data = (1 - budget.remove if budget.resource else budget.keep(record.pattern)), as_batches(data)

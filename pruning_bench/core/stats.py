@@ -108,6 +108,7 @@ def provider(reads_loss:bool=False, # whether the statistic needs a loss (and so
         return PROVIDERS.add(fn.__name__, made, fn, replaces)
     return mark
 
+# %% ../../nbs/core/03_stats.ipynb #f79ed65a
 @contextmanager
 def unfused_layers(space:Space): # yields nothing
     "Run without the fused kernels of attention and of recurrent layers, which hide their matrix products."
