@@ -27,6 +27,10 @@ class PruningRun:
     training: TrainingState  # how far the training is
     plan: Plan = None        # the decision, after the end of the loop
 
+    def finish(self)->None:
+        "Say that the loop ends before the announced number of steps; the last decision is made as the block is left."
+        self.training.finished = True
+
 # %% ../../nbs/core/19_own_loop.ipynb #9077a369
 def adapt_to_user_loop(record:Method, steps:int, settings:dict)->Method: # the method without its own training
     "The same method for a loop of the user; raises `BadInput` for methods that do not prune inside one training."
@@ -46,14 +50,14 @@ def pruning(model:nn.Module, method, sparsity=None, steps:int=0, data=None, loss
             **settings):
     """Prune inside your own training loop: a context manager that yields a `PruningRun`, which has the plan at the end.
 
-    Raises `BadInput` before work starts, and at the end where the loop was shorter than announced.
+    Raises `BadInput` before work starts, and at the end where the loop was too short to meet the budget.
 
     Parameters
     ----------
     model: pruned in place
     method: a registered name or a `Method` with a rule
     sparsity: fraction of units to remove (default 0.5), a pattern "2:4", or a budget such as {"macs": 0.5}
-    steps: number of optimiser steps that the loop inside will take
+    steps: number of optimiser steps that the loop inside will take; see `PruningRun.finish` for a loop that ends early
     data: batches, only for methods that read some, such as those that remove channels
     loss: as for `prune`, only for methods that read it
     skip: wildcards of parameter names to leave alone
@@ -69,11 +73,11 @@ def pruning(model:nn.Module, method, sparsity=None, steps:int=0, data=None, loss
         job = prepare_job(record, model, budget, data, loss, skip, calibration, 0)
         with CostMeter(model) as cost:
             rule = job.record.rule(job.record, job.keep)
-            with apply_rule(rule, job.space, job.keep, steps, job.record.pattern) as training:
+            with apply_rule(rule, job.space, job.keep, steps, job.record.pattern, job.group) as training:
                 loop = PruningRun(training)
                 yield loop
             if rule.finish: job.space.remove()
             else:
                 record = replace(job.record, rule=None, between=no_training)
-                run_method(record, job.space, job.keep, None, job.calib, loss)
+                run_method(record, job.space, job.keep, None, job.calib, loss, job.run)
         loop.plan = job.report({"steps": steps}, cost())

@@ -105,7 +105,7 @@ def dynamic_sparse_rule(grow,                           # (training, layer) -> g
         def update(training):
             if training.progress >= end: return
             drop_grow_layers(method, training, grow, drop_fraction * annealed(training.progress / end))
-        return Rule(begin=begin, update=update, every=update_interval(method, updates, end))
+        return Rule(begin=begin, update=update, every=update_interval(method, updates, end), end=end)
     return made
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #8a9f2f98
@@ -163,7 +163,7 @@ def granet_rule(density:float, # at the start; 1 is dense
             prune_to_density(method, training, polynomial_decay(keep, done, density))
             part = drop_fraction * (.01 + .99 * ANNEALS["cosine"](training.progress))
             if training.step < training.steps: drop_grow_layers(method, training, gradient_growth, part, math.ceil)
-        return Rule(begin=begin, update=update, every=every)
+        return Rule(begin=begin, update=update, every=every, end=end)
     return made
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #75482f38
@@ -193,11 +193,11 @@ def soft_shrinkage_rule(alpha:float, # factor for weights outside the current ma
         require_no_stats(method)
         def update(training):
             last = max(1, int(training.steps * end))
-            if training.step == last: return prune_to_density(method, training, keep)
+            if training.step == last or training.finished: return prune_to_density(method, training, keep)
             for n, mask in current_masks(method, training, keep).items() if training.step < last else ():
                 weight = training.weight[n].data
                 weight[~training.space.layers[n].tensor(mask)] *= alpha
-        return Rule(update=update)
+        return Rule(update=update, end=end)
     return made
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #3fc67013
