@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['replica_group', 'unwrapped', 'one_random_stream', 'average', 'average_existing', 'gather_batches',
-           'check_replicas_agree', 'check_replicated_space']
+           'check_replicas_agree', 'check_replicated_space', 'same_accumulators']
 
 # %% ../../nbs/core/30_replicas.ipynb #c33498a1
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrize
 from .inputs import BadInput, seeded, to_device
 
 # %% ../../nbs/core/30_replicas.ipynb #acba009f
@@ -68,3 +69,14 @@ def check_replicated_space(unit:str)->None: # the name of a space; raises BadInp
     if unit not in ("weights", "examples"):
         raise BadInput(f"{unit} cannot be removed inside DistributedDataParallel, which keeps the shapes of the "
                        "parameters it was made with: prune the module, then wrap it")
+
+# %% ../../nbs/core/30_replicas.ipynb #37c8ec8d
+@contextmanager
+def same_accumulators(group): # of processes, or None; yields nothing
+    "Parametrise weights so that `DistributedDataParallel`, which was made before, still averages their gradients."
+    own = parametrize._maybe_set
+    def set_to_another(dest, src): # setting a tensor to itself replaces the node that its gradients arrive at
+        if dest is not src: own(dest, src)
+    if group is not None: parametrize._maybe_set = set_to_another
+    try: yield
+    finally: parametrize._maybe_set = own

@@ -20,7 +20,7 @@ from .allocate import round_to_units
 from .inputs import BadInput
 from .mask import record_gradient, set_mask
 from .part import Part, part_factory
-from .replicas import one_random_stream, replica_group
+from .replicas import one_random_stream, replica_group, same_accumulators
 from .rule_steps import average_learned, decide, end_training, separate_copies
 from .pattern import unstructured
 from .space import Space, matrix_to_weight
@@ -214,7 +214,8 @@ def attach_rule(rule:Rule, training:TrainingState, name:str)->Callable: # a func
         if isinstance(layer.module, nn.RNNBase): layer.module._init_flat_weights()   # it lists its weights twice
     if rule.view or rule.gate:
         used = RuleParametrization(layer, used_weight(rule, name), training.state[name], training, name)
-        parametrize.register_parametrization(layer.module, layer.attr, used)
+        with same_accumulators(training.group):
+            parametrize.register_parametrization(layer.module, layer.attr, used)
         separate_copies(layer.module)
     recording = record_gradient(layer.module, layer.attr, record)
     return detach
