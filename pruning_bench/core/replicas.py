@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['replica_group', 'unwrapped', 'one_random_stream', 'average', 'average_existing', 'gather_batches',
-           'check_replicas_agree', 'check_replicated_space', 'same_accumulators']
+           'check_replicas_agree', 'warn_alone', 'check_replicated_space', 'same_accumulators']
 
 # %% ../../nbs/core/30_replicas.ipynb #c33498a1
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 import torch
@@ -63,6 +64,12 @@ def check_replicas_agree(digest:str, group)->None: # raises BadInput
     if len(set(found)) > 1:
         raise BadInput("the processes decided differently, because this method trains copies of its own or reads data "
                        "that differ: prune the module in one process, then wrap it in DistributedDataParallel")
+
+def warn_alone(method)->None: # a `Method`
+    "Warn where several processes decide from data of their own about models that are not wrapped."
+    if not method.needs or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2: return
+    warnings.warn(f"method {method.name!r} reads data, and each of {dist.get_world_size()} processes prunes by its own: "
+                  "pass the model wrapped in DistributedDataParallel, or the same data everywhere", stacklevel=5)
 
 def check_replicated_space(unit:str)->None: # the name of a space; raises BadInput
     "Refuse to remove structure from a replicated model, which would go on reducing gradients of the old shapes."

@@ -27,7 +27,7 @@ from .method import PARTS, Method, build
 from .pattern import as_pattern
 from .plan import Plan
 from .replicas import check_replicas_agree, check_replicated_space, gather_batches
-from .replicas import replica_group, unwrapped
+from .replicas import replica_group, unwrapped, warn_alone
 from .rule_steps import require_finite
 from .space import SPACES, Space
 from .stages import Run, check_stages, whole
@@ -157,7 +157,7 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
     if model is not None or record.space != "examples": check_module(model)
     replica, model = model, unwrapped(model)
     group = replica_group(replica)
-    if group: check_replicated_space(record.space)
+    check_replicated_space(record.space) if group else warn_alone(record)
     skip = check_skip(model, skip)
     if record.space == "weights": check_other_masks(model, skip)
     check_whole(0, 10**12, calibration=calibration)

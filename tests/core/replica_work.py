@@ -1,10 +1,14 @@
 "What one process of the tests of replicas does; a module of its own, because processes are started anew."
+import inspect
+import warnings
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from pruning_bench import BadInput, build, methods, prune, pruning
+from pruning_bench.core.method import METHODS
 
 
 def net(dropout=0.):
@@ -50,9 +54,10 @@ def trained_inside(name, rank, steps=8):
 def pruned(name, rank):
     def work(replica):
         torch.manual_seed(rank)
-        known = build(name)
-        more = {"steps": 4} if known.recover.steps else {}
-        return prune(replica, name, None if known.pattern.fixed else .5, data(rank), F.cross_entropy, **more)
+        known = inspect.signature(METHODS[name].build).parameters
+        more = {k: v for k, v in {"steps": 4, "rounds": 1}.items() if k in known}
+        sparsity = None if build(name).pattern.fixed else .5
+        return prune(replica, name, sparsity, data(rank), F.cross_entropy, **more)
     return outcome(work)
 
 
@@ -61,7 +66,10 @@ def everything(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     table = methods(space="weights").method
     found = {f"loop {n}": trained_inside(n, rank) for n in methods().method if build(n).rule}
-    found |= {f"prune {n}": pruned(n, rank) for n in table if not build(n).recover.steps}
-    found |= {f"prune {n}": pruned(n, rank) for n in ("rigl", "gradual-magnitude", "imp", "l1-filter")}
+    found |= {f"prune {n}": pruned(n, rank) for n in [*table, "l1-filter"]}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for name in ("wanda", "magnitude"): prune(net(), name, .5, data(rank))
+    found["alone"] = [str(w.message) for w in told]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

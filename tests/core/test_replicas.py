@@ -9,7 +9,7 @@ from pruning_bench import build, methods, prune
 from pruning_bench.core.replicas import unwrapped
 
 RULED = [n for n in methods().method if build(n).rule]
-AT_ONCE = [n for n in methods(space="weights").method if not build(n).recover.steps]
+ALL = list(methods(space="weights").method)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_replicas_trained_in_a_loop_stay_equal(found, name):
     assert same(one, two) and one[2] == ["1.weight", "4.weight"]   # names of the module, without a prefix
 
 
-@pytest.mark.parametrize("name", [*AT_ONCE, "rigl", "gradual-magnitude", "imp"])
-def test_replicas_pruned_at_once_stay_equal(found, name):
+@pytest.mark.parametrize("name", ALL)
+def test_replicas_that_prune_stay_equal(found, name):
     one, two = (part[f"prune {name}"] for part in found)
     assert same(one, two)
 
@@ -52,6 +52,12 @@ def test_the_statistics_are_those_of_all_processes(found, name):
     assert found[0][f"prune {name}"][1] == plan.digest
     own = prune(replica_work.net(), name, .5, replica_work.data(0), F.cross_entropy)
     assert own != plan   # the batches of one process alone give another plan
+
+
+def test_processes_that_prune_modules_of_their_own_are_warned_where_data_decide(found):
+    for part in found:
+        [told] = part["alone"]
+        assert "'wanda'" in told and "DistributedDataParallel" in told
 
 
 def test_a_model_that_is_not_wrapped_is_left_as_it_is():
