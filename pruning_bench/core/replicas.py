@@ -68,7 +68,7 @@ def check_replicas_agree(digest:str, group)->None: # raises BadInput
 def warn_alone(method)->None: # a `Method`
     "Warn where several processes decide from data of their own about models that are not wrapped."
     if not method.needs or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2: return
-    warnings.warn(f"method {method.name!r} reads data, and each of {dist.get_world_size()} processes prunes by its own: "
+    warnings.warn(f"method {method.name!r} reads data, and {dist.get_world_size()} processes prune by their own: "
                   "pass the model wrapped in DistributedDataParallel, or the same data everywhere", stacklevel=5)
 
 def check_replicated_space(unit:str)->None: # the name of a space; raises BadInput
