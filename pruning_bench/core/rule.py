@@ -136,7 +136,7 @@ def apply_rule(rule:Rule,    # what happens at every step
                pattern=None, # a `Pattern` that the rule should respect
                group=None,   # the processes that train replicas of the model, or None
     ): # yields the `TrainingState`
-    "Apply a rule to the training inside; raises `BadInput` when that was shorter than announced."
+    "Apply a rule to the training inside; raises `BadInput` when that was too short to meet the budget."
     if space.unit != "weight" and rule.view:
         raise BadInput(f"this rule changes single weights, and the space has {space.unit}s: "
                        "prune weights, or choose a rule with a gate")
