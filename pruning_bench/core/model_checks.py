@@ -69,7 +69,7 @@ STANDARD = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 @torch.no_grad()
 def weight_operands(layer:Layer, w:Tensor)->Iterator: # another weight, shaped like that of the layer -> like it
     "What a layer multiplies by in place of a weight: all operands of its shape."
-    module = copy.deepcopy(layer.module)
+    module = copy.deepcopy(layer.module, {id(layer.weight): None})   # without a second copy of the weight
     module._parameters[layer.attr] = nn.Parameter(w, requires_grad=False)
     with OperandRecorder() as seen: module.forward(layer_input(layer))
     yield from (t for t in seen.operands if t.shape == w.shape)
@@ -116,7 +116,7 @@ def check_skip(model, skip)->list: # the patterns; raises BadInput
     names = [n for n, _ in model.named_modules() if n] if model is not None else []
     names += [n for n, _ in model.named_parameters(remove_duplicate=False)] if model is not None else []
     for pattern in patterns:
-        if any(name_matches(n, pattern) for n in names): continue
+        if any(name_matches(n, pattern.partition("#")[0]) for n in names): continue   # NAME#2: a part of it
         near = near_patterns(pattern, names)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "see model.named_parameters()"
         raise BadInput(f"skip={pattern!r} matches no parameter and no module: {hint}")
