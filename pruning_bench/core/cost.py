@@ -42,6 +42,7 @@ class CostMeter:
     def totals(self)->tuple: return self.forward, self.backward, self.samples
 
     def __deepcopy__(self, memo): return self   # copies of the model are counted by the same meter
+    def __reduce__(self): return CostMeter, (None,)   # a pickled model is counted by nobody
 
     def count(self, module, args, kwargs):
         seen = 1, int(torch.is_grad_enabled()), size_of(args[0] if args else kwargs)

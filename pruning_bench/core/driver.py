@@ -16,8 +16,10 @@ from .blocks import equal_lists
 from .cost import CostMeter
 from .inputs import Loss, seeded
 from .method import Method
+from .model_checks import check_usable
 from .plan import Plan
 from .recovery import Trainer, infinite_batches
+from .replicas import one_random_stream, replica_group
 from .request import prepare_job, resolve_request
 from .restore import restore_on_error
 from .rule import train_with_rule
@@ -37,7 +39,8 @@ def run_method(method:Method, space:Space, # the record, where the units live
                run:Run=Run(),           # what the stages use of the run
     )->None:
     "Prune by a method: one loop for all methods."
-    train = Trainer(space.model, method.recover, None if data is None else infinite_batches(data), loss)
+    trained, group = run.replica or space.model, replica_group(run.replica)
+    train = Trainer(trained, method.recover, None if data is None else infinite_batches(data), loss)
     space.start = method.prepare(method, space, keep, train)
     if method.rule and train_with_rule(method, space, keep, train): return space.remove()
     bar = tqdm(pruning_steps(method.schedule, keep, space), desc="pruning", leave=False, delay=3)
@@ -45,7 +48,8 @@ def run_method(method:Method, space:Space, # the record, where the units live
         ahead = by_shapes(method.allocate, k, space) if method.stages.local else None
         with closing(method.stages.parts(space, calib if method.needs else [], run)) as parts:
             for part, batches in parts:   # a block has no loss of its own
-                prune_part(method, part, k, batches, loss if part.model is space.model else None, ahead)
+                with one_random_stream(group):
+                    prune_part(method, part, k, batches, loss if part.model is space.model else None, ahead)
         if not left: space.remove()
         if not method.rule: method.between(space.model, space.start, train, bar.total, left)
 
@@ -99,6 +103,7 @@ def prune(model:nn.Module, method=None, sparsity=None, data=None, loss:Loss=None
     given = dict(score=score, allocate=allocate, pattern=pattern, solve=solve, schedule=schedule, rule=rule,
                  stages=stages, recover=recover, space=space)
     record, budget = resolve_request(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
+    check_usable(model)
     with restore_on_error(model if restore and isinstance(model, nn.Module) else None):
         job = prepare_job(record, model, budget, data, loss, skip, calibration, seed, settings, stages is None)
         lists = equal_lists(model).values() if job.record.stages.local else ()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BadInput', 'choose', 'optional', 'as_batches', 'is_pair', 'seeded', 'first_batch', 'as_dataset', 'joined_batches',
            'to_device', 'device_of', 'forward', 'output_tensor', 'slice_batch', 'size_of', 'Loss', 'BatchLoss',
-           'batch_loss', 'select_forward', 'as_loss', 'model_loss', 'in_mode']
+           'batch_loss', 'select_forward', 'as_loss', 'model_loss', 'in_mode', 'unfrozen']
 
 # %% ../../nbs/core/00_inputs.ipynb #3efcb091
 import difflib, importlib, random
@@ -196,3 +196,16 @@ def in_mode(model:nn.Module, # any network
     try: yield model
     finally:
         for module, mode in modes.items(): module.training = mode
+
+# %% ../../nbs/core/00_inputs.ipynb #46984b89
+@contextmanager
+def unfrozen(model, # any network, or None
+    ): # yields the model
+    "Let every floating-point parameter require a gradient inside, and restore the flag of each afterwards."
+    flags = {p: p.requires_grad for p in model.parameters()} if model is not None else {}
+    flags = {p: flag for p, flag in flags.items() if p.is_floating_point() and not p.is_inference()}
+    try:
+        for p in flags: p.requires_grad_(True)
+        yield model
+    finally:
+        for p, flag in flags.items(): p.requires_grad_(flag)

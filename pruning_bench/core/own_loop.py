@@ -13,6 +13,7 @@ from .cost import CostMeter
 from .driver import run_method
 from .inputs import BadInput, Loss
 from .method import Method
+from .model_checks import check_usable
 from .plan import Plan
 from .recovery import no_preparation, none, no_training
 from .request import prepare_job, resolve_request
@@ -25,6 +26,10 @@ class PruningRun:
     "A training in a loop of the user."
     training: TrainingState  # how far the training is
     plan: Plan = None        # the decision, after the end of the loop
+
+    def finish(self)->None:
+        "Say that the loop ends before the announced number of steps; the last decision is made as the block is left."
+        self.training.finished = True
 
 # %% ../../nbs/core/19_own_loop.ipynb #9077a369
 def adapt_to_user_loop(record:Method, steps:int, settings:dict)->Method: # the method without its own training
@@ -45,14 +50,14 @@ def pruning(model:nn.Module, method, sparsity=None, steps:int=0, data=None, loss
             **settings):
     """Prune inside your own training loop: a context manager that yields a `PruningRun`, which has the plan at the end.
 
-    Raises `BadInput` before work starts, and at the end where the loop was shorter than announced.
+    Raises `BadInput` before work starts, and at the end where the loop was too short to meet the budget.
 
     Parameters
     ----------
     model: pruned in place
     method: a registered name or a `Method` with a rule
     sparsity: fraction of units to remove (default 0.5), a pattern "2:4", or a budget such as {"macs": 0.5}
-    steps: number of optimiser steps that the loop inside will take
+    steps: number of optimiser steps that the loop inside will take; see `PruningRun.finish` for a loop that ends early
     data: batches, only for methods that read some, such as those that remove channels
     loss: as for `prune`, only for methods that read it
     skip: wildcards of parameter names to leave alone
@@ -63,15 +68,16 @@ def pruning(model:nn.Module, method, sparsity=None, steps:int=0, data=None, loss
     given = dict(score=score, allocate=allocate, pattern=pattern, schedule=schedule, rule=rule, space=space)
     record, budget = resolve_request(method, {k: v for k, v in given.items() if v is not None}, settings, sparsity)
     record = adapt_to_user_loop(record, steps, settings)
+    check_usable(model)
     with restore_on_error(model if isinstance(model, nn.Module) else None):
         job = prepare_job(record, model, budget, data, loss, skip, calibration, 0)
         with CostMeter(model) as cost:
             rule = job.record.rule(job.record, job.keep)
-            with apply_rule(rule, job.space, job.keep, steps, job.record.pattern) as training:
+            with apply_rule(rule, job.space, job.keep, steps, job.record.pattern, job.group) as training:
                 loop = PruningRun(training)
                 yield loop
             if rule.finish: job.space.remove()
             else:
                 record = replace(job.record, rule=None, between=no_training)
-                run_method(record, job.space, job.keep, None, job.calib, loss)
+                run_method(record, job.space, job.keep, None, job.calib, loss, job.run)
         loop.plan = job.report({"steps": steps}, cost())

@@ -63,7 +63,11 @@ def finetune(steps:int=100,         # optimiser steps of the whole budget
     "Fine-tuning with a cosine-decayed learning rate; the mask holds throughout."
     def train(model, data, loss, part=1., since=None):
         total = max(1, round(steps * part)) if since is None else steps
-        opt = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad], lr, weight_decay)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise BadInput(f"every parameter of {type(model).__name__} is frozen and {label} would change nothing: "
+                           "set requires_grad for the layers to train, or choose a method without training")
+        opt = OPTIMIZERS[optimizer](trained, lr, weight_decay)
         ramp = max(1, round(total * warmup))
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(1, total - ramp))
         plan = cosine if not warmup else torch.optim.lr_scheduler.SequentialLR(
@@ -85,7 +89,7 @@ def fit(model:nn.Module, data:Iterable, loss:Loss, # `loss(model, batch)` -> sca
     )->None:
     "The training loop of every recovery; raises `FloatingPointError` when the loss is no longer finite."
     if data is None: raise BadInput("training needs data: pass data=, a loader of training batches")
-    with in_mode(model, True):
+    with in_mode(model, True), torch.enable_grad():
         batches = itertools.islice(infinite_batches(data), steps)
         for batch in tqdm(batches, total=steps, desc=label, leave=False, delay=3):
             opt.zero_grad(set_to_none=True)

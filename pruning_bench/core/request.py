@@ -22,9 +22,13 @@ from .checkpoint import batch_spec, compose_changes, diff_snapshots, snapshot
 from .inputs import BadInput, Loss, as_batches, as_loss, choose, device_of, first_batch, in_mode
 from .inputs import seeded, select_forward, size_of, slice_batch
 from .memory import available_bytes
+from .model_checks import check_other_masks, check_skip, check_zeros_kept
 from .method import PARTS, Method, build
 from .pattern import as_pattern
 from .plan import Plan
+from .replicas import check_replicas_agree, check_replicated_space, gather_batches
+from .replicas import replica_group, unwrapped, warn_alone
+from .rule_steps import require_finite
 from .space import SPACES, Space
 from .stages import Run, check_stages, whole
 from .stats import PROVIDERS
@@ -33,6 +37,7 @@ from .stats import PROVIDERS
 def check_request(method:Method, space:Space, data, loss:Loss)->None: # raises BadInput
     "Refuse a request that cannot be met, before any work."
     check_weights(space.model)
+    if space.unit == "weight": check_zeros_kept(space.layers)
     for name, layer in space.layers.items() if space.unit == "weight" else (): method.pattern.check(name, layer)
     if method.solve.unit not in ("any", space.unit):
         raise BadInput(f"solver {method.solve.name!r} updates {method.solve.unit}s, but this space has {space.unit}s: "
@@ -124,17 +129,24 @@ class Job:
     run: Run = Run()                             # what the stages use of the run
     notes: dict = field(default_factory=dict)    # further entries of the provenance
 
+    @property
+    def group(self): return replica_group(self.run.replica)   # the processes that train replicas, or None
+
     def report(self, extra:dict, # further entries of the provenance
                cost:dict         # the figures of the cost meter
         )->Plan:
-        "The plan of the finished work."
+        "The plan of the finished work; raises `BadInput` for weights that are no longer finite."
+        named = self.space.model.named_parameters() if self.space.model is not None else ()
+        require_finite({f"the parameter {n!r}": p for n, p in named}, "at the end")
         masks = {n: self.space.alive(n).cpu() for n in self.space.names()}
         counts = {n: int(m.sum()) for n, m in masks.items()}
         met = budget_report(self.bound, counts) if self.bound is not None else {}
         skip = [self.skip] if isinstance(self.skip, str) else list(self.skip)
         provenance = {**self.record.provenance, "skip": skip, "settings": self.settings, **self.notes, **extra}
         origin = architecture_delta(self.space.model, self.before, self.data)
-        return Plan(self.record.space, masks, provenance, self.keep, cost, self.space.slices(), met, *origin)
+        plan = Plan(self.record.space, masks, provenance, self.keep, cost, self.space.slices(), met, *origin)
+        if self.group: check_replicas_agree(plan.digest, self.group)
+        return plan
 
 # %% ../../nbs/core/27_request.ipynb #931a943f
 def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, calibration:int, seed:int, # as for `prune`
@@ -143,6 +155,11 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
     )->Job:
     "Check a request; raises `BadInput` before any work."
     if model is not None or record.space != "examples": check_module(model)
+    replica, model = model, unwrapped(model)
+    group = replica_group(replica)
+    check_replicated_space(record.space) if group else warn_alone(record)
+    skip = check_skip(model, skip)
+    if record.space == "weights": check_other_masks(model, skip)
     check_whole(0, 10**12, calibration=calibration)
     check_whole(-2**63, 2**63 - 1, seed=seed)
     keep, data = (1 - budget.remove if budget.resource else budget.keep(record.pattern)), as_batches(data)
@@ -153,9 +170,11 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
         bound = prepare_budget(units, budget) if budget.resource else None
         if bound: record = replace(record, allocate=budgeted_allocator(record.allocate, bound))
         given, calib = {k: repr(v) for k, v in (settings or {}).items()}, list(take_samples(data, calibration))
-        run, notes = Run(select_forward(loss)), {}
+        if group: calib = gather_batches(take_samples(data, -(-calibration // group.size())), group)
+        run, notes = Run(select_forward(loss), replica=replica), {}
         if record.stages.reads_run:
-            run = Run(run.call, request_of(record, units, keep, seed, given), schedule_length(record, keep))
+            request = request_of(record, units, keep, seed, given)
+            run = replace(run, request=request, steps=schedule_length(record, keep))
         if any_stages: record, notes = stages_that_fit(record, units, calib, run)
         check_stages(record, units, calib if record.needs else [], run)
         before = snapshot(model) if model is not None else None

@@ -8,28 +8,35 @@ __all__ = ['TrainingState', 'optimizer_buffers', 'update_mask', 'layer_fractions
            'attach_rule', 'used_weight', 'gated_weight', 'RuleMaker', 'rule_maker', 'as_rule', 'train_with_rule']
 
 # %% ../../nbs/core/13_rule.ipynb #9d647fbc
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from .allocate import round_to_units
 from .inputs import BadInput
 from .mask import record_gradient, set_mask
 from .part import Part, part_factory
+from .replicas import one_random_stream, replica_group, same_accumulators
+from .rule_steps import average_learned, decide, end_training, separate_copies
 from .pattern import unstructured
 from .space import Space, matrix_to_weight
 
 # %% ../../nbs/core/13_rule.ipynb #6bb2cd6f
 class TrainingState:
     "The state of a training under a rule: the space, the budget, the progress, and the state of the rule."
-    def __init__(self, space:Space, keep:float, steps:int, pattern=None):
-        self.space, self.keep, self.steps, self.pattern = space, keep, steps, pattern
+    def __init__(self, space:Space, keep:float, steps:int, pattern=None, group=None):
+        self.space, self.keep, self.steps, self.pattern, self.group = space, keep, steps, pattern, group
         self.step, self.optimizers, self.state, self.gradients, self.uncovered_ids = 0, {}, {}, {}, set()
         self.allowed = {n: space.alive(n).clone() for n in space.names()}   # what was pruned before stays pruned
         self.weight = {n: layer.weight for n, layer in space.layers.items()}
+        self.finished = False   # whether the user has ended it before the announced number of steps
+
+    def __deepcopy__(self, memo): # what a copy of the model keeps: the progress at that moment
+        return memo.setdefault(id(self), copy.copy(self))
 
     @property
     def names(self)->list: return list(self.allowed)
@@ -106,17 +113,18 @@ class Rule:
     every: int = 1           # optimiser steps between two updates
     inside: Callable = None  # training -> context manager around the training
     finish: Callable = keep_masks   # training -> {group: (w, mask)}; None = the rule does not decide
+    end: float = 1.          # fraction of the training after which the budget is met, so that the loop may stop
 
 class RuleParametrization(nn.Module):
     "A parametrisation: the weight that the network uses, in the form its layer stores it."
     def __init__(self, layer, fn, state:dict, training:TrainingState, name:str):
         super().__init__()
-        self.shape, self.perm, self.state = layer.shape, layer.perm, state
-        self.fn = lambda w, state: fn(w, state, training).masked_fill(~training.allowed[name], 0)
+        self.shape, self.perm, self.state, self.progress = layer.shape, layer.perm, state, training
+        self.fn = lambda w, state, training: fn(w, state, training).masked_fill(~training.allowed[name], 0)
         self.trained = nn.ParameterDict({k: v for k, v in state.items() if isinstance(v, nn.Parameter)})
 
     def forward(self, w):
-        seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained})
+        seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained}, self.progress)
         return torch.empty_like(w).copy_(matrix_to_weight(seen, self.shape, self.perm))   # same dtype, memory format
 
 # %% ../../nbs/core/13_rule.ipynb #20e46941
@@ -126,28 +134,29 @@ def apply_rule(rule:Rule,    # what happens at every step
                keep:float,   # fraction to keep
                steps:int,    # optimiser steps of the training inside the context
                pattern=None, # a `Pattern` that the rule should respect
+               group=None,   # the processes that train replicas of the model, or None
     ): # yields the `TrainingState`
-    "Apply a rule to the training inside; raises `BadInput` when that was shorter than announced."
+    "Apply a rule to the training inside; raises `BadInput` when that was too short to meet the budget."
     if space.unit != "weight" and rule.view:
         raise BadInput(f"this rule changes single weights, and the space has {space.unit}s: "
                        "prune weights, or choose a rule with a gate")
-    training = TrainingState(space, keep, steps, pattern)
+    training = TrainingState(space, keep, steps, pattern, group)
     space.apply({n: (space.w(n), training.allowed[n]) for n in training.names})
-    rule.begin(training)
-    training.state = {n: rule.state(training.w(n), training) for n in training.names}
+    with one_random_stream(group):
+        rule.begin(training)
+        training.state = {n: rule.state(training.w(n), training) for n in training.names}
     with ExitStack() as stack:
         stack.callback(register_optimizer_step_post_hook(make_step_hook(rule, training)).remove)
         for name in training.names if space.unit == "weight" else ():
             stack.callback(attach_rule(rule, training, name))
         if space.unit != "weight": stack.enter_context(register_rule_parameters(space.model, training.state))
+        if group: stack.callback(register_optimizer_step_pre_hook(average_learned(training)).remove)
         if rule.gate and space.unit != "weight":
             stack.enter_context(space.gate(lambda n: rule.gate(n, training.state[n], training)))
         if rule.inside: stack.enter_context(rule.inside(training))
         yield training
     check_optimizer_covers(training)
-    if training.step < steps:
-        raise BadInput(f"the training took {training.step} optimiser steps and {steps} were announced: "
-                       "give the number it really takes")
+    end_training(rule, training)
     if rule.finish:
         final = rule.finish(training).items()
         space.apply({n: (w, mask & training.allowed[n]) for n, (w, mask) in final})
@@ -179,7 +188,7 @@ def make_step_hook(rule:Rule, training:TrainingState)->Callable: # a hook for op
         if max(taken.values()) == training.step: return   # the second optimiser of the same step
         if training.step: check_optimizer_covers(training)
         training.step += 1
-        if training.step % rule.every == 0: rule.update(training)
+        if training.step % rule.every == 0: decide(rule, training)
         training.gradients.clear()
     return tick
 
@@ -205,7 +214,9 @@ def attach_rule(rule:Rule, training:TrainingState, name:str)->Callable: # a func
         if isinstance(layer.module, nn.RNNBase): layer.module._init_flat_weights()   # it lists its weights twice
     if rule.view or rule.gate:
         used = RuleParametrization(layer, used_weight(rule, name), training.state[name], training, name)
-        parametrize.register_parametrization(layer.module, layer.attr, used)
+        with same_accumulators(training.group):
+            parametrize.register_parametrization(layer.module, layer.attr, used)
+        separate_copies(layer.module)
     recording = record_gradient(layer.module, layer.attr, record)
     return detach
 
@@ -242,5 +253,6 @@ def as_rule(value, # a `RuleMaker`, a `Rule`, or a function (method, keep) -> Ru
 def train_with_rule(method, space:Space, keep:float, train)->bool: # whether the rule has decided
     "Spend the whole training budget under the rule of a method."
     rule = method.rule(method, keep)
-    with apply_rule(rule, space, keep, train.steps, method.pattern): train(1.)
+    group = replica_group(getattr(train, "model", None))
+    with apply_rule(rule, space, keep, train.steps, method.pattern, group): train(1.)
     return rule.finish is not None

@@ -20,6 +20,7 @@ class Run:
     call: Callable = forward   # (model, batch) -> output: how the network is run once
     request: dict = field(default_factory=dict)   # {"method": text, ...}: two runs with one request decide alike
     steps: int = 1             # steps of the schedule
+    replica: object = None     # the model as it is trained, where that is not the module itself
 
 @dataclass(frozen=True, eq=False)
 class Stages(Part):

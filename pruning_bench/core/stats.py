@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from .inputs import (BadInput, BatchLoss, Loss, as_loss, in_mode, select_forward, size_of,
-                                       slice_batch)
+                                       slice_batch, unfrozen)
 from .mask import mask_gradients
 from .part import Part
 from .registry import Registry
@@ -92,6 +92,9 @@ class Provider(Part):
     layerwise: bool = False    # whether the statistic of a layer follows from the inputs of that layer alone
     size: Callable = None      # layer -> numbers held for it; None = no more than the layer has weights
 
+    def __call__(self, space, *args, **kwargs): # frozen weights have statistics as well
+        with unfrozen(space.model): return super().__call__(space, *args, **kwargs)
+
 PROVIDERS = Registry("statistic")   # name -> Provider
 
 def provider(reads_loss:bool=False, # whether the statistic needs a loss (and so, usually, labels)
@@ -105,6 +108,7 @@ def provider(reads_loss:bool=False, # whether the statistic needs a loss (and so
         return PROVIDERS.add(fn.__name__, made, fn, replaces)
     return mark
 
+# %% ../../nbs/core/03_stats.ipynb #f79ed65a
 @contextmanager
 def unfused_layers(space:Space): # yields nothing
     "Run without the fused kernels of attention and of recurrent layers, which hide their matrix products."

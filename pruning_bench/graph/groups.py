@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from ..core.inputs import BadInput, first_batch, forward, select_forward
+from ..core.inputs import BadInput, forward, select_forward
 from ..core.space import name_matches, group_pairs, space
+from .branches import example_batch, trace_branches
 from .gates import gated
 from .group_views import draw_groups, group_tree, groups_html, groups_table, plot_groups
 from .surgery import (cut_and_compare, cut_checked, error_line, kept_slices, mask_slices,
@@ -257,12 +258,11 @@ class Channels:
     unit = "channel"
 
     def __init__(self, model, data=None, skip=(), loss=None, residual=False):
-        self.model, self.batch, self.run = model, first_batch(data) if data is not None else None, select_forward(loss)
-        if self.batch is None:
-            raise BadInput("channels need data=, at least one batch: a forward pass shows which channels are coupled")
+        self.model, self.batch, self.run = model, example_batch(data), select_forward(loss)
         try: self.coupling = dependency_groups(model, self.batch, self.run)
         except Exception as e:
             raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
+        self.coupling = trace_branches(self, data, skip, dependency_groups)
         self.example = subset(model, self.batch, self.run)
         self.groups = prunable_groups(self, skip, residual)
         self.kept = {n: torch.ones(len(g), dtype=torch.bool) for n, g in self.groups.items()}

@@ -16,6 +16,7 @@ from ..core.recovery import finetune
 from ..core.rule import masks_from_scores, rule_maker
 from ..core.schedule import polynomial_decay, ramped_density
 from ..core.stats import PROVIDERS
+from ..graph.norms import weight_norm_scale
 from . import filters   # noqa: F401, registers the statistic `fpgm`
 from .sparse_training import group_norms, select_channels, penalty_rule
 
@@ -28,7 +29,8 @@ def zero_filters(space, keep:dict, # {group: bool mask}
     for n, m in keep.items():
         for p, d in space.groups[n].produces:
             index = torch.as_tensor(space.groups[n].members[p, d], device=own[p].device)
-            own[p].data.index_fill_(d, index[~m.to(own[p].device)].flatten(), 0)
+            scale = weight_norm_scale(space.model, p, d)   # a direction of zeros would be divided by its length
+            own[scale or p].data.index_fill_(d, index[~m.to(own[p].device)].flatten(), 0)
 
 # %% ../../nbs/structured/55_soft_filters.ipynb #ddff6742
 def filter_norm(space)->dict: # {group: (units,)}

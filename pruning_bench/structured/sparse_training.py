@@ -64,12 +64,12 @@ def penalty_rule(penalise,       # (training, method) -> nothing, after every st
             training.space.apply({n: (training.w(n), training.state[n]["mask"]) for n in training.names})
         def selected(training): return "mask" in training.state[training.names[0]]
         def update(training):
-            if not selected(training): penalise(training, method)
+            if not selected(training) and not training.finished: penalise(training, method)
             if not selected(training) and training.progress >= prune_at: fix_masks(training)
         def finish(training):
             if not selected(training): fix_masks(training)
             return {n: (training.w(n), training.state[n]["mask"]) for n in training.names}
-        return Rule(begin=begin, gate=gate, update=update, finish=finish)
+        return Rule(begin=begin, gate=gate, update=update, finish=finish, end=prune_at)
     return rule
 
 # %% ../../nbs/structured/48_sparse_training.ipynb #c351046f

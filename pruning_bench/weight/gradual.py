@@ -59,7 +59,8 @@ def scheduled_rule(): # a function (method, keep) -> Rule
         way = method.schedule(keep)
         def now(training):
             prune_to_density(method, training, way[min(training.step * len(way) // training.steps, len(way) - 1)])
-        return Rule(begin=now, update=now, every=max(1, method.recover.steps // len(way)))
+        every, end = max(1, method.recover.steps // len(way)), way.index(way[-1]) / len(way)
+        return Rule(begin=now, update=now, every=every, end=end)
     return rule
 
 # %% ../../nbs/weight/22_gradual.ipynb #cb68bcf1

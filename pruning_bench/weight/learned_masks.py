@@ -9,6 +9,7 @@ __all__ = ['chosen_masks', 'sigmoid_masked', 'soft_mask_rule', 'pdp', 'threshold
 
 # %% ../../nbs/weight/29_learned_masks.ipynb #0e16e927
 from contextlib import contextmanager
+from dataclasses import replace
 import torch
 from torch import nn, Tensor
 from ..core.allocate import global_, uniform, topk_mask
@@ -60,7 +61,7 @@ def soft_mask_rule(tau:float,   # temperature, in medians of the squared weights
                 t = magnitude_threshold(s, masks[n], pattern.divides[1] if pattern.fixed else s.numel())
                 training.state[n].update(t=ramp * t if pattern.fixed else t, tau=scale[n], mask=masks[n])
         def view(w, state, training): return sigmoid_masked(w, state["t"], state["tau"]) if state else w
-        return Rule(view=view, update=update, finish=chosen_masks)
+        return Rule(view=view, update=update, finish=chosen_masks, end=end)
     return rule
 
 @register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "weight",
@@ -110,7 +111,7 @@ def soft_threshold_rule(start:float, # fraction of the training before the densi
             masks = masks_from_scores(training, found, layer_fractions(training, found, keep, global_))
             cuts = {n: training.state[n]["s"].detach().sigmoid() for n in training.names}
             return {n: (soft_threshold(training.w(n), cuts[n]), masks[n]) for n in training.names}
-        return Rule(state=state, view=view, update=update, finish=finish)
+        return Rule(state=state, view=view, update=update, finish=finish, end=end)
     return rule
 
 # %% ../../nbs/weight/29_learned_masks.ipynb #c9a93e8c
@@ -160,7 +161,8 @@ def movement_rule(start:float, # fraction of the training before the density fal
             return masks_from_scores(training, scores,
                                      layer_fractions(training, scores,
                                                      ramped_density(keep, training.progress, start, end), uniform))
-        return learned_score_rule(first, lambda w, state, training: straight_through_mask(w, state), select)
+        learned = learned_score_rule(first, lambda w, state, training: straight_through_mask(w, state), select)
+        return replace(learned, end=end)
     return rule
 
 @register("Movement Pruning: Adaptive Sparsity by Fine-Tuning", "arXiv:2005.07683", 2020, "weight")

@@ -1,5 +1,7 @@
 """Every method that prunes inside one training prunes inside a loop of the user; an interruption leaves no trace."""
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -222,3 +224,105 @@ def test_accumulated_gradients_and_clipping_are_your_business():
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
             opt.step()
     assert p.training.step == 4 and p.plan.density == .5
+
+
+WEIGHTS = [n for n in INSIDE if RULED[n].space == "weights"]
+
+
+def exact(plan, keep=.5):
+    return sum(int(m.sum()) for m in plan.masks.values()) == count_to_keep(keep, sum(m.numel() for m in
+                                                                                       plan.masks.values()))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 12])
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_loop_may_say_that_it_ends(name, steps):
+    net, data = OWN[RULED[name].space](), pixels()
+    read = data if RULED[name].space == "channels" else None
+    with pruning(net, name, **request(name), steps=12, data=read, loss=F.cross_entropy) as p:
+        loop(net, data, steps)
+        p.finish()
+    assert not any(parametrize.is_parametrized(m) for m in net.modules()) and torch.isfinite(net(data[0][0])).all()
+    if RULED[name].space == "weights":
+        assert exact(p.plan) and all(torch.equal(m, p.plan.masks[n]) for n, m in masks_of(net).items())
+    else:
+        kept = {n: (int(m.sum()), m.numel()) for n, m in p.plan.masks.items()}
+        assert abs(sum(a for a, _ in kept.values()) - .5 * sum(b for _, b in kept.values())) <= len(kept)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_loop_that_ends_after_the_schedule_keeps_everything_and_before_it_nothing(name):
+    record, data, steps = RULED[name], pixels(), 40
+    read = data if record.space == "channels" else None
+    made = []
+
+    def run(taken):
+        net = OWN[record.space]()
+        with pruning(net, name, **request(name), steps=steps, data=read, loss=F.cross_entropy) as p:
+            loop(net, data, taken)
+        made.append(net)
+        return p.plan
+
+    ends = {"gradual-magnitude": 19 / 30, "rigl": .75, "set": .75, "granet": .7, "pdp": .5, "str": .7, "movement": .7,
+            "slimming": .7}
+    end = ends.get(name, 1.)
+    with pytest.raises(BadInput, match="took 1 optimiser steps and 40 were announced.*call finish"):
+        run(1)
+    if end < 1:
+        plan = run(39)
+        assert exact(plan) if record.space == "weights" else plan.density < .8
+        assert record.space != "weights" or masks_of(made[-1])
+        with pytest.raises(BadInput, match=f"needs {round(end * steps + .49)} of them"):
+            run(int(end * steps) - 1)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_one_gradient_that_is_not_a_number_is_refused_and_undone(name, at):
+    net, data = plain(), pixels()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(BadInput, match="not finite"):
+        with pruning(net, name, **request(name), steps=8, loss=F.cross_entropy):
+            opt = torch.optim.SGD(net.parameters(), .05, momentum=.9)
+            for step in range(8):
+                x, y = data[step % 2]
+                opt.zero_grad(); F.cross_entropy(net(x), y).backward()
+                reached = [p.grad for p in net.parameters() if p.grad is not None]
+                if step == at: reached[-1].fill_(torch.nan)
+                opt.step()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and not masks_of(net)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_infinite_weights_are_refused(name):
+    net, data = plain(), pixels()
+    with pytest.raises(BadInput, match="not finite"):
+        with pruning(net, name, **request(name), steps=4, loss=F.cross_entropy):
+            loop(net, data, 3)
+            for p in net.parameters():
+                if p.dim() == 1: p.data[0] = torch.inf   # an overflow that no forward pass has seen yet
+            opt = torch.optim.SGD(net.parameters(), 0.)
+            for p in net.parameters(): p.grad = torch.zeros_like(p)
+            opt.step()
+    assert traces(net) == traces(plain())
+
+
+PICKLED = ("gradual-magnitude", "rigl", "set", "granet", "iss")   # PyTorch pickles no parametrised module
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_copies_from_inside_a_loop_work_after_it(name):
+    net, data = OWN[RULED[name].space](), pixels()
+    read = data if RULED[name].space == "channels" else None
+    x, y = data[0]
+    with pruning(net, name, **request(name), steps=6, data=read, loss=F.cross_entropy):
+        loop(net, data, 3)
+        net.eval()
+        copied, expected = copy.deepcopy(net), net(x).detach()
+        if name in PICKLED: assert torch.equal(pickle.loads(pickle.dumps(net))(x), expected)
+        loop(net, data, 3)
+    if RULED[name].space == "weights": assert torch.equal(copied(x), expected)
+    opt = torch.optim.SGD(copied.parameters(), .1)
+    F.cross_entropy(copied(x), y).backward()
+    opt.step()
+    assert torch.isfinite(copy.deepcopy(copied)(x)).all() and torch.isfinite(net(x)).all()
