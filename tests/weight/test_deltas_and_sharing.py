@@ -75,6 +75,42 @@ def test_zero_deltas_are_the_base(net):
         finetune(3, 0.)(model, data(), F.cross_entropy)
     assert same(model, base)
 
+def normed(dtype=torch.float32, seed=0):
+    with seeded(seed):
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                             nn.LayerNorm(256), nn.Linear(256, 12), nn.ReLU(), nn.Linear(12, 10)).to(dtype)
+
+@pytest.mark.parametrize("skip", [(), ("0.*",)], ids=["all layers", "a layer left out"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_patch_has_all_that_trained(optimizer, skip):
+    model, base = normed(), normed()
+    before = copy.deepcopy(base)
+    with apply_rule(sft(update_every=5, window=2), Weights(model, skip=skip), .1, 20) as training:
+        finetune(20, 1e-2, optimizer, weight_decay=.1)(model, data(), F.cross_entropy)
+    patch = extract_patch(training)
+    undo = swap_patch(base, patch)
+    assert same(model, base)
+    x = data()[0][0]
+    assert all(torch.equal(a(x), b(x)) for a, b in [(model.train(), base.train()), (model.eval(), base.eval())])
+    dense = {"0.bias", "1.weight", "1.running_mean", "1.num_batches_tracked", "4.weight", "5.bias"}
+    assert dense <= set(patch) and len(patch["5.weight"][0]) < 256 * 12 / 5
+    base = normed()
+    swap_patch(base, patch)
+    swap_patch(base, undo)
+    assert same(before, base)
+
+def test_frozen_weights_rest_under_zeroed_gradients():
+    model = mlp()
+    for p in model.parameters(): p.grad = torch.ones_like(p)   # left from an earlier training
+    with apply_rule(sft(update_every=5, window=2), Weights(model), .1, 8) as training:
+        before = {n: w.detach().clone() for n, w in training.weight.items()}
+        opt = torch.optim.SGD(model.parameters(), .1, momentum=.9, weight_decay=.1)
+        for x, y in data() * 2:
+            opt.zero_grad(set_to_none=False)
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+        assert all(torch.equal(w, before[n]) for n, w in training.weight.items())
+
 @each_net
 def test_patches_come_off_without_a_trace(net):
     model, base = net(), net()
