@@ -7,12 +7,13 @@ __all__ = ['imp', 'late_rewinding', 'imp_late', 'rewind_lr', 'imp_lr', 'mask_iou
            'linear_interpolation', 'error_barrier']
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #1526e5f6
-import copy, itertools
+import copy
 from torch import nn
 from ..core.allocate import global_
 from ..core.inputs import BadInput
 from ..core.method import Method, register
-from ..core.recovery import Preparation, train_before_pruning, finetune, rewind, recalibrate_bn, state_copy
+from ..core.recovery import (Preparation, train_before_pruning, finetune, rewind, rewind_data,
+                                         recalibrate_bn, state_copy)
 from ..core.schedule import geometric
 from ..core.score import magnitude
 
@@ -46,7 +47,7 @@ def late_rewinding(part:float, # of the training that is not repeated
         return start
     def go_back_late(model, start, train, n, left):
         model.load_state_dict(start)
-        for _ in itertools.islice(train.data, round(part * train.steps)): pass
+        rewind_data(train, round(part * train.steps))
         train(1 - part, since=part)
     prepare = Preparation(train_in_two_pieces, "train_in_two_pieces", {"rewind_to": part}, trains=True)
     return prepare, go_back_late
