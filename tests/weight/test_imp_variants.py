@@ -1,5 +1,6 @@
 "Late rewinding, linear mode connectivity, soups, PQ index, inactive units: exact invariants, orders over three seeds."
 import copy
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -357,7 +358,36 @@ def test_the_pace_decides_where_the_index_brakes():
     steps = pruning_steps(pq_schedule(4), .1, ones)
     assert next(steps)[0] == pytest.approx(.1 ** .25)   # nothing can go, so an even pace; the fake weights never change
     assert [k for k, _, _ in steps][-1] == .1
-    assert run(mlp(), "sap", .95, rounds=3, steps=4) == run(mlp(), "imp", .95, rounds=3, steps=4)
+    with pytest.warns(UserWarning, match="index decided none of them") as said:
+        assert run(mlp(), "sap", .95, rounds=3, steps=4) == run(mlp(), "imp", .95, rounds=3, steps=4)
+    assert len(said) == 1
+
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_without_a_target_the_index_decides_every_round(scope):
+    densities, wanted = [], []
+    def look(model, start, train, n, left):
+        assert n == 3
+        densities.append(total(masks_of(model)))
+        rewind(model, start, train, n, left)
+        groups = {"global": lambda ws: [torch.cat([w.flatten() for w in ws])[None]],
+                  "layer": lambda ws: [w.view(1, -1) for w in ws],
+                  "row": lambda ws: ws}[scope]([w.detach() for w in model.parameters() if w.dim() > 1])
+        wanted.append(densities[-1] - sum(int(prunable_counts(g).sum()) for g in groups))
+    record = build("sap", scope=scope, rounds=3, target=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = run(mlp(), replace(record, between=look, recover=finetune(4, 1e-2)), .95)
+    assert len(densities) == 3 and densities[1:] == wanted[:-1] and total(plan.masks) == densities[-1]
+    assert plan.density > .2
+    stopped = run(mlp(), "sap", .2, scope=scope, rounds=30, steps=4, target=False)   # the sparsity is a limit
+    assert total(stopped.masks) == round(.8 * sum(m.numel() for m in stopped.masks.values()))
+    assert stopped.cost["backward"] < 4 * 31
+
+def test_where_the_index_decides_a_round_nothing_is_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = run(mlp(), "sap", .4, rounds=40, steps=4)
+    assert plan != run(mlp(), "imp", .4, rounds=40, steps=4)
 
 
 # silent units
