@@ -16,6 +16,7 @@ from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.recovery import OPTIMIZERS, finetune
 from pruning_bench.core.space import Weights, prunable_layers
+from pruning_bench.weight import deltas_and_sharing
 from pruning_bench.weight.deltas_and_sharing import (equal_memory_count, pool_assignment, accumulate_gradients,
                                                      extract_patch, reassign_deltas, sft, stable_rps, swap_patch)
 
@@ -150,6 +151,16 @@ def test_relocation_by_hand():
         c, s, _ = training(ears)
         reassign_deltas(c, "w", share)
         assert s["index"].tolist() == [0, 3, 5]
+
+def test_fewer_deltas_are_reassigned_from_time_to_time(monkeypatch):
+    asked, real = [], deltas_and_sharing.reassign_deltas
+    def watched(training, name, fraction):
+        if name == training.names[0]: asked.append((training.step, fraction))
+        real(training, name, fraction)
+    monkeypatch.setattr(deltas_and_sharing, "reassign_deltas", watched)
+    train(mlp(), sft(update_every=5, window=2, first_fraction=.8, later_fraction=.4), .1, 40)
+    assert [step for step, _ in asked] == list(range(5, 41, 5))
+    assert [part for _, part in asked] == pytest.approx([.8] + [.4 * (1 - i / 8) for i in range(2, 9)])
 
 def test_candidates_are_chosen_once_and_added_up():
     candidates = {}

@@ -103,6 +103,23 @@ def test_one_block_of_everything_is_no_block():
         assert torch.equal(a.refit(w, keep), b.refit(w, keep))
 
 
+@pytest.mark.parametrize("slug", ["mfac", "obs"])
+def test_the_damping_is_that_of_the_papers(slug):
+    model, data = net(), labelled()
+    g, space = rows_of(model, data), Weights(model)
+    w, names = torch.cat([space.w(n).flatten() for n in space.names()]), space.names()
+    plan = prune(model, slug, .4, data, F.cross_entropy, **({"rounds": 1} if slug == "mfac" else {}))
+    keep, f = torch.cat([plan.masks[n].flatten() for n in names]), dense(g, 1e-5)
+    inverse = f.inverse()
+    if slug == "obs": expected = best(f, w, keep)
+    else:
+        price = w.square() / inverse.diagonal()
+        assert torch.equal(keep, topk_mask(price, int(keep.sum())))
+        expected = (w + inverse @ torch.where(keep, 0, -w / inverse.diagonal())) * keep
+    found = torch.cat([space.w(n).flatten() for n in names])
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
 def test_single_precision_is_close():
     g, w = numbers(32, 500), numbers(500, seed=1)
     single, double = Fisher(g.float(), 1e-4), Fisher(g, 1e-4)
