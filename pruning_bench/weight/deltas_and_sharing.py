@@ -12,6 +12,7 @@ import math
 from typing import Callable
 import torch
 from torch import nn, Tensor
+from ..core.catalogue import register_rule
 from ..core.rule import Rule
 from ..core.inputs import BadInput
 from ..core.pattern import count_to_keep
@@ -72,6 +73,8 @@ def remember_dense(training, # the current `TrainingState`; gets `dense`
                       if id(p) not in sparse and (p.requires_grad or not isinstance(p, nn.Parameter))}
 
 # %% ../../nbs/weight/35_deltas_and_sharing.ipynb #770b677e
+@register_rule("Scaling Sparse Fine-Tuning to Large Language Models", "arXiv:2401.16405", 2024, "weight",
+               aliases=("spiel", "sparse-fine-tuning"))
 def sft(update_every:int=20,   # optimiser steps between two reassignments
         window:int=5,   # steps before each of them in which gradients are summed
         first_fraction:float=1., # fraction of the deltas reassigned the first time
@@ -181,6 +184,8 @@ def identity(x:Tensor, # any tensor
     "The tensor itself."
     return x
 
+@register_rule("In Defense of Parameter Sharing for Model-Compression", "arXiv:2310.11611", 2023, "weight",
+               start_state="init", aliases=("parameter-sharing",))
 def stable_rps(unit:float=0., # standard deviation of the pool; 0 = that of all weights
                divide:Callable=identity, # sums of squared scales per pool entry -> divisors of the pool gradient
     )->Rule: # for `apply_rule`; `keep` is pool size / number of weights

@@ -55,7 +55,8 @@ def retrain_and_average(members:int, # networks to average
         model.load_state_dict(average_models(done, itertools.islice(train.data or (), batches)).state_dict())
     return retrain_copies
 
-@register("Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging", "arXiv:2306.16788", 2024, "weight")
+@register("Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging", "arXiv:2306.16788", 2024, "weight",
+          aliases=("sms", "sparse-model-soups"))
 def soup(rounds:int=1,    # pruning rounds; each is followed by a soup
          members:int=3,   # networks in a soup
          batches:int=20,  # number for re-estimating batch-norm statistics
