@@ -79,12 +79,12 @@ def accepts_pattern(record, # a `Method`
 def requirements(record)->dict: # {column: value}
     "What a method needs and what it can do, as a user sees it."
     trains, space = record.recover.steps, SPACES[record.space]
-    losses = [n for n in record.needs if PROVIDERS[n].reads_loss]
+    labelled = [n for n in record.needs if PROVIDERS[n].reads_loss or PROVIDERS[n].reads_labels]
     reads = [*sorted(record.needs), "training" if trains else "", getattr(space, "reads_data", "")]
     kinds = [kind for kind, example in PATTERN_KINDS.items() if accepts_pattern(record, example)]
     needs = ", ".join(filter(None, reads))
     return dict(needs=needs or "nothing", data=bool(needs or record.recover.reads),
-                labels=bool(trains or losses), trains=trains, patterns=", ".join(kinds), own_loop=record.rule is not None)
+                labels=bool(trains or labelled), trains=trains, patterns=", ".join(kinds), own_loop=record.rule is not None)
 
 # %% ../../nbs/core/29_catalogue.ipynb #9cba62d9
 def hyphenated(text:str)->str: # lower case, words joined by hyphens
