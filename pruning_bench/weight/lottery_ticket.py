@@ -20,7 +20,7 @@ from ..core.score import magnitude
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #edc47814
 @register("The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", "arXiv:1803.03635", 2019,
           "weight", start_state="init",
-          aliases=("lottery-ticket", "lth", "iterative-magnitude-pruning"))
+          aliases=("lottery-ticket", "lth"))
 def imp(rounds:int=5,            # pruning rounds; each is followed by a full training
         steps:int=600,           # optimiser steps of one training
         lr:float=3e-3,           # peak learning rate
