@@ -145,7 +145,7 @@ def within_alive(fractions:dict, # {name: fraction}, from any allocator
                  size:dict,      # {name: number of units}
                  alive:dict,     # {name: number of units that are not removed yet}
     )->dict: # {name: fraction}
-    "Cap an allocation at the units that are left; groups that have more get what the others cannot keep, in proportion."
+    "Cap an allocation at the units that are left; the other groups share what these cannot keep, in proportion."
     if all(fractions[n] * size[n] <= alive[n] + 1e-6 for n in size): return fractions
     wanted, most = sum(fractions[n] * size[n] for n in size), {n: alive[n] / size[n] for n in size}
     return proportional_densities(fractions, size, wanted / sum(size.values()), most)

@@ -58,8 +58,8 @@ def refuse_rule(name:str)->None: # raises BadInput
     "Say how a training rule is used, where somebody asks for it as a method."
     if name not in RULES: return
     fn = RULES[name].build
-    raise BadInput(f"{name!r} sets no weight to zero, so prune cannot use it: train inside apply_rule({fn.__name__}(...), "
-                   f"Weights(model), keep, steps), with {fn.__name__} from {fn.__module__}")
+    raise BadInput(f"{name!r} sets no weight to zero, so prune cannot use it: train inside apply_rule("
+                   f"{fn.__name__}(...), Weights(model), keep, steps), with {fn.__name__} from {fn.__module__}")
 
 # %% ../../nbs/core/29_catalogue.ipynb #d4c1ae85
 PATTERN_KINDS = {"unstructured": "unstructured", "N:M": "2:4", "blocks": "4x4"}   # kind -> an example
@@ -84,7 +84,8 @@ def requirements(record)->dict: # {column: value}
     kinds = [kind for kind, example in PATTERN_KINDS.items() if accepts_pattern(record, example)]
     needs = ", ".join(filter(None, reads))
     return dict(needs=needs or "nothing", data=bool(needs or record.recover.reads),
-                labels=bool(trains or labelled), trains=trains, patterns=", ".join(kinds), own_loop=record.rule is not None)
+                labels=bool(trains or labelled), trains=trains, patterns=", ".join(kinds),
+                own_loop=record.rule is not None)
 
 # %% ../../nbs/core/29_catalogue.ipynb #9cba62d9
 def hyphenated(text:str)->str: # lower case, words joined by hyphens
@@ -98,7 +99,8 @@ def find_cards(cards:list,  # of `Card`
     exact = [c for c in cards if pattern in (c.slug, *c.aliases)]
     if exact: return exact
     word = hyphenated(pattern)
-    if any(c in pattern for c in "*?["): return [c for c in cards if any(fnmatch(n, pattern) for n in (c.slug, *c.aliases))]
+    if any(c in pattern for c in "*?["):
+        return [c for c in cards if any(fnmatch(n, pattern) for n in (c.slug, *c.aliases))]
     return [c for c in cards if word and any(word in text for text in (c.slug, *c.aliases, hyphenated(c.title)))]
 
 # %% ../../nbs/core/29_catalogue.ipynb #16c8ae42

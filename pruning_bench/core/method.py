@@ -189,6 +189,7 @@ def refuse_alias(name:str)->None: # raises BadInput
     for card in METHODS.values():
         if name in card.aliases: raise BadInput(f"the method {name!r} is called {card.slug!r} here: pass this name")
 
+# %% ../../nbs/core/11_method.ipynb #656c918e
 COLUMNS = ("method", "family", "stage", "space", "needs", "data", "labels", "trains", "patterns", "own_loop", "use",
            "year", "paper", "what")
 

@@ -116,8 +116,8 @@ def pq_schedule(rounds:int,       # largest number of pruning rounds
 
 def warn_of_pace(rounds:int, keep:float)->None:
     "Say that the PQ index has decided nothing."
-    warnings.warn(f"{rounds} rounds to a density of {keep:g} are so fast that the PQ index decided none of them: this is "
-                  "a geometric schedule, as in 'imp'; give more rounds=, or target=False to follow the index alone",
+    warnings.warn(f"{rounds} rounds to a density of {keep:g} are so fast that the PQ index decided none of them: "
+                  "this is a geometric schedule, as in 'imp'; give more rounds=, or target=False for the index alone",
                   stacklevel=2)
 
 # %% ../../nbs/weight/30_imp_variants.ipynb #1a5252ce

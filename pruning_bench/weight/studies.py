@@ -92,7 +92,8 @@ def kendall_tau(a, b, # sequences of numbers of one length
     )->float: # in [-1, 1]; 1 = the same order
     "Kendall's rank correlation (tau-b, which corrects for ties)."
     x, y = (torch.as_tensor(v, dtype=torch.double).flatten() for v in (a, b))
-    if len(x) != len(y) or len(x) < 2: raise BadInput(f"rankings of {len(x)} and {len(y)} values: give two or more pairs")
+    if len(x) != len(y) or len(x) < 2:
+        raise BadInput(f"rankings of {len(x)} and {len(y)} values: give two or more pairs")
     dx, dy = ((v[:, None] - v[None]).sign() for v in (x, y))
     return ((dx * dy).sum() / (dx.square().sum() * dy.square().sum()).sqrt()).item()
 

@@ -41,7 +41,7 @@ def test_patterns(name, kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_data_and_labels(name):
-    row, (model, data, loss) = rows()[name], world(name)
+    row, (model, data, _) = rows()[name], world(name)
     settings = settings_of(name)
     if not row["data"]: assert row["needs"] == "nothing" and prune(model, name, .5, **settings).density < 1
     else:
