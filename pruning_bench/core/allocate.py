@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALLOCATORS', 'Allocator', 'allocator', 'allocator_factory', 'as_allocator', 'total_density', 'uniform', 'topk_mask',
-           'kth_largest', 'global_', 'erk', 'proportional_densities', 'keep_current', 'round_to_units']
+           'kth_largest', 'global_', 'erk', 'proportional_densities', 'keep_current', 'within_alive', 'round_to_units']
 
 # %% ../../nbs/core/05_allocate.ipynb #9d81f141
 import math
@@ -121,16 +121,18 @@ def erk(scores:dict, keep:float, space:Space)->dict: # {name: fraction}
 def proportional_densities(weights:dict, # {name: density wanted, up to a common factor}
                            size:dict,    # {name: number of units}
                            keep:float,   # the budget
+                           most:dict=None, # {name: largest density}; None = one
     )->dict: # {name: fraction}
-    "Densities proportional to `weights` that meet the budget; none exceeds one, the others share the rest."
-    dense = set()
+    "Densities proportional to `weights` that meet the budget; none exceeds its largest one, the others share the rest."
+    most, full = most or dict.fromkeys(weights, 1.), set()
     while True:
-        rest = [n for n in weights if n not in dense]
-        left = keep * sum(size.values()) - sum(size[n] for n in dense)
-        scale = left / sum(weights[n] * size[n] for n in rest) if rest else 0.
-        over = {n for n in rest if scale * weights[n] > 1}
-        if not over: return {n: 1. if n in dense else scale * weights[n] for n in weights}
-        dense |= over
+        rest = [n for n in weights if n not in full]
+        left = keep * sum(size.values()) - sum(most[n] * size[n] for n in full)
+        wanted = weights if any(weights[n] for n in rest) else dict.fromkeys(weights, 1.)
+        scale = left / sum(wanted[n] * size[n] for n in rest) if rest else 0.
+        over = {n for n in rest if scale * wanted[n] > most[n]}
+        if not over: return {n: most[n] if n in full else scale * wanted[n] for n in weights}
+        full |= over
 
 # %% ../../nbs/core/05_allocate.ipynb #f43f8956
 @allocator(shapes_only=True)
@@ -139,17 +141,29 @@ def keep_current(scores:dict, keep:float, space:Space)->dict: # {name: fraction}
     return {n: int(space.alive(n).sum()) / space.alive(n).numel() for n in scores}
 
 # %% ../../nbs/core/05_allocate.ipynb #f2212c56
+def within_alive(fractions:dict, # {name: fraction}, from any allocator
+                 size:dict,      # {name: number of units}
+                 alive:dict,     # {name: number of units that are not removed yet}
+    )->dict: # {name: fraction}
+    "Cap an allocation at the units that are left; the other groups share what these cannot keep, in proportion."
+    if all(fractions[n] * size[n] <= alive[n] + 1e-6 for n in size): return fractions
+    wanted, most = sum(fractions[n] * size[n] for n in size), {n: alive[n] / size[n] for n in size}
+    return proportional_densities(fractions, size, wanted / sum(size.values()), most)
+
 def round_to_units(fractions:dict, # {name: fraction}, from any allocator
                    keep:float,     # the budget
-                   scores:dict,    # {name: scores}, for the sizes
+                   scores:dict,    # {name: scores}, for the sizes; -inf for units that are removed
                    space:Space,    # for the costs
     )->dict: # {name: whole number of units / size}
-    "Round an allocation to whole units without losing the budget."
+    "Round an allocation to whole units without losing the budget; no group keeps more than is left of it."
     size = {n: s.numel() for n, s in scores.items()}
     if len({space.cost(n) for n in size}) > 1 or space.unit != "weight":
         row = {n: s.shape[-1] for n, s in scores.items()}   # a changing subset of examples has a row per round
         return {n: max(1, math.floor(fractions[n] * row[n] + .5)) / row[n] for n in row}
-    count = {n: math.floor(fractions[n] * size[n] + 1e-9) for n in size}
+    alive = {n: int((space.alive(n) if s.is_meta else s > -torch.inf).sum()) for n, s in scores.items()}
+    fractions = within_alive(fractions, size, alive)
+    count = {n: min(alive[n], math.floor(fractions[n] * size[n] + 1e-9)) for n in size}
     left = math.floor(keep * sum(size.values()) + .5) - sum(count.values())
-    for n in sorted(size, key=lambda n: count[n] - fractions[n] * size[n])[:max(0, left)]: count[n] += 1
+    room = sorted((n for n in size if count[n] < alive[n]), key=lambda n: count[n] - fractions[n] * size[n])
+    for n in room[:max(0, left)]: count[n] += 1
     return {n: count[n] / size[n] for n in size}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainingState', 'optimizer_buffers', 'update_mask', 'layer_fractions', 'masks_from_scores', 'keep_masks', 'Rule',
-           'RuleParametrization', 'apply_rule', 'register_rule_parameters', 'make_step_hook', 'check_optimizer_covers',
-           'attach_rule', 'used_weight', 'gated_weight', 'RuleMaker', 'rule_maker', 'as_rule', 'train_with_rule']
+           'RuleParametrization', 'apply_rule', 'register_rule_parameters', 'learned_parameters', 'note_gradient',
+           'make_rest_hook', 'make_step_hook', 'check_optimizer_covers', 'attach_rule', 'used_weight', 'gated_weight',
+           'RuleMaker', 'rule_maker', 'as_rule', 'train_with_rule']
 
 # %% ../../nbs/core/13_rule.ipynb #9d647fbc
 import copy
@@ -31,6 +32,7 @@ class TrainingState:
     def __init__(self, space:Space, keep:float, steps:int, pattern=None, group=None):
         self.space, self.keep, self.steps, self.pattern, self.group = space, keep, steps, pattern, group
         self.step, self.optimizers, self.state, self.gradients, self.uncovered_ids = 0, {}, {}, {}, set()
+        self.received, self.fresh = set(), False   # ids of parameters with a new gradient; any since the last step
         self.allowed = {n: space.alive(n).clone() for n in space.names()}   # what was pruned before stays pruned
         self.weight = {n: layer.weight for n, layer in space.layers.items()}
         self.finished = False   # whether the user has ended it before the announced number of steps
@@ -146,7 +148,10 @@ def apply_rule(rule:Rule,    # what happens at every step
         rule.begin(training)
         training.state = {n: rule.state(training.w(n), training) for n in training.names}
     with ExitStack() as stack:
+        stack.callback(register_optimizer_step_pre_hook(make_rest_hook(training)).remove)
         stack.callback(register_optimizer_step_post_hook(make_step_hook(rule, training)).remove)
+        for p in (p for p in learned_parameters(training) if p.requires_grad):
+            stack.callback(p.register_hook(lambda grad, p=p: note_gradient(training, p)).remove)
         for name in training.names if space.unit == "weight" else ():
             stack.callback(attach_rule(rule, training, name))
         if space.unit != "weight": stack.enter_context(register_rule_parameters(space.model, training.state))
@@ -173,9 +178,29 @@ def register_rule_parameters(model:nn.Module, states:dict): # yields nothing
         for name in names: delattr(model, name)
 
 # %% ../../nbs/core/13_rule.ipynb #65520942
+def learned_parameters(training:TrainingState)->list: # of parameters
+    "The parameters in the state of a rule."
+    return [p for state in training.state.values() for p in state.values() if isinstance(p, nn.Parameter)]
+
+def note_gradient(training:TrainingState, p:nn.Parameter)->None:
+    "Remember that a backward pass has reached a parameter."
+    training.received.add(id(p))
+    training.fresh = True
+
+def make_rest_hook(training:TrainingState)->Callable: # a hook for optimisers, before the step
+    "A weight or state of a rule without a gradient does not move: the zeros of `zero_grad(set_to_none=False)` go."
+    weights = training.weight.values() if training.space.unit == "weight" else ()
+    watched = {id(p) for p in [*weights, *learned_parameters(training)]}
+    def rest(optimizer, args, kwargs):
+        for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) in watched):
+            silent = id(p) not in training.received and p.grad is not None and not p.grad.any()
+            if silent: p.grad = None   # momentum and weight decay act on zeros, not on None
+            training.received.discard(id(p))
+    return rest
+
 def make_step_hook(rule:Rule, training:TrainingState)->Callable: # a hook for optimisers
     "Count the optimiser steps of the weights and of the state of a rule, and call `update` after every `every`-th."
-    learned = [p for state in training.state.values() for p in state.values() if isinstance(p, nn.Parameter)]
+    learned = learned_parameters(training)
     taken = {id(p): 0 for p in [*training.weight.values(), *learned]}
     training.uncovered_ids = {id(p) for p in learned}
     def tick(optimizer, args, kwargs):
@@ -185,11 +210,13 @@ def make_step_hook(rule:Rule, training:TrainingState)->Callable: # a hook for op
         for p in mine:
             taken[id(p)] += 1
             training.optimizers[id(p)] = optimizer
-        if max(taken.values()) == training.step: return   # the second optimiser of the same step
+        again = max(taken.values()) == training.step and not training.fresh   # the second optimiser of the same step
+        if again: return
         if training.step: check_optimizer_covers(training)
         training.step += 1
         if training.step % rule.every == 0: decide(rule, training)
         training.gradients.clear()
+        training.fresh = False   # a backward pass of the rule itself does not begin a step
     return tick
 
 # %% ../../nbs/core/13_rule.ipynb #de231beb
@@ -204,6 +231,7 @@ def attach_rule(rule:Rule, training:TrainingState, name:str)->Callable: # a func
     layer, owned = training.space.layers[name], training.space.layers[name].module._parameters
     order = list(owned)
     def record(grad):
+        note_gradient(training, training.weight[name])
         if (training.step + 1) % rule.every: return
         training.gradients[name] = training.gradients.get(name, 0) + grad.detach()
     def detach():

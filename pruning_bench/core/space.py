@@ -221,7 +221,7 @@ def layer_decisions(layers:dict, kept:dict)->Iterable: # {parameter name: Layer}
 @space
 class Examples:
     "Every training example is a unit; a row per round for subsets that change."
-    unit = "example"
+    unit, reads_data = "example", "the data set"
 
     def __init__(self, model, data=None, skip=(), loss=None, rounds=1):
         self.model, self.layers, self.dataset = model, {}, as_dataset(data)

@@ -91,6 +91,7 @@ class Provider(Part):
     reads_loss: bool = False   # whether it needs a loss, and so, usually, labels
     layerwise: bool = False    # whether the statistic of a layer follows from the inputs of that layer alone
     size: Callable = None      # layer -> numbers held for it; None = no more than the layer has weights
+    reads_labels: bool = False # whether it reads labels from the batches itself, without a loss
 
     def __call__(self, space, *args, **kwargs): # frozen weights have statistics as well
         with unfrozen(space.model): return super().__call__(space, *args, **kwargs)

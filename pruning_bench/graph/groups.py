@@ -255,7 +255,7 @@ def prunable_groups(space,         # its model, coupling and example
 @space
 class Channels:
     "Groups of coupled channels; a unit is everything that must be removed with one channel."
-    unit = "channel"
+    unit, reads_data = "channel", "an example input"
 
     def __init__(self, model, data=None, skip=(), loss=None, residual=False):
         self.model, self.batch, self.run = model, example_batch(data), select_forward(loss)

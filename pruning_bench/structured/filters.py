@@ -81,6 +81,7 @@ def sum_rows_by_unit(space,     # of coupled channels
 # %% ../../nbs/structured/41_filters.ipynb #ede44d12
 def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and so, usually, labels)
               replaces:bool=False,   # whether a statistic and a score of this name may be replaced
+              reads_labels:bool=False, # whether it reads labels from the batches itself, without a loss
     ): # a decorator for `(space, batches, loss, **settings) -> {group: (units,)}` that returns the `Score`
     "Register a function of coupled channels twice: as a statistic in `PROVIDERS`, and as the score that reads it."
     def mark(fn):
@@ -97,7 +98,7 @@ def criterion(reads_loss:bool=False, # whether the statistic needs a loss (and s
             return out
         def scores(w, stats): return getattr(stats, name).to(w.device)
         scores.__doc__ = fn.__doc__
-        PROVIDERS.add(name, Provider(read, name, reads_loss=reads_loss), fn, replaces)
+        PROVIDERS.add(name, Provider(read, name, reads_loss=reads_loss, reads_labels=reads_labels), fn, replaces)
         return SCORES.add(name, Score(scores, name, needs=frozenset({name}), unit="channel"), fn, replaces)
     return mark
 

@@ -13,7 +13,7 @@ from ..core.schedule import linear
 from .filters import criterion, sum_rows_by_unit
 
 # %% ../../nbs/structured/47_relevance.ipynb #45977fcd
-@criterion()
+@criterion(reads_labels=True)
 def relevance(space, batches, loss=None)->dict: # {group: (units,)}
     "Layer-wise relevance of each channel for the right class, summed over examples and positions (Yeom et al., 2019)."
     total = {}

@@ -76,7 +76,7 @@ def pdp(tau:float=1.,    # temperature, in medians of the squared weights of a l
     return Method(rule=soft_mask_rule(tau, start, end), recover=finetune(steps, lr))
 
 # %% ../../nbs/weight/29_learned_masks.ipynb #67489ae1
-def threshold_shift(places:dict, # {name: logit|w| - s}
+def threshold_shift(places:dict, # {name: log|w| - s}
                  k:int,       # number of weights above their threshold
     )->float:                 # shift to add to every s
     "The threshold shift that leaves k weights of all layers above their threshold."
@@ -95,11 +95,11 @@ def soft_threshold_rule(start:float, # fraction of the training before the densi
                 end:float,   # fraction of the training when the final density is reached
     ):                       # a function (method, keep) -> Rule
     "Soft threshold reparametrisation: one learned threshold per layer, with a common shift that meets the budget."
-    def place(w, s): return torch.logit(w.float().abs().clamp(1e-8, 1 - 1e-6)) - s.detach()
+    def place(w, s): return w.double().abs().clamp(min=1e-300).log() - s.detach()
     def places(training): # above zero = above the threshold
         return {n: place(training.w(n), training.state[n]["s"]) for n in training.names}
     def state(w, training): return {"s": nn.Parameter(torch.full((), -18., device=w.device))}
-    def view(w, state, training): return soft_threshold(w, state["s"].sigmoid().to(w.dtype))
+    def view(w, state, training): return soft_threshold(w, state["s"].exp().to(w.dtype))
     def rule(method, keep):
         def update(training):
             found = places(training)
@@ -109,7 +109,7 @@ def soft_threshold_rule(start:float, # fraction of the training before the densi
         def finish(training):
             found = places(training)
             masks = masks_from_scores(training, found, layer_fractions(training, found, keep, global_))
-            cuts = {n: training.state[n]["s"].detach().sigmoid() for n in training.names}
+            cuts = {n: training.state[n]["s"].detach().exp() for n in training.names}
             return {n: (soft_threshold(training.w(n), cuts[n]), masks[n]) for n in training.names}
         return Rule(state=state, view=view, update=update, finish=finish, end=end)
     return rule
@@ -230,7 +230,9 @@ def train_masks_only(training, # the current `TrainingState`
     mine = [*training.weight.values(), *(v for state in training.state.values() for v in state.values())]
     free = {id(v) for v in mine}
     others = [p for p in training.space.model.parameters() if p.requires_grad and id(p) not in free]
-    for p in others: p.requires_grad_(False)
+    for p in others:
+        p.requires_grad_(False)
+        p.grad = None   # an optimiser would still move it by an old gradient
     try: yield
     finally:
         for p in others: p.requires_grad_(True)

@@ -7,18 +7,20 @@ __all__ = ['imp', 'late_rewinding', 'imp_late', 'rewind_lr', 'imp_lr', 'mask_iou
            'linear_interpolation', 'error_barrier']
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #1526e5f6
-import copy, itertools
+import copy
 from torch import nn
 from ..core.allocate import global_
 from ..core.inputs import BadInput
 from ..core.method import Method, register
-from ..core.recovery import Preparation, train_before_pruning, finetune, rewind, recalibrate_bn, state_copy
+from ..core.recovery import (Preparation, train_before_pruning, finetune, rewind, rewind_data,
+                                         recalibrate_bn, state_copy)
 from ..core.schedule import geometric
 from ..core.score import magnitude
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #edc47814
 @register("The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", "arXiv:1803.03635", 2019,
-          "weight", start_state="init")
+          "weight", start_state="init",
+          aliases=("lottery-ticket", "lth"))
 def imp(rounds:int=5,            # pruning rounds; each is followed by a full training
         steps:int=600,           # optimiser steps of one training
         lr:float=3e-3,           # peak learning rate
@@ -46,13 +48,14 @@ def late_rewinding(part:float, # of the training that is not repeated
         return start
     def go_back_late(model, start, train, n, left):
         model.load_state_dict(start)
-        for _ in itertools.islice(train.data, round(part * train.steps)): pass
+        rewind_data(train, round(part * train.steps))
         train(1 - part, since=part)
     prepare = Preparation(train_in_two_pieces, "train_in_two_pieces", {"rewind_to": part}, trains=True)
     return prepare, go_back_late
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #8c060b0c
-@register("Stabilizing the Lottery Ticket Hypothesis", "arXiv:1903.01611", 2019, "weight", start_state="init")
+@register("Stabilizing the Lottery Ticket Hypothesis", "arXiv:1903.01611", 2019, "weight", start_state="init",
+          aliases=("late-rewinding", "weight-rewinding"))
 def imp_late(rewind_to:float=.05,        # fraction of the training after which the weights to rewind to are saved
              rounds:int=5,            # pruning rounds; each is followed by the rest of a training
              steps:int=600,           # optimiser steps of one whole training
@@ -75,7 +78,7 @@ def rewind_lr(model:nn.Module, # the pruned network
     train(1.)
 
 @register("Comparing Rewinding and Fine-tuning in Neural Network Pruning", "arXiv:2003.02389", 2020, "weight",
-          start_state="init")
+          start_state="init", aliases=("learning-rate-rewinding",))
 def imp_lr(rounds:int=5,            # pruning rounds; each is followed by a full training
            steps:int=600,           # optimiser steps of one training
            lr:float=3e-3,           # peak learning rate

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'MaskedSTE', 'nm_mask', 'largest_kept', 'ste_rule', 'mask_decay_rule', 'group_sizes_kept',
-           'structure_decay_rule', 'weighted_input', 'backward_mask_hook', 'backward_masks', 'bidirectional_masks',
-           'nm_method', 'straight_through', 'fading_mask', 'tightening_pattern', 'two_masks', 'nm_ste', 'sr_ste',
-           'mdgf', 'sdgf', 'bdwp']
+           'structure_decay_rule', 'weighted_input', 'backward_mask_hook', 'divided_layers', 'backward_masks',
+           'warn_of_one_way', 'bidirectional_masks', 'nm_method', 'straight_through', 'fading_mask',
+           'tightening_pattern', 'two_masks', 'nm_ste', 'sr_ste', 'mdgf', 'sdgf', 'bdwp']
 
 # %% ../../nbs/weight/31_nm_training.ipynb #b7e82937
-import math
+import math, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 import torch
@@ -84,42 +84,61 @@ def structure_decay_rule(pattern, # N:M
     return Rule(view=view, finish=largest_kept)
 
 # %% ../../nbs/weight/31_nm_training.ipynb #86518bc2
-def weighted_input(module,   # linear layer or convolution
+def weighted_input(layer,    # a `Layer`: linear or a convolution
             x:Tensor, # its input
-            w:Tensor, # like its weight
+            w:Tensor, # (rows, columns)
     )->Tensor:
     "The output of a linear layer or a convolution for another weight, without bias."
-    return F.linear(x, w) if isinstance(module, nn.Linear) else module._conv_forward(x, w, None)
+    convolves = hasattr(layer.module, "_conv_forward")
+    return layer.module._conv_forward(x, layer.tensor(w), None) if convolves else F.linear(x, w)
 
-def backward_mask_hook(layer, raw, # a `Layer`, and the weight that is trained
-           pattern, keep:float, # as for the forward mask
-    ): # a forward hook
+def backward_mask_hook(training, # the current `TrainingState`
+                       name:str, # a layer
+    ): # a forward hook with keywords
     "Compute the input gradient with a weight masked along the output dimension."
-    def hook(module, args, out):
+    layer, raw = training.space.layers[name], training.weight[name]
+    def hook(module, args, kwargs, out):
         if not torch.is_grad_enabled(): return out
-        w = layer.matrix(raw.detach())
-        back = w * pattern(w.abs().T.contiguous(), keep).T
-        z = weighted_input(module, args[0], layer.tensor(back - layer.read()).to(args[0].dtype))
+        training.both_ways.add(name)
+        x, w = next(iter([*args, *kwargs.values()])), layer.matrix(raw.detach())
+        back = w * training.pattern(w.abs().T.contiguous(), training.keep).T
+        z = weighted_input(layer, x, (back - layer.read()).to(x.dtype))
         return out + (z - z.detach())
     return hook
+
+# %% ../../nbs/weight/31_nm_training.ipynb #ffc26873
+def divided_layers(training, # the current `TrainingState`
+    )->list: # names of layers
+    "The layers whose number of outputs, per group of a convolution, is divisible by M."
+    def rows(n): return training.weight[n].shape[training.space.layers[n].perm[0]]
+    def groups(n): return getattr(training.space.layers[n].module, "groups", 1)
+    return [n for n in training.names if rows(n) // groups(n) % training.pattern.divides[1] == 0]
 
 @contextmanager
 def backward_masks(training, # the current `TrainingState`
     ): # context manager, for `Rule.inside`
     "Backward masks during training, for every layer whose number of outputs is divisible by M."
+    training.both_ways = set()   # names of layers that have used a backward mask
     with ExitStack() as stack:
-        for name, layer in training.space.layers.items():
-            module, raw = layer.module, training.weight[name]
-            rows = raw.shape[layer.perm[0]] // getattr(module, "groups", 1)
-            multiplies = isinstance(module, nn.Linear) or hasattr(module, "_conv_forward")
-            if multiplies and rows % training.pattern.divides[1] == 0:
-                hook = backward_mask_hook(layer, raw, training.pattern, training.keep)
-                stack.callback(module.register_forward_hook(hook).remove)
+        for name in divided_layers(training):
+            layer, module = training.space.layers[name], training.space.layers[name].module
+            linear = isinstance(module, nn.Linear) or layer.perm == (1, 0)   # GPT-2 stores its weights transposed
+            if linear or hasattr(module, "_conv_forward"):
+                hook = backward_mask_hook(training, name)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
+
+def warn_of_one_way(training)->None: # after every step; the current `TrainingState`
+    "Name, after the first step, the layers that trained without a backward mask although M divides their outputs."
+    alone = [n for n in divided_layers(training) if n not in training.both_ways] if training.step == 1 else []
+    if alone:
+        warnings.warn(f"{len(alone)} layers have only the forward mask, the first is {alone[0]!r}: fused attention, "
+                      "recurrent and transposed layers do not show the product for their input; add them to skip=, "
+                      "or expect a dense gradient there", stacklevel=2)
 
 def bidirectional_masks()->Rule:
     "Bidirectional N:M training: forward masks along the inputs, backward masks along the outputs."
-    return replace(ste_rule(), inside=backward_masks)
+    return replace(ste_rule(), inside=backward_masks, update=warn_of_one_way)
 
 # %% ../../nbs/weight/31_nm_training.ipynb #196a781e
 def nm_method(rule,      # a function (method, keep) -> Rule

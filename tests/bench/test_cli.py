@@ -58,6 +58,18 @@ def test_lists_are_readable_by_machines(tmp_path):
     assert {"tokenizer", "bos", "context", "stride", "windows", "dtype", "data", "digest"} <= set(page)
 
 
+def test_a_single_method_is_shown_with_its_settings_and_paper(tmp_path):
+    shown = cli("methods", "gmp", cwd=tmp_path).stdout
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.splitlines() if len(line.split()) > 1}
+    assert lines["method"] == "gradual-magnitude" and lines["paper"] == "https://arxiv.org/abs/1710.01878"
+    assert lines["trains"] == "300" and lines["own_loop"] == "True" and lines["use"] == "prune"
+    assert lines["pruning_steps"].split() == ["20", *"pruning steps of the cubic schedule".split()]
+    assert "apply_rule" in cli("methods", "sft", cwd=tmp_path).stdout
+    assert "no settings" in cli("methods", "magnitude", cwd=tmp_path).stdout
+    several = cli("methods", "lottery ticket hypothesis", cwd=tmp_path).stdout
+    assert "imp-late" in several and "settings" not in several
+
+
 def test_a_run_prints_its_entry_and_is_found_again(tmp_path):
     args = ["run", "digits-mlp", "magnitude", "--sparsity", "0.9", "--sparsity", "0.95", "--seeds", "1", "--out",
             str(tmp_path / "out"), "--json"]

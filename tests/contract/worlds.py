@@ -76,7 +76,7 @@ WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "ranks": (mlp, labelled, 
           "channels": (Residual, labelled, F.cross_entropy), "heads": (llama, ids, None),
           "blocks": (llama, ids, None), "residuals": (llama, ids, None), "experts": (mixtral, ids, None),
           "examples": (mlp, dataset, F.cross_entropy)}
-NAMES = list(methods().method)
+NAMES = list(methods(use="prune").method)
 
 
 def world(name, dtype=torch.float32):

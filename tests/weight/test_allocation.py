@@ -55,6 +55,36 @@ def test_allocations_spend_the_budget(name, keep):
     exact = round_to_units(shares, keep, scores, space)
     assert sum(round(exact[n] * scores[n].numel()) for n in exact) == count_to_keep(keep, units)
 
+ALL = {**RULES, "uniform": "uniform", "erk": "erk", "global": "global", "rd": "rd"}
+
+def lopsided(model, gone):
+    "Remove part of every layer at random: the fractions in `gone`, in turn."
+    space, fractions = Weights(model), itertools.cycle(gone)
+    with seeded(1):
+        space.apply({n: (space.w(n), torch.rand(space.w(n).shape) >= next(fractions)) for n in space.names()})
+    return {n: space.alive(n) for n in space.names()}
+
+@pytest.mark.parametrize("gone", [(.5,), (.95, .1), (.1, .9, .4), (1., .2)], ids=str)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("net", [lambda: mlp(64, 96, 32, 10), conv], ids=["mlp", "conv"])
+def test_what_is_removed_counts_as_removed(net, name, gone):
+    model = net()
+    before = lopsided(model, gone)
+    units, left = (sum(f(m) for m in before.values()) for f in (torch.numel, lambda m: int(m.sum())))
+    for sparsity in (1 - .9 * left / units, 1 - .5 * left / units):
+        plan = prune(model, allocate=ALL[name], sparsity=sparsity, data=inputs())
+        assert total(plan) == count_to_keep(1 - sparsity, units)
+        assert all((m <= before[n]).all() for n, m in plan.masks.items())
+
+@pytest.mark.parametrize("slug", ["gradual-magnitude", "granet", "pdp", "bip", "str"])
+def test_training_rules_count_what_is_removed(slug):
+    model = mlp(64, 96, 32, 10)
+    before = lopsided(model, (.95, .1))
+    units = sum(m.numel() for m in before.values())
+    batches = [(x, torch.arange(16) % 10) for x in inputs()]
+    plan = prune(model, slug, .8, batches, F.cross_entropy, steps=20)
+    assert total(plan) == count_to_keep(.2, units) and all((m <= before[n]).all() for n, m in plan.masks.items())
+
 @pytest.mark.parametrize("name", ["global-mp", "lamp", "rd", "random-erk"])
 @pytest.mark.parametrize("sparsity", [.3, .8, .95])
 def test_methods_keep_exact_counts(name, sparsity):

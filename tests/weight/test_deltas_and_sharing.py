@@ -16,6 +16,7 @@ from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.recovery import OPTIMIZERS, finetune
 from pruning_bench.core.space import Weights, prunable_layers
+from pruning_bench.weight import deltas_and_sharing
 from pruning_bench.weight.deltas_and_sharing import (equal_memory_count, pool_assignment, accumulate_gradients,
                                                      extract_patch, reassign_deltas, sft, stable_rps, swap_patch)
 
@@ -75,6 +76,42 @@ def test_zero_deltas_are_the_base(net):
         finetune(3, 0.)(model, data(), F.cross_entropy)
     assert same(model, base)
 
+def normed(dtype=torch.float32, seed=0):
+    with seeded(seed):
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                             nn.LayerNorm(256), nn.Linear(256, 12), nn.ReLU(), nn.Linear(12, 10)).to(dtype)
+
+@pytest.mark.parametrize("skip", [(), ("0.*",)], ids=["all layers", "a layer left out"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_patch_has_all_that_trained(optimizer, skip):
+    model, base = normed(), normed()
+    before = copy.deepcopy(base)
+    with apply_rule(sft(update_every=5, window=2), Weights(model, skip=skip), .1, 20) as training:
+        finetune(20, 1e-2, optimizer, weight_decay=.1)(model, data(), F.cross_entropy)
+    patch = extract_patch(training)
+    undo = swap_patch(base, patch)
+    assert same(model, base)
+    x = data()[0][0]
+    assert all(torch.equal(a(x), b(x)) for a, b in [(model.train(), base.train()), (model.eval(), base.eval())])
+    dense = {"0.bias", "1.weight", "1.running_mean", "1.num_batches_tracked", "4.weight", "5.bias"}
+    assert dense <= set(patch) and len(patch["5.weight"][0]) < 256 * 12 / 5
+    base = normed()
+    swap_patch(base, patch)
+    swap_patch(base, undo)
+    assert same(before, base)
+
+def test_frozen_weights_rest_under_zeroed_gradients():
+    model = mlp()
+    for p in model.parameters(): p.grad = torch.ones_like(p)   # left from an earlier training
+    with apply_rule(sft(update_every=5, window=2), Weights(model), .1, 8) as training:
+        before = {n: w.detach().clone() for n, w in training.weight.items()}
+        opt = torch.optim.SGD(model.parameters(), .1, momentum=.9, weight_decay=.1)
+        for x, y in data() * 2:
+            opt.zero_grad(set_to_none=False)
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+        assert all(torch.equal(w, before[n]) for n, w in training.weight.items())
+
 @each_net
 def test_patches_come_off_without_a_trace(net):
     model, base = net(), net()
@@ -114,6 +151,16 @@ def test_relocation_by_hand():
         c, s, _ = training(ears)
         reassign_deltas(c, "w", share)
         assert s["index"].tolist() == [0, 3, 5]
+
+def test_fewer_deltas_are_reassigned_from_time_to_time(monkeypatch):
+    asked, real = [], deltas_and_sharing.reassign_deltas
+    def watched(training, name, fraction):
+        if name == training.names[0]: asked.append((training.step, fraction))
+        real(training, name, fraction)
+    monkeypatch.setattr(deltas_and_sharing, "reassign_deltas", watched)
+    train(mlp(), sft(update_every=5, window=2, first_fraction=.8, later_fraction=.4), .1, 40)
+    assert [step for step, _ in asked] == list(range(5, 41, 5))
+    assert [part for _, part in asked] == pytest.approx([.8] + [.4 * (1 - i / 8) for i in range(2, 9)])
 
 def test_candidates_are_chosen_once_and_added_up():
     candidates = {}

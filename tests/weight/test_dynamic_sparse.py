@@ -9,7 +9,7 @@ from torch import nn
 
 from pruning_bench import BadInput, Method, build, prune
 from pruning_bench.bench.task import find_task
-from pruning_bench.core.allocate import erk, global_
+from pruning_bench.core.allocate import erk, global_, topk_mask
 from pruning_bench.core.rule import Rule, optimizer_buffers, apply_rule
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import masks_of
@@ -17,6 +17,7 @@ from pruning_bench.core.pattern import as_pattern
 from pruning_bench.core.recovery import finetune
 from pruning_bench.core.score import random
 from pruning_bench.core.space import Weights
+from pruning_bench.weight import dynamic_sparse
 from pruning_bench.weight.gradual import current_masks, prune_to_density
 from pruning_bench.weight.dynamic_sparse import (ANNEALS, random_growth, gradient_growth, drop_grow,
                                                  dynamic_sparse_rule, drop_grow_layers, update_interval, granet_rule,
@@ -235,6 +236,41 @@ def test_granet_exchanges_half_at_first_and_a_hundredth_of_that_at_last():
     run(Rule(update=lambda training: (prune_to_density(record, training, .2 + .8 * (1 - min(1, training.step / 10))**3),
                                       once.append(masks(training))), every=5))
     assert all(torch.equal(a[n], b[n]) for a, b in zip(said, once) for n in a)
+
+def test_granet_exchanges_less_from_update_to_update(monkeypatch):
+    asked, real = [], dynamic_sparse.drop_grow_layers
+    def watched(method, training, grow, drop_fraction, rounding):
+        before = masks(training)
+        real(method, training, grow, drop_fraction, rounding)
+        grown = {n: int((m & ~before[n]).sum()) for n, m in masks(training).items()}
+        assert all(grown[n] <= math.ceil(drop_fraction * int(before[n].sum())) for n in grown)
+        asked.append((training.progress, drop_fraction, sum(grown.values())))
+    monkeypatch.setattr(dynamic_sparse, "drop_grow_layers", watched)
+    prune(mlp(), "granet", .8, batches(), F.cross_entropy, updates=10, end=.1, recover=finetune(40, 1e-2))
+    assert [t for t, _, _ in asked] == pytest.approx([i / 10 for i in range(1, 10)])
+    cosine = [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(1, 10)]
+    assert [part for _, part, _ in asked] == pytest.approx([.5 * (.01 + .99 * c) for c in cosine])
+    assert asked[0][2] > asked[-1][2]
+
+def test_granet_from_sparse_starts_at_random_with_the_densities_of_erk():
+    starts, net = [], conv()
+    for seed in (0, 1):
+        model = conv()
+        rule = granet_rule(.5, 10, .5, .6)(method(40, allocate=global_), .1)
+        with seeded(seed), apply_rule(rule, Weights(model), .1, 0): starts.append(masks_of(model))
+    shapes = {n: tuple(w.shape) for n, w in net.named_parameters() if n in starts[0]}
+    density = {n: sum(s) / math.prod(s) for n, s in shapes.items()}
+    scale = .5 * size(net) / sum(d * math.prod(shapes[n]) for n, d in density.items())
+    full = {n for n, d in density.items() if scale * d > 1}   # these are dense, the others share the rest
+    rest = {n: d * math.prod(shapes[n]) for n, d in density.items() if n not in full}
+    scale = (.5 * size(net) - sum(math.prod(shapes[n]) for n in full)) / sum(rest.values())
+    assert all(scale * density[n] <= 1 for n in rest) and full and rest
+    for n, mask in starts[0].items():
+        wanted = mask.numel() * (1 if n in full else scale * density[n])
+        assert abs(int(mask.sum()) - wanted) <= 1
+        kept = net.get_parameter(n).detach().abs()
+        largest = topk_mask(kept.flatten(), int(mask.sum())).view_as(mask)
+        assert n in full or not torch.equal(mask, largest) and not torch.equal(mask, starts[1][n])
 
 def test_granet_without_regrowth_is_gradual_pruning():
     way = lambda keep: [1., *(keep + (1 - keep) * (1 - i / 6)**3 for i in range(1, 6)), *[keep] * 4]

@@ -1,5 +1,6 @@
 "Late rewinding, linear mode connectivity, soups, PQ index, inactive units: exact invariants, orders over three seeds."
 import copy
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from pruning_bench.core.allocate import global_
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import attach_mask, masks_of
 from pruning_bench.core.pattern import n_m, per_row, unstructured
-from pruning_bench.core.recovery import Recovery, train_before_pruning, finetune, rewind, recalibrate_bn
+from pruning_bench.core.recovery import (infinite_batches, Recovery, train_before_pruning, finetune, rewind,
+                                          recalibrate_bn)
 from pruning_bench.core.schedule import Schedule, as_schedule, cubic, pruning_steps, geometric
 from pruning_bench.core.space import Weights
 from pruning_bench.weight.lottery_ticket import (error_barrier, parameter_distance, late_rewinding, average_states,
@@ -107,8 +109,44 @@ def test_survivors_return_to_the_early_step_and_masks_are_nested():
         assert all(torch.equal(v, first.state_dict()[k] * masks[k] if k in masks else first.state_dict()[k])
                    for k, v in state.items())
     for (_, more, _), (_, less, _) in zip(seen, seen[1:]): assert all((less[n] <= more[n]).all() for n in more)
-    # ten batches before the first cut, three passed over: the data of the rewound time follow
-    assert torch.equal(seen[0][2], data[13][0])
+    assert all(torch.equal(x, data[3][0]) for _, _, x in seen)   # the data of the rewound time follow
+
+def numbered(shuffled):
+    "Fifteen batches that a model can tell apart by their first value, as a list or as a loader with a random order."
+    x, y = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10
+    data = torch.utils.data.TensorDataset(x, y)
+    if not shuffled: return list(zip(x.split(4), y.split(4)))
+    return torch.utils.data.DataLoader(data, 4, shuffle=True, generator=shuffled if shuffled is not True else None)
+
+class Listening(nn.Module):
+    "A network that remembers which batches it was trained on."
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = mlp(), []
+    def forward(self, x):
+        if self.training: self.seen.append(x[0, 0, 0, 0].item())
+        return self.net(x)
+
+@pytest.mark.parametrize("shuffled", [False, True, torch.Generator().manual_seed(3)], ids=["list", "loader", "own"])
+@pytest.mark.parametrize("name, part, settings", [("imp-late", .1, dict(rewind_to=.1)), ("imp", 0, {}), ("ap", 0, {}),
+                                                  ("imp-late", .8, dict(rewind_to=.8))], ids=str)
+def test_the_data_are_rewound_as_the_weights_are(name, part, settings, shuffled):
+    net, steps, data = Listening(), 20, numbered(shuffled)
+    run(net, name, rounds=3, steps=steps, data=data, **settings)
+    first, left = net.seen[:steps], steps - round(part * steps)
+    rounds = [net.seen[i:i + left] for i in range(steps, len(net.seen), left)]
+    assert len(rounds) == 3 and all(r == first[steps - left:] for r in rounds)
+    if not shuffled:
+        assert rounds[0][:3] == [data[i % 15][0][0, 0, 0, 0].item() for i in range(steps - left, 23 - left)]
+    else: assert first[:5] != first[15:]   # every pass has an order of its own
+
+def test_other_random_numbers_go_on_when_an_order_is_repeated():
+    stream, drawn = infinite_batches(numbered(True)), []
+    torch.manual_seed(0)
+    for _ in range(2):
+        stream.rewind()
+        for _ in zip(range(20), stream): drawn.append(torch.rand(()).item())
+    assert len(set(drawn)) == 40
 
 def test_late_rewinding_costs_the_first_part_once():
     plan = run(mlp(), "imp-late", rounds=3, steps=20, rewind_to=.25)
@@ -320,7 +358,36 @@ def test_the_pace_decides_where_the_index_brakes():
     steps = pruning_steps(pq_schedule(4), .1, ones)
     assert next(steps)[0] == pytest.approx(.1 ** .25)   # nothing can go, so an even pace; the fake weights never change
     assert [k for k, _, _ in steps][-1] == .1
-    assert run(mlp(), "sap", .95, rounds=3, steps=4) == run(mlp(), "imp", .95, rounds=3, steps=4)
+    with pytest.warns(UserWarning, match="index decided none of them") as said:
+        assert run(mlp(), "sap", .95, rounds=3, steps=4) == run(mlp(), "imp", .95, rounds=3, steps=4)
+    assert len(said) == 1
+
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_without_a_target_the_index_decides_every_round(scope):
+    densities, wanted = [], []
+    def look(model, start, train, n, left):
+        assert n == 3
+        densities.append(total(masks_of(model)))
+        rewind(model, start, train, n, left)
+        groups = {"global": lambda ws: [torch.cat([w.flatten() for w in ws])[None]],
+                  "layer": lambda ws: [w.view(1, -1) for w in ws],
+                  "row": lambda ws: ws}[scope]([w.detach() for w in model.parameters() if w.dim() > 1])
+        wanted.append(densities[-1] - sum(int(prunable_counts(g).sum()) for g in groups))
+    record = build("sap", scope=scope, rounds=3, target=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = run(mlp(), replace(record, between=look, recover=finetune(4, 1e-2)), .95)
+    assert len(densities) == 3 and densities[1:] == wanted[:-1] and total(plan.masks) == densities[-1]
+    assert plan.density > .2
+    stopped = run(mlp(), "sap", .2, scope=scope, rounds=30, steps=4, target=False)   # the sparsity is a limit
+    assert total(stopped.masks) == round(.8 * sum(m.numel() for m in stopped.masks.values()))
+    assert stopped.cost["backward"] < 4 * 31
+
+def test_where_the_index_decides_a_round_nothing_is_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = run(mlp(), "sap", .4, rounds=40, steps=4)
+    assert plan != run(mlp(), "imp", .4, rounds=40, steps=4)
 
 
 # silent units

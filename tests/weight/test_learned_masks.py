@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning_bench import BadInput, Method, prune
+from pruning_bench import BadInput, Method, prune, pruning
 from pruning_bench.core.allocate import topk_mask
 from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.inputs import seeded
@@ -43,6 +43,30 @@ def followed(rule, look, keep=.25, steps=24, lr=1e-2, wd=.1, method=Method(), mo
 
 
 # all of them
+
+def scores_of(training): return [s["score"] for s in training.state.values()]
+
+@pytest.mark.parametrize("two", [False, True], ids=["one optimiser", "two optimisers"])
+@pytest.mark.parametrize("slug", ["jackpot", "bip"])
+def test_what_rests_does_not_move_under_zeroed_gradients(slug, two):
+    model, moved, rests = mlp(norm=True), [], []
+    for p in model.parameters(): p.grad = torch.ones_like(p)   # left from an earlier training
+    frozen = [p for p in model.parameters() if p.dim() == 1]
+    with pruning(model, slug, .5, steps=12) as loop:
+        weights, scores = list(loop.training.weight.values()), scores_of(loop.training)
+        held = [[*weights, *frozen], scores] if two else [[*weights, *frozen, *scores]]
+        optimizers = [torch.optim.SGD(ps, .1, momentum=.9, weight_decay=.1) for ps in held]
+        for i, (x, y) in enumerate(batches(n=6) * 2):
+            before = [[p.detach().clone() for p in ps] for ps in (weights, frozen, scores)]
+            for opt in optimizers: opt.zero_grad(set_to_none=False)
+            F.cross_entropy(model(x), y).backward()
+            for opt in optimizers: opt.step()
+            assert loop.training.step == i + 1
+            moved.append([any(not torch.equal(a, b) for a, b in zip(ps, was))
+                          for ps, was in zip((weights, frozen, scores), before)])
+    rests = {"jackpot": [[False, False, True]] * 12, "bip": [[True, True, False], [False, True, True]] * 6}[slug]
+    assert moved == rests
+    assert all(p.requires_grad for p in model.parameters())
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_where_nothing_learns_the_largest_weights_stay(slug):
@@ -153,9 +177,9 @@ def test_a_pattern_without_thresholds_is_refused(pattern):
 def test_the_gradient_of_a_threshold():
     g = torch.Generator().manual_seed(0)
     w, up, s = torch.randn(6, 6, generator=g), torch.randn(6, 6, generator=g), torch.tensor(-.5, requires_grad=True)
-    slope, = torch.autograd.grad((soft_threshold(w, s.sigmoid()) * up).sum(), s)
-    cut = torch.sigmoid(s.detach())
-    assert torch.isclose(slope, -cut * (1 - cut) * (up * w.sign())[w.abs() > cut].sum())
+    slope, = torch.autograd.grad((soft_threshold(w, s.exp()) * up).sum(), s)
+    cut = s.detach().exp()
+    assert torch.isclose(slope, -cut * (up * w.sign())[w.abs() > cut].sum())
 
 @pytest.mark.parametrize("seed", range(5))
 def test_one_shift_leaves_an_exact_number(seed):
@@ -168,7 +192,7 @@ def test_one_shift_leaves_an_exact_number(seed):
 def test_the_density_follows_its_cubic():
     alive = []
     def look(training):
-        alive.append(sum(int((training.w(n).abs() > s["s"].sigmoid()).sum()) for n, s in training.state.items()))
+        alive.append(sum(int((training.w(n).abs() > s["s"].exp()).sum()) for n, s in training.state.items()))
     followed(soft_threshold_rule(.2, .8), look, keep=.1, steps=30)
     assert all(abs(a - ramped_density(.1, (i + 1) / 30, .2, .8) * TOTAL) <= 1 for i, a in enumerate(alive))
     assert alive[-1] == round(.1 * TOTAL)
@@ -178,11 +202,20 @@ def test_the_network_that_was_trained_is_kept():
     with apply_rule(soft_threshold_rule(.1, .7)(Method(), .3), Weights(model), .3, steps) as training:
         finetune(steps, 1e-2)(model, batches(), F.cross_entropy)
         out, trained = model(batches()[0][0]), {n: training.w(n).clone() for n in training.names}
-        seen.update({n: s["s"].detach().sigmoid() for n, s in training.state.items()})
+        seen.update({n: s["s"].detach().exp() for n, s in training.state.items()})
     assert torch.allclose(model(batches()[0][0]), out, atol=1e-6)
     for n, w in trained.items():
         now = dict(model.named_parameters())[n]
         assert torch.allclose(now[now != 0].abs(), w[now != 0].abs() - seen[n], atol=1e-7)
+
+@pytest.mark.parametrize("factor", [1e-6, 1., 30., 1e4])
+def test_thresholds_reach_weights_of_every_size(factor):
+    model = mlp()
+    with torch.no_grad():
+        for m in model[::2]: m.weight.mul_(factor)
+    plan = prune(model, "str", .8, batches(), F.cross_entropy, steps=6, lr=0.)
+    assert plan == prune(mlp(), "global-magnitude", .8) and all(m.any() for m in plan.masks.values())
+    assert all(torch.equal(model.get_parameter(n) != 0, m) for n, m in plan.masks.items())
 
 def test_layers_learn_different_thresholds():
     _, training = followed(soft_threshold_rule(.1, .7), lambda training: None, lr=.05)

@@ -257,6 +257,21 @@ def test_without_a_cut_and_a_pull_trp_is_ordinary_training():
     finetune(12, 1e-2)(plain, batches(), F.cross_entropy)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(model.parameters(), plain.parameters()))
 
+def test_the_nuclear_norm_pulls_every_singular_value_towards_zero():
+    model, before = net().double(), net().double()
+    def still(model, data, loss, part=1.): # three steps without a gradient of the loss
+        opt = torch.optim.SGD(model.parameters(), .1)
+        for _ in range(3):
+            opt.zero_grad()
+            (0 * sum(p.sum() for p in model.parameters())).backward()
+            opt.step()
+    data = [(x.double(), y) for x, y in batches()]
+    prune(model, "trp", 0., data, F.cross_entropy, recover=Recovery(still, steps=3), project_every=1,
+          nuclear_norm_weight=.2)
+    for i in (0, 2, 4):
+        was, now = (torch.linalg.svdvals(m[i].weight) for m in (before, model))
+        assert torch.allclose(now, (was - 3 * .1 * .2).clamp(min=0), atol=1e-8) and was[0] > .06
+
 def test_a_level_below_the_budget_lowers_the_rank():
     model = net()
     prune(model, "trp", .2, batches(), F.cross_entropy, recover=finetune(10, 1e-3), energy_kept=.3, project_every=1)

@@ -1,6 +1,7 @@
 "N:M training: what is seen, what learns, two masks from one weight; exactly, and orderings over three seeds."
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from pruning_bench import BadInput, prune
 from pruning_bench.bench.task import find_task
+from pruning_bench.core.inputs import seeded
 from pruning_bench.core.rule import Rule, apply_rule
 from pruning_bench.core.pattern import Pattern, as_pattern
 from pruning_bench.core.recovery import Recovery, finetune
@@ -189,6 +191,64 @@ def test_layers_whose_outputs_do_not_divide_keep_the_gradient_of_their_forward_p
     x = torch.randn(3, 8)
     plain, same = (one_pass(copy.deepcopy(model), rule, x, pattern) for rule in (ste_rule(), bidirectional_masks()))
     assert torch.equal(same[1], plain[1])
+
+class Named(nn.Module):
+    "A layer that is called with its input as a keyword, or not."
+    def __init__(self, layer, key=None):
+        super().__init__()
+        self.layer, self.key = layer, key
+    def forward(self, x): return self.layer(x) if self.key is None else self.layer(**{self.key: x})
+
+def products(make, key, x):
+    with seeded(0): model = Named(make(), key)
+    return one_pass(model, bidirectional_masks(), x, as_pattern("2:4"))
+
+def gpt2_layer():
+    from transformers.pytorch_utils import Conv1D
+    return Conv1D(8, 16)
+
+@pytest.mark.parametrize("make, key, shape", [(lambda: nn.Linear(16, 8), "input", (3, 16)),
+                                              (lambda: nn.Conv2d(8, 8, 3), "input", (2, 8, 5, 5)),
+                                              (gpt2_layer, "x", (3, 16))], ids=["linear", "conv", "gpt2"])
+def test_layers_called_with_keywords(make, key, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    plain, named = products(make, None, x), products(make, key, x)
+    for a, b in zip((plain[0], plain[1], *plain[2]), (named[0], named[1], *named[2]), strict=True):
+        assert torch.equal(a, b)
+    with seeded(0): model = Named(make())
+    assert not torch.allclose(plain[1], one_pass(model, ste_rule(), x, as_pattern("2:4"))[1], atol=1e-3)
+
+def test_a_transposed_weight_is_masked_along_its_outputs():
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    with seeded(0): ours = Named(gpt2_layer())
+    twin = Named(nn.Linear(16, 8))
+    with torch.no_grad(): twin.layer.weight.copy_(ours.layer.weight.T), twin.layer.bias.copy_(ours.layer.bias)
+    a, b = (one_pass(m, bidirectional_masks(), x, as_pattern("2:4")) for m in (ours, twin))
+    assert torch.allclose(a[0], b[0], atol=1e-6) and torch.allclose(a[1], b[1], atol=1e-6)
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(16, 8, batch_first=True), nn.Linear(8, 4)
+    def forward(self, x): return self.head(self.rnn(x[:, None])[0][:, -1])
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+    def forward(self, x): return self.head(self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0])
+
+@pytest.mark.parametrize("make, first, count", [(Recurrent, "rnn.weight_ih_l0", 2),
+                                                (Attending, "attention.in_proj_weight", 2)])
+def test_layers_with_a_forward_mask_only_are_named(make, first, count):
+    with pytest.warns(UserWarning, match=f"{count} layers have only the forward mask, the first is '{first}'") as said:
+        prune(make(), "bdwp", None, batches(classes=4), F.cross_entropy, steps=3)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(make(), "nm-ste", None, batches(classes=4), F.cross_entropy, steps=3)
+        skip = "rnn.*" if make is Recurrent else "attention.*"
+        prune(make(), "bdwp", None, batches(classes=4), F.cross_entropy, steps=3, skip=skip)
 
 def test_evaluation_inside_the_training_is_left_alone():
     model, pattern = net(), as_pattern("2:4")

@@ -1,5 +1,5 @@
 "Curvature of the loss: OBD, OBS, OBC and M-FAC against dense matrices, exactly; orderings on the digits."
-import copy, os, subprocess, sys
+import copy, os, subprocess, sys, weakref
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +15,9 @@ from pruning_bench.core.pattern import per_row, unstructured
 from pruning_bench.core.solve import solve_groups
 from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import collect
-from pruning_bench.weight.second_order import (Fisher, iter_gradients, obc, obd, fisher_refit, row_least_squares,
-                                               obs_update, sequential_obs_costs)
+from pruning_bench.weight import second_order
+from pruning_bench.weight.second_order import (Fisher, fisher_bytes, iter_gradients, obc, obd, fisher_refit,
+                                               row_least_squares, obs_update, sequential_obs_costs)
 
 
 def numbers(*shape, seed=0):
@@ -100,6 +101,23 @@ def test_one_block_of_everything_is_no_block():
         assert torch.equal(a.mul(w), b.mul(w))
         assert torch.equal(a.diag, b.diag)
         assert torch.equal(a.refit(w, keep), b.refit(w, keep))
+
+
+@pytest.mark.parametrize("slug", ["mfac", "obs"])
+def test_the_damping_is_that_of_the_papers(slug):
+    model, data = net(), labelled()
+    g, space = rows_of(model, data), Weights(model)
+    w, names = torch.cat([space.w(n).flatten() for n in space.names()]), space.names()
+    plan = prune(model, slug, .4, data, F.cross_entropy, **({"rounds": 1} if slug == "mfac" else {}))
+    keep, f = torch.cat([plan.masks[n].flatten() for n in names]), dense(g, 1e-5)
+    inverse = f.inverse()
+    if slug == "obs": expected = best(f, w, keep)
+    else:
+        price = w.square() / inverse.diagonal()
+        assert torch.equal(keep, topk_mask(price, int(keep.sum())))
+        expected = (w + inverse @ torch.where(keep, 0, -w / inverse.diagonal())) * keep
+    found = torch.cat([space.w(n).flatten() for n in names])
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_single_precision_is_close():
@@ -344,6 +362,29 @@ def test_gradients_that_do_not_fit_are_refused_before_the_first(monkeypatch):
     monkeypatch.setattr("pruning_bench.core.memory.available_bytes", lambda device: None)
     assert prune(net(), "mfac", .5, data, F.cross_entropy, rounds=1).requested == .5
 
+
+def test_memory_is_checked_once_for_all_rounds(monkeypatch):
+    model, free, alive, made = net(), [10**12], [], []
+    class Counted(second_order.Fisher):
+        def __init__(self, *args):
+            alive.append(sum(f() is not None for f in made))
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+            free[:] = [0]   # what other programs take in the meantime
+    monkeypatch.setattr(second_order, "Fisher", Counted)
+    monkeypatch.setattr("pruning_bench.core.memory.available_bytes", lambda device: free[0])
+    plan = prune(model, "mfac", .8, labelled(), F.cross_entropy, rounds=4)
+    assert plan.density == pytest.approx(.2, abs=.01) and alive == [0] * 4   # no Fisher of an earlier round is left
+    before, seen = copy.deepcopy(model.state_dict()), []
+    model.register_forward_hook(lambda m, args, out: seen.append(torch.is_grad_enabled()))
+    with pytest.raises(BadInput, match="gradients of"):   # another call checks again, before its first gradient
+        prune(model, "mfac", .9, labelled(), F.cross_entropy, rounds=4)
+    assert not any(seen) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+@pytest.mark.parametrize("m, d, block, numbers", [(10, 100, None, 2000), (10, 100, 100, 2000), (10, 100, 50, 2400),
+                                                  (10, 100, 40, 3600), (10, 100, 1000, 2000)])
+def test_blocks_need_memory_of_their_own(m, d, block, numbers):
+    assert fisher_bytes(m, d, 8, block) == 8 * numbers
 
 def test_available_memory_is_what_the_kernel_says(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:       2000 kB\nMemFree:         100 kB\nMemAvailable:    300 kB\n")

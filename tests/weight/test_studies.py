@@ -9,7 +9,10 @@ from torch import nn
 
 from pruning_bench import BadInput
 from pruning_bench.core.inputs import seeded
-from pruning_bench.weight.studies import essential_sparsity, ipr, knee
+from pruning_bench.core.mask import masks_of
+from pruning_bench.core.recovery import finetune
+from pruning_bench.weight.studies import (essential_sparsity, ipr, kendall_tau, knee, mode_connectivity, oracle,
+                                          subsets, three_regime)
 
 GRID = torch.linspace(0, 1, 21)
 
@@ -117,3 +120,85 @@ def test_neurons_without_a_frequency_know_by_heart():
     full, heart, kept, forgot, high, _, lot, _ = np.mean(got, 0)
     assert full > .9 and heart > .95
     assert kept > full - .02 and forgot < heart - .5 and kept > lot + .2 > high + .2
+
+
+# oracle pruning and phase diagrams
+
+def mlp(seed=0):
+    with seeded(seed): return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+X, Y = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+def loss(net):
+    with torch.no_grad(): return F.cross_entropy(net(X), Y).item()
+def fit(net, seed=0, steps=20):
+    with seeded(seed): finetune(steps, 1e-2)(net, [(X[i], Y[i]) for i in torch.randperm(60).split(20)], F.cross_entropy)
+
+@pytest.mark.parametrize("width, removed", [(6, 2), (5, 0), (4, 4)])
+def test_all_subsets_once(width, removed):
+    keep = subsets(width, removed)
+    assert keep.dtype == torch.bool and len(keep) == math.comb(width, removed) == len(keep.unique(dim=0))
+    assert (keep.sum(1) == width - removed).all()
+
+def test_drawn_subsets_differ_and_repeat_with_their_seed():
+    keep = subsets(20, 8, 50, seed=1)
+    assert keep.shape == (50, 20) and len(keep.unique(dim=0)) == 50 and (keep.sum(1) == 12).all()
+    assert torch.equal(keep, subsets(20, 8, 50, seed=1)) and not torch.equal(keep, subsets(20, 8, 50, seed=2))
+    for bad in ((4, 5), (4, -1), (4, 2, 0)):
+        with pytest.raises(BadInput, match="units"): subsets(*bad)
+
+def test_kendall_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    g = torch.Generator().manual_seed(0)
+    for high in (4, 1000):
+        a, b = torch.randint(high, (30,), generator=g), torch.randint(high, (30,), generator=g)
+        assert kendall_tau(a, b) == pytest.approx(stats.kendalltau(a, b).statistic)
+    assert kendall_tau([1, 2, 3], [2, 4, 9]) == 1 and kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    with pytest.raises(BadInput): kendall_tau([1], [2])
+
+def test_the_oracle_measures_every_candidate_on_its_own():
+    model, before, inside = mlp(), mlp(), []
+    masks = [{"2.weight": row.expand(3, -1)} for row in subsets(6, 2)]
+    def train(net):
+        fit(net)
+        inside.append(masks_of(net)["2.weight"])
+    rows = oracle(model, masks, loss, train, lambda net: -loss(net))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())) and not masks_of(model)
+    assert all(torch.equal(a, m["2.weight"]) for a, m in zip(inside, masks))
+    for i in (0, 7, 14):   # by hand
+        one = mlp()
+        with torch.no_grad(): one[2].weight.mul_(masks[i]["2.weight"])
+        assert rows[i]["loss"] == pytest.approx(loss(one), abs=1e-6)
+    assert all(-row["quality"] < row["loss"] for row in rows)
+    still = oracle(model, masks, loss, lambda net: None, loss)
+    assert kendall_tau([r["loss"] for r in still], [r["quality"] for r in still]) == 1   # without retraining, the same
+    with pytest.raises(BadInput, match="2.weight"): oracle(model, [{"2.wieght": masks[0]["2.weight"]}], loss, fit, loss)
+
+def test_a_network_is_connected_to_itself_and_not_to_its_mirror():
+    net, mirror = mlp(), mlp()
+    fit(net, steps=150), fit(mirror, steps=150)
+    order = torch.arange(6).flip(0)
+    with torch.no_grad():   # the same function, with its hidden units in another order
+        for t, dim in ((mirror[0].weight, 0), (mirror[0].bias, 0), (mirror[2].weight, 1)):
+            t.copy_(t.index_select(dim, order).clone())
+    assert loss(mirror) == pytest.approx(loss(net), abs=1e-5)
+    assert mode_connectivity(net, net, loss) == pytest.approx(0, abs=1e-6)
+    assert mode_connectivity(net, mirror, loss) < -.05
+
+def test_a_phase_diagram_has_a_row_per_temperature_and_density():
+    trained, seen = [], []
+    def start(steps):
+        net = mlp()
+        fit(net, steps=steps)
+        trained.append(steps)
+        return net
+    def again(net, seed):
+        seen.append((seed, float((net[0].weight != 0).float().mean())))
+        fit(net, seed)
+    rows = three_regime(start, (5, 60), iter((.25, 1.)), again, loss, seeds=(3, 3))
+    cells = [(r["temperature"], r["density"]) for r in rows]
+    assert trained == [5, 60] and cells == [(5, .25), (5, 1.), (60, .25), (60, 1.)]
+    assert [s for s, _ in seen] == [3] * 8 and [d for _, d in seen] == [.25, .25, 1., 1.] * 2
+    assert all(abs(r["connectivity"]) < 1e-6 for r in rows)   # one seed: the same network twice
+    apart = three_regime(start, (60,), (1.,), again, loss, on_path=lambda net: 7.)
+    assert apart[0]["connectivity"] == 0 and apart[0]["error"] != 7
+    with pytest.raises(BadInput, match="two seeds"): three_regime(start, (5,), (1.,), again, loss, seeds=(1, 2, 3))
