@@ -20,7 +20,7 @@ from .inputs import BadInput
 from .mask import record_gradient, set_mask
 from .part import Part, part_factory
 from .pattern import unstructured
-from .space import Space, matrix_to_weight
+from .space import Space, matrix_to_weight, weight_to_matrix
 
 # %% ../../nbs/core/13_rule.ipynb #6bb2cd6f
 class TrainingState:
@@ -111,13 +111,13 @@ class RuleParametrization(nn.Module):
     "A parametrisation: the weight that the network uses, in the form its layer stores it."
     def __init__(self, layer, fn, state:dict, training:TrainingState, name:str):
         super().__init__()
-        self.shape, self.perm, self.state = layer.shape, layer.perm, state
+        self.layout, self.shape, self.state = (layer.perm, layer.row_dims), layer.shape, state
         self.fn = lambda w, state: fn(w, state, training).masked_fill(~training.allowed[name], 0)
         self.trained = nn.ParameterDict({k: v for k, v in state.items() if isinstance(v, nn.Parameter)})
 
     def forward(self, w):
-        seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained})
-        return torch.empty_like(w).copy_(matrix_to_weight(seen, self.shape, self.perm))   # same dtype, memory format
+        seen = self.fn(weight_to_matrix(w, *self.layout), {**self.state, **self.trained})
+        return torch.empty_like(w).copy_(matrix_to_weight(seen, self.shape, self.layout[0]))   # same dtype, memory format
 
 # %% ../../nbs/core/13_rule.ipynb #20e46941
 @contextmanager
