@@ -95,7 +95,7 @@ class Example:
         same = before.shape == after.shape and torch.allclose(before, after, rtol=1e-2, atol=1e-2 * before.abs().max())
         if not same and before.isfinite().all():
             raise BadInput(f"{type(self.model).__name__} without its bypassed blocks computes something else: its code "
-                           "depends on the number of blocks; remove channels or weights instead")
+                           "also uses one of them elsewhere; remove channels or weights instead")
 
 @space
 class Blocks:
@@ -154,16 +154,20 @@ def drop_blocks(model:nn.Module, path:str, # where the list of blocks is
     )->None:
     "Delete blocks and renumber the rest, in modules and configuration; raises `BadInput`, with nothing changed."
     blocks, kept = model.get_submodule(path), kept.tolist()
-    owner, changes, move = depth_changes(model, path, kept)
-    if owner is not None: write_config(model, owner, path, kept, changes)
+    changes = depth_changes(model, path, kept)
+    if changes.owner is not None: write_config(model, changes)
     elif hasattr(model, "config"): set_counts(model.config, kept)
     counted, names, all_blocks = counting_attributes(blocks), list(blocks._modules), list(blocks)
-    if move: move_parts(all_blocks, *moved_parts(all_blocks, kept))
+    if changes.move: move_parts(all_blocks, *moved_parts(all_blocks, kept))
     left = [b for b, k in zip(all_blocks, kept) if k]
     blocks._modules.clear()
     blocks._modules.update(zip(names_after(names, kept), left))
     for i, block in enumerate(left):
-        for (inner, attribute), first in counted.items(): setattr(block.get_submodule(inner), attribute, first + i)
+        known = dict(block.named_modules())
+        for (inner, attribute), first in counted.items():
+            if hasattr(known.get(inner), attribute): setattr(known[inner], attribute, first + i)
+    for (inner, attribute), value in changes.attributes.items():
+        setattr(model.get_submodule(changes.owner).get_submodule(inner), attribute, value)
 
 def set_counts(config, kept:list)->None: # changed in place; bool per block
     "Set the number of layers in a configuration from which no model can be built."

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['describe', 'counting_attributes', 'names_after', 'unique_parts', 'moved_parts', 'describe_pruned', 'config_entries',
-           'with_entries', 'entry_options', 'is_run', 'built_from', 'config_dict', 'config_owner', 'DepthSearch',
-           'depth_changes', 'set_values', 'write_config', 'check_depth']
+           'with_entries', 'entry_options', 'is_run', 'built_from', 'entry', 'as_lists', 'config_dict', 'config_owner',
+           'DepthSearch', 'DepthChanges', 'depth_changes', 'set_values', 'write_config', 'check_depth']
 
-# %% ../../nbs/core/31_depth_config.ipynb #b2e1e1a3
-import copy, json
+# %% ../../nbs/core/31_depth_config.ipynb #5e9a144b
+import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import combinations
 import torch
 from torch import nn
 from .checkpoint import class_path, plain_attributes
 from .inputs import BadInput
 
-# %% ../../nbs/core/31_depth_config.ipynb #2415d598
+# %% ../../nbs/core/31_depth_config.ipynb #b92ad84f
 def describe(model:nn.Module)->dict: # {(module, what): value}
     "Classes, plain attributes and shapes of tensors of all modules."
     out = {}
@@ -27,13 +28,16 @@ def describe(model:nn.Module)->dict: # {(module, what): value}
     return out
 
 def counting_attributes(blocks)->dict: # list of modules -> {(path inside a block, attribute): its value in block 0}
-    "The attributes that number the blocks, such as `layer_idx`."
-    def numbers(block):
-        return {(n, a): v for n, m in block.named_modules() for a, v in vars(m).items()
-                if type(v) is int and any(word in a for word in ("layer", "idx", "index"))}
-    found = [numbers(b) for b in blocks]
-    return {k: v for k, v in found[0].items() if len(found) > 1
-            and all(f.get(k) == v + i for i, f in enumerate(found))}
+    "The attributes that number the blocks, such as `layer_idx`; blocks of another kind may lack them."
+    first = {}
+    for i, block in enumerate(blocks):
+        for n, m in block.named_modules():
+            for a, v in vars(m).items():
+                named = type(v) is int and any(word in a for word in ("layer", "idx", "index"))
+                if named: first.setdefault((n, a), []).append(v - i)
+    def counts(key, offsets): # one block alone says little: only the usual names, counted from 0, are believed
+        return len({*offsets}) == 1 and (len(offsets) > 1 or offsets == [0] and key[1] in ("layer_idx", "layer_id"))
+    return {k: offsets[0] for k, offsets in first.items() if len(blocks) > 1 and counts(k, offsets)}
 
 def names_after(names, kept)->list: # of the blocks; bool per block -> names of the blocks that stay
     "Numbered blocks are numbered anew; blocks with names of their own keep them."
@@ -41,7 +45,7 @@ def names_after(names, kept)->list: # of the blocks; bool per block -> names of 
     stems = {n.rstrip("0123456789") for n in names}
     return list(names)[:len(left)] if len(stems) == 1 and all(n[-1:].isdigit() for n in names) else left
 
-# %% ../../nbs/core/31_depth_config.ipynb #1e379f0f
+# %% ../../nbs/core/31_depth_config.ipynb #05818bb3
 def unique_parts(blocks, i:int)->tuple: # list of modules, a block -> (paths of modules, {(path, attribute): value})
     "What one block has and no other one: modules, and attributes in which it differs from all others alike."
     others = [b for j, b in enumerate(blocks) if j != i]
@@ -59,7 +63,7 @@ def moved_parts(blocks, kept)->tuple: # list of modules, bool per block -> (old 
     if kept[0] or not left: return 0, 0, [], {}
     return 0, left[0], *unique_parts(blocks, 0)
 
-# %% ../../nbs/core/31_depth_config.ipynb #cd8b1c99
+# %% ../../nbs/core/31_depth_config.ipynb #038de534
 def describe_pruned(model:nn.Module, path:str, # where the list of blocks is
                     kept,                      # bool per block
                     move:bool=False,           # whether the first block that stays gets what only block 0 has
@@ -83,7 +87,7 @@ def describe_pruned(model:nn.Module, path:str, # where the list of blocks is
         out[f"{prefix}{target}.{rest}".rstrip("."), what] = value, n
     return out
 
-# %% ../../nbs/core/31_depth_config.ipynb #ebbe71b5
+# %% ../../nbs/core/31_depth_config.ipynb #63eb0a50
 def config_entries(values:Mapping, at=())->Iterator: # (keys, value) of every number and list, in nested configurations
     "The entries of a configuration that may depend on the number of blocks."
     for k, v in values.items():
@@ -114,7 +118,7 @@ def is_run(part)->bool: # part of a list
     "Whether it is a list of kinds and how often they follow each other, as GPT-Neo writes them."
     return isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[0], list) and isinstance(part[1], int)
 
-# %% ../../nbs/core/31_depth_config.ipynb #c60afa75
+# %% ../../nbs/core/31_depth_config.ipynb #88bd9d98
 def built_from(owner:nn.Module, values:Mapping): # with a configuration, its values -> a model without values, or None
     "Build a model of the same class on the meta device."
     try:
@@ -123,23 +127,37 @@ def built_from(owner:nn.Module, values:Mapping): # with a configuration, its val
             return type(owner)(type(owner.config).from_dict(copy.deepcopy(dict(values))))
     except Exception: return None   # the values contradict each other, or the class needs further arguments
 
-def config_dict(owner:nn.Module)->dict: # the JSON of its configuration, as it would be saved
-    "All values of a configuration."
-    if hasattr(owner, "register_to_config"): return json.loads(json.dumps(dict(owner.config), default=str))
-    return json.loads(owner.config.to_json_string(use_diff=False))
+def entry(values:Mapping, keys): # a configuration, keys from the outermost one -> value
+    "One entry of a nested configuration."
+    for k in keys: values = values[k]
+    return values
+
+def as_lists(value): # any nesting -> the same nesting
+    "Tuples as lists, as JSON gives them back."
+    if isinstance(value, Mapping): return {k: as_lists(v) for k, v in value.items()}
+    return [as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+def config_dict(owner:nn.Module)->dict: # {name: value}
+    "All values of a configuration that are stored, not computed."
+    if hasattr(owner, "register_to_config"): return as_lists(dict(owner.config))
+    values = as_lists(owner.config.to_dict())
+    return {k: v for k, v in values.items() if k in vars(owner.config)}   # the others follow from them
 
 def config_owner(model:nn.Module, path:str)->tuple: # (its path, the module, its twin), or three times None
-    "The outermost module around a list of blocks that can be built from its configuration."
-    steps = path.split(".")
+    "The outermost module around a list of blocks that can be built from its configuration; raises `BadInput`."
+    steps, saved = path.split("."), None
     for n in range(len(steps)):
         name = ".".join(steps[:n])
         owner = model.get_submodule(name)
         config = getattr(owner, "config", None)
-        if not (hasattr(config, "to_json_string") or hasattr(owner, "register_to_config")): continue
+        if not (hasattr(config, "to_dict") or hasattr(owner, "register_to_config")): continue
         if (twin := built_from(owner, config_dict(owner))) is not None: return name, owner, twin
-    return None, None, None
+        if hasattr(owner, "save_pretrained"): saved = type(owner).__name__
+    if saved is None: return None, None, None
+    raise BadInput(f"{saved} cannot be built from its own configuration, so a model with fewer blocks could not be "
+                   "loaded again: remove channels or weights instead")
 
-# %% ../../nbs/core/31_depth_config.ipynb #7dcfe22e
+# %% ../../nbs/core/31_depth_config.ipynb #b56104a1
 class DepthSearch:
     "Candidates for the configuration of a model without some of its blocks."
     def __init__(self, owner:nn.Module, twin:nn.Module, # as from `config_owner`
@@ -148,13 +166,20 @@ class DepthSearch:
         dense, plain = describe(owner), describe(twin)
         self.known = {k for k in {*dense, *plain} if dense.get(k) != plain.get(k)}   # differ without our doing
 
-    def differences(self, values:Mapping, want:dict): # (keys of the description), or None where nothing can be built
-        "In what a model built from some values differs from the pruned one."
-        if (twin := built_from(self.owner, values)) is None: return None
+    def differences(self, new:dict, want:dict): # {keys: value}, a description -> (keys of it, copies), or None
+        "In what a model built from new entries differs from the pruned one; attributes that copy an entry stand apart."
+        if (twin := built_from(self.owner, with_entries(self.values, new))) is None: return None
         have = describe(twin)
         def before(n): return want[n, "class"][1] if (n, "class") in want else n
-        return [k for k in {*want, *have} if (want.get(k, (None,))[0] != have.get(k))
-                and (want[k][1] if k in want else before(k[0]), k[1]) not in self.known]
+        odd = [k for k in {*want, *have} if (want.get(k, (None,))[0] != have.get(k))
+               and (want[k][1] if k in want else before(k[0]), k[1]) not in self.known]
+        copies = {k: have[k] for k in odd if k in want and k in have and self.copies(k[1], want[k][0], have[k], new)}
+        return [k for k in odd if k not in copies], copies
+
+    def copies(self, attribute:str, old, now, new:dict)->bool: # of a module, values before and after, {keys: value}
+        "Whether an attribute repeats an entry of the configuration that has changed."
+        named = isinstance(old, list) or any(word in attribute for word in ("layer", "depth"))
+        return named and any(now == v and old == entry(self.values, keys) for keys, v in new.items())
 
     def starts(self)->Iterator: # {keys: value}
         "Sets of counts, the largest first; lists with an entry per block follow them, or stay."
@@ -168,40 +193,48 @@ class DepthSearch:
                 yield dict.fromkeys(chosen, left) | lists
                 if lists: yield dict.fromkeys(chosen, left)
 
-    def solve(self, move:bool=False)->tuple: # ({keys: value}, differences that are left)
+    def solve(self, move:bool=False)->tuple: # ({keys: value}, differences that are left or None, copies of entries)
         "The best entries that were found."
-        want, best, rest = describe_pruned(self.owner, self.path, self.kept, move), {}, None
-        for new in self.starts():
-            found = self.differences(with_entries(self.values, new), want)
-            if found is not None and (rest is None or len(found) < len(rest)): best, rest = new, found
-            if rest == []: return best, rest
-        for keys, v in config_entries(self.values) if rest else ():
+        want, best, rest, copies = describe_pruned(self.owner, self.path, self.kept, move), {}, None, {}
+        def closer(new):
+            nonlocal best, rest, copies
+            found = self.differences(new, want)
+            if found is not None and (rest is None or len(found[0]) < len(rest)): best, (rest, copies) = new, found
+            return rest == []
+        if any(map(closer, self.starts())) or rest is None: return best, rest, copies
+        for keys, v in config_entries(self.values):
             for option in entry_options(v, self.kept):
                 if best.get(keys) == option or isinstance(v, int) and keys in best: continue
-                found = self.differences(with_entries(self.values, {**best, keys: option}), want)
-                if found is not None and len(found) < len(rest): best, rest = {**best, keys: option}, found
-            if not rest: break
-        return best, rest
+                if closer({**best, keys: option}): return best, rest, copies
+        return best, rest, copies
 
-# %% ../../nbs/core/31_depth_config.ipynb #5261217c
+# %% ../../nbs/core/31_depth_config.ipynb #e324149e
+@dataclass(frozen=True)
+class DepthChanges:
+    "How a model and its configuration change when blocks are removed."
+    owner: str = None    # path of the module whose configuration it is; None = no configuration
+    entries: dict = field(default_factory=dict)      # {keys of the configuration: new value}
+    attributes: dict = field(default_factory=dict)   # {(module of the owner, attribute that copies an entry): value}
+    move: bool = False   # whether the first block that stays gets what only block 0 has
+
 def depth_changes(model:nn.Module, path:str, # where the list of blocks is
                   kept,                      # bool per block
-    )->tuple: # (path of the owner or None, {keys: value}, whether parts of block 0 move to the next block)
+    )->DepthChanges:
     "How the configuration says that some blocks are gone; raises `BadInput` where it cannot."
     name, owner, twin = config_owner(model, path)
-    if owner is None: return None, {}, False
+    if owner is None: return DepthChanges()
     inner = path.removeprefix(f"{name}." if name else "")
     search = DepthSearch(owner, twin, inner, kept)
     for move in (False, True):
         if move and not moved_parts(owner.get_submodule(inner), search.kept)[2]: continue
-        changes, rest = search.solve(move)
-        if rest == []: return name, changes, move
+        entries, rest, copies = search.solve(move)
+        if rest == []: return DepthChanges(name, entries, copies, move)
     gone = ", ".join(n for n, k in zip(owner.get_submodule(inner)._modules, search.kept) if not k)
     where, what = min(rest, default=(inner, "number of blocks")) if rest is not None else (inner, "number of blocks")
     raise BadInput(f"no configuration of {type(owner).__name__} describes it without block {gone} of {path!r}: "
                    f"{what!r} of {where!r} depends on the position of a block; remove channels or weights instead")
 
-# %% ../../nbs/core/31_depth_config.ipynb #650526ef
+# %% ../../nbs/core/31_depth_config.ipynb #df2bc858
 def set_values(config, before:dict, after:dict)->None: # changed in place; values of the twins, dense and pruned
     "Write the values in which two configurations differ; nested ones are entered."
     for k, v in after.items():
@@ -210,10 +243,10 @@ def set_values(config, before:dict, after:dict)->None: # changed in place; value
         if isinstance(v, dict) and hasattr(old, "to_dict"): set_values(old, before.get(k) or {}, v)
         elif k in vars(config): setattr(config, k, tuple(v) if isinstance(old, tuple) else v)
 
-def write_config(model:nn.Module, name:str, path:str, kept, changes:dict)->None: # as from `depth_changes`; in place
+def write_config(model:nn.Module, changes:DepthChanges)->None: # changed in place
     "Give a model the configuration that describes it without some blocks; the blocks are still there."
-    owner = model.get_submodule(name)
-    old, new = config_dict(owner), with_entries(config_dict(owner), changes)
+    owner = model.get_submodule(changes.owner)
+    old, new = config_dict(owner), with_entries(config_dict(owner), changes.entries)
     if hasattr(owner, "register_to_config"):
         return owner.register_to_config(**{k: v for k, v in new.items() if v != old.get(k)})
     twins = [dict(built_from(owner, values).named_modules()) for values in (old, new)]
@@ -226,7 +259,7 @@ def write_config(model:nn.Module, name:str, path:str, kept, changes:dict)->None:
     for m in model.modules():
         if id(vars(m).get("config")) in copies: m.config = copies[id(m.config)]
 
-# %% ../../nbs/core/31_depth_config.ipynb #931f9bc8
+# %% ../../nbs/core/31_depth_config.ipynb #d43df9af
 def check_depth(model:nn.Module, path:str, # where the list of blocks is
                 among=None,                # numbers of the blocks that may be removed; None = all
     )->None: # raises BadInput
