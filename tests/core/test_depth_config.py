@@ -55,7 +55,7 @@ def make(family):
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(**values)).eval()
     for p in model.parameters():
-        if p.dim() > 1: nn.init.normal_(p, std=.2)   # blocks that matter, and tables of positions as a training has them
+        if p.dim() > 1: nn.init.normal_(p, std=.2)   # blocks that matter, tables as a training has them
     return model
 
 def inputs(family):
@@ -105,7 +105,8 @@ def test_what_no_configuration_can_say_is_refused_before_work(kind, config, valu
     torch.manual_seed(0)
     model, ran = getattr(transformers, kind)(getattr(transformers, config)(**values)), []
     model.get_output_embeddings().register_forward_pre_hook(lambda m, args: ran.append(m))
-    with pytest.raises(BadInput, match=why): prune(model, method, .5, data=[{"input_ids": torch.zeros(2, 8).long()}] * 9)
+    data = [{"input_ids": torch.zeros(2, 8).long()}] * 9
+    with pytest.raises(BadInput, match=why): prune(model, method, .5, data=data)
     assert len(ran) < 3 and len(block_list(model)[1]) == 4
 
 
