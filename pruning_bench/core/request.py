@@ -134,7 +134,8 @@ class Job:
         skip = [self.skip] if isinstance(self.skip, str) else list(self.skip)
         provenance = {**self.record.provenance, "skip": skip, "settings": self.settings, **self.notes, **extra}
         origin = architecture_delta(self.space.model, self.before, self.data)
-        return Plan(self.record.space, masks, provenance, self.keep, cost, self.space.slices(), met, *origin)
+        dense = self.before["shapes"] if self.before else {}
+        return Plan(self.record.space, masks, provenance, self.keep, cost, self.space.slices(), met, *origin, dense)
 
 # %% ../../nbs/core/27_request.ipynb #931a943f
 def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, calibration:int, seed:int, # as for `prune`

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from pruning_bench import BadInput, prune
+from pruning_bench import BadInput, Plan, prune
 from pruning_bench.core.mask import masks_of
+from pruning_bench.core.plan import load_plan
 from pruning_bench.core.space import Weights, prunable_layers
 from pruning_bench.core.stats import act_norm, gram
 
@@ -117,11 +118,37 @@ def test_adapters_are_left_alone(method):
     assert len(plan.masks) == 14 and not any("lora" in n for n in plan.masks)
 
 
-@pytest.mark.parametrize("sizes", [dict(num_hidden_layers=3), dict(num_key_value_heads=4), dict(intermediate_size=128)])
-def test_a_plan_of_weights_is_refused_by_a_model_of_other_sizes(sizes):
-    def llama(**other): return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **other}))
+def llama(**other):
     torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 4, **other}))
+
+OTHERS = [dict(num_hidden_layers=3), dict(num_hidden_layers=6), dict(num_key_value_heads=4),
+          dict(intermediate_size=128), dict(num_attention_heads=2, head_dim=16)]
+REQUESTS = {"magnitude": .5, "l1-filter": .3, "attention-heads": .5, "block-influence": .5, "cka-layer": .5,
+            "truncated-svd": .5}
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_a_plan_fits_only_a_model_of_the_same_sizes(method, tmp_path):
+    data = [{"input_ids": ids(), "use_cache": False}]
+    pruned = llama()
+    plan = prune(pruned, method, REQUESTS[method], data=data)
+    plan.save(tmp_path / "plan")
+    for plan in (plan, load_plan(tmp_path / "plan")):   # the second one is all that another process knows
+        for sizes in OTHERS:
+            other = llama(**sizes)
+            before = {n: t.clone() for n, t in other.state_dict().items()}
+            with pytest.raises(BadInput, match="made for another architecture"): plan.apply(other)
+            assert not masks_of(other) and before.keys() == other.state_dict().keys()
+            assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+        fresh = llama()
+        plan.apply(fresh)
+        shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (fresh, pruned)]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("sizes", [dict(num_hidden_layers=3), dict(num_hidden_layers=6), dict(num_key_value_heads=4)])
+def test_a_plan_without_the_shapes_of_its_model_is_checked_group_by_group(sizes):
     plan, other = prune(llama(), "magnitude", .5), llama(**sizes)
-    with pytest.raises(BadInput, match="made for another architecture"): plan.apply(other)
+    with pytest.raises(BadInput, match="made for another architecture"):
+        Plan(plan.space, plan.masks, plan.provenance).apply(other)
     assert not masks_of(other)
-    plan.apply(llama())
