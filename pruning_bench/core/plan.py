@@ -210,8 +210,8 @@ def check_shapes(plan:Plan, model)->None: # raises BadInput
         a, b = here.get(n), plan.dense.get(n)
         if a == b: continue
         what = [f"no {n!r}" if s is None else f"{n!r} of shape {tuple(s)}" for s in (a, b)]
-        raise BadInput(f"this plan was made for another architecture: the model has {what[0]}, the plan was made for "
-                       f"{what[1]}; apply it to a dense model of the same sizes")
+        raise BadInput(f"this plan does not fit, it was made for another architecture: the model has {what[0]}, the plan "
+                       f"was made for {what[1]}; apply it to a dense model of the same sizes")
 
 def apply_plan(plan:Plan, model)->None: # changes the model in place
     "Carry out a decision on a fresh copy of the dense model; raises `BadInput` for another architecture."

@@ -190,7 +190,7 @@ def check_groups(masks:dict,  # {group: mask} of a plan
         if here is not None and there is not None and tuple(here) == tuple(there.shape): continue
         said = [f"no {kind} {n!r}" if s is None else f"{n!r} of {tuple(s)}"
                 for s in (here, None if there is None else there.shape)]
-        raise BadInput(f"this plan was made for another architecture: the model has {said[0]}, "
+        raise BadInput(f"this plan does not fit, it was made for another architecture: the model has {said[0]}, "
                        f"the plan has {said[1]}; apply it to the architecture that it was made for")
 
 @space

@@ -118,6 +118,23 @@ def test_adapters_are_left_alone(method):
     assert len(plan.masks) == 14 and not any("lora" in n for n in plan.masks)
 
 
+@pytest.mark.parametrize("dropout", [0., .1])
+def test_channels_are_cut_with_what_adapters_write_and_read(dropout):
+    "The rank of an adapter stays; its outer sides follow the layer, and merging gives the same outputs."
+    model, data = adapted(dropout), [{"input_ids": ids(), "use_cache": False}]
+    for n, p in model.named_parameters():
+        if "lora_B" in n: nn.init.normal_(p, std=.1)   # as after a training
+    plan = prune(model, "l1-filter", .5, data=data)
+    mlp = model.base_model.model.model.layers[0].mlp
+    wrote, read = mlp.gate_proj.lora_B["default"].weight, mlp.down_proj.lora_A["default"].weight
+    assert mlp.gate_proj.base_layer.weight.shape == (32, 32) and wrote.shape == read.shape[::-1] == (32, 4)
+    assert plan.masks and not any("lora" in n for n in plan.masks)
+    assert {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n} == {4}
+    with torch.no_grad():
+        before = model.eval()(**data[0]).logits
+        assert torch.allclose(model.merge_and_unload()(**data[0]).logits, before, atol=1e-5)
+
+
 def llama(**other):
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 4, **other}))
