@@ -71,7 +71,7 @@ def block_sum(prefix:str, # how the names of the weights of a block begin, such 
     raise BadInput(f"no weight of block {prefix.rstrip('.')!r} has a score: the block cannot be ranked; "
                    "leave its layers out of skip=")
 
-# %% ../../nbs/core/26_blocks.ipynb #ec210b89
+# %% ../../nbs/core/26_blocks.ipynb #f16e2169
 class Example:
     "The output of a model on some examples, to compare the model with removed blocks with the one that bypasses them."
     def __init__(self, model, data, loss): # as for every space
@@ -97,6 +97,7 @@ class Example:
             raise BadInput(f"{type(self.model).__name__} without its bypassed blocks computes something else: its code "
                            "also uses one of them elsewhere; remove channels or weights instead")
 
+# %% ../../nbs/core/26_blocks.ipynb #ec210b89
 @space
 class Blocks:
     "Every residual block of the longest list of equal blocks is a unit: depth pruning, also known as layer dropping."
@@ -144,8 +145,6 @@ class Blocks:
 
     @staticmethod
     def restore(model, plan):
-        lists = {n: (len(m),) for n, m in model.named_modules() if n in plan.masks}
-        check_groups(plan.masks, lists, "list of blocks")
         for path, kept in plan.masks.items(): drop_blocks(model, path, kept)
 
 # %% ../../nbs/core/26_blocks.ipynb #fc7c3c4f
@@ -153,7 +152,9 @@ def drop_blocks(model:nn.Module, path:str, # where the list of blocks is
                 kept:Tensor,               # bool per block
     )->None:
     "Delete blocks and renumber the rest, in modules and configuration; raises `BadInput`, with nothing changed."
-    blocks, kept = model.get_submodule(path), kept.tolist()
+    blocks = model.get_submodule(path)
+    check_groups({path: kept}, {path: (len(blocks),)}, "list of blocks")
+    kept = kept.tolist()
     changes = depth_changes(model, path, kept)
     if changes.owner is not None: write_config(model, changes)
     elif hasattr(model, "config"): set_counts(model.config, kept)

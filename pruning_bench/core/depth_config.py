@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['describe', 'counting_attributes', 'names_after', 'unique_parts', 'moved_parts', 'describe_pruned', 'config_entries',
            'with_entries', 'entry_options', 'is_run', 'built_from', 'entry', 'as_lists', 'config_dict', 'config_owner',
-           'DepthSearch', 'DepthChanges', 'depth_changes', 'set_values', 'write_config', 'check_depth']
+           'count_sets', 'copies_entry', 'DepthSearch', 'DepthChanges', 'depth_changes', 'set_values', 'write_config',
+           'check_depth']
 
-# %% ../../nbs/core/31_depth_config.ipynb #5e9a144b
+# %% ../../nbs/core/31_depth_config.ipynb #7c0408f7
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import nn
 from .checkpoint import class_path, plain_attributes
 from .inputs import BadInput
 
-# %% ../../nbs/core/31_depth_config.ipynb #b92ad84f
+# %% ../../nbs/core/31_depth_config.ipynb #50475c69
 def describe(model:nn.Module)->dict: # {(module, what): value}
     "Classes, plain attributes and shapes of tensors of all modules."
     out = {}
@@ -45,7 +46,7 @@ def names_after(names, kept)->list: # of the blocks; bool per block -> names of 
     stems = {n.rstrip("0123456789") for n in names}
     return list(names)[:len(left)] if len(stems) == 1 and all(n[-1:].isdigit() for n in names) else left
 
-# %% ../../nbs/core/31_depth_config.ipynb #05818bb3
+# %% ../../nbs/core/31_depth_config.ipynb #07cb07f0
 def unique_parts(blocks, i:int)->tuple: # list of modules, a block -> (paths of modules, {(path, attribute): value})
     "What one block has and no other one: modules, and attributes in which it differs from all others alike."
     others = [b for j, b in enumerate(blocks) if j != i]
@@ -63,7 +64,7 @@ def moved_parts(blocks, kept)->tuple: # list of modules, bool per block -> (old 
     if kept[0] or not left: return 0, 0, [], {}
     return 0, left[0], *unique_parts(blocks, 0)
 
-# %% ../../nbs/core/31_depth_config.ipynb #038de534
+# %% ../../nbs/core/31_depth_config.ipynb #8cafb474
 def describe_pruned(model:nn.Module, path:str, # where the list of blocks is
                     kept,                      # bool per block
                     move:bool=False,           # whether the first block that stays gets what only block 0 has
@@ -87,7 +88,7 @@ def describe_pruned(model:nn.Module, path:str, # where the list of blocks is
         out[f"{prefix}{target}.{rest}".rstrip("."), what] = value, n
     return out
 
-# %% ../../nbs/core/31_depth_config.ipynb #63eb0a50
+# %% ../../nbs/core/31_depth_config.ipynb #c98b22a5
 def config_entries(values:Mapping, at=())->Iterator: # (keys, value) of every number and list, in nested configurations
     "The entries of a configuration that may depend on the number of blocks."
     for k, v in values.items():
@@ -118,7 +119,7 @@ def is_run(part)->bool: # part of a list
     "Whether it is a list of kinds and how often they follow each other, as GPT-Neo writes them."
     return isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[0], list) and isinstance(part[1], int)
 
-# %% ../../nbs/core/31_depth_config.ipynb #88bd9d98
+# %% ../../nbs/core/31_depth_config.ipynb #d207dffc
 def built_from(owner:nn.Module, values:Mapping): # with a configuration, its values -> a model without values, or None
     "Build a model of the same class on the meta device."
     try:
@@ -157,7 +158,27 @@ def config_owner(model:nn.Module, path:str)->tuple: # (its path, the module, its
     raise BadInput(f"{saved} cannot be built from its own configuration, so a model with fewer blocks could not be "
                    "loaded again: remove channels or weights instead")
 
-# %% ../../nbs/core/31_depth_config.ipynb #b56104a1
+# %% ../../nbs/core/31_depth_config.ipynb #ad718bfc
+def count_sets(values:Mapping, kept:list)->Iterator: # a configuration, bool per block -> {keys: value}
+    "Sets of counts, the largest first; lists with an entry per block follow them, or stay."
+    entries, n, left = dict(config_entries(values)), len(kept), sum(kept)
+    def counts(words): return [k for k, v in entries.items() if v == n and any(w in k[-1] for w in words)]
+    keys = counts(("layer", "depth")) or [k for k, v in entries.items() if v == n and isinstance(v, int)]
+    lists = {k: o[-1] if is_run(v[0]) else o[0] for k, v in entries.items() if isinstance(v, list) and v
+             and (len(v) == n or is_run(v[0])) and (o := entry_options(v, kept))}
+    for size in range(min(len(keys), 4), 0, -1):
+        for chosen in combinations(keys[:6], size):
+            yield dict.fromkeys(chosen, left) | lists
+            if lists: yield dict.fromkeys(chosen, left)
+
+def copies_entry(values:Mapping, new:dict, attribute:str, # a configuration, {keys: new value}, of a module
+                 before, after                            # values of the attribute
+    )->bool:
+    "Whether an attribute of a module repeats an entry of the configuration that has changed."
+    named = isinstance(before, list) or any(word in attribute for word in ("layer", "depth"))
+    return named and any(after == v and before == entry(values, keys) for keys, v in new.items())
+
+# %% ../../nbs/core/31_depth_config.ipynb #907f58a6
 class DepthSearch:
     "Candidates for the configuration of a model without some of its blocks."
     def __init__(self, owner:nn.Module, twin:nn.Module, # as from `config_owner`
@@ -173,25 +194,9 @@ class DepthSearch:
         def before(n): return want[n, "class"][1] if (n, "class") in want else n
         odd = [k for k in {*want, *have} if (want.get(k, (None,))[0] != have.get(k))
                and (want[k][1] if k in want else before(k[0]), k[1]) not in self.known]
-        copies = {k: have[k] for k in odd if k in want and k in have and self.copies(k[1], want[k][0], have[k], new)}
+        both = [k for k in odd if k in want and k in have]
+        copies = {k: have[k] for k in both if copies_entry(self.values, new, k[1], want[k][0], have[k])}
         return [k for k in odd if k not in copies], copies
-
-    def copies(self, attribute:str, old, now, new:dict)->bool: # of a module, values before and after, {keys: value}
-        "Whether an attribute repeats an entry of the configuration that has changed."
-        named = isinstance(old, list) or any(word in attribute for word in ("layer", "depth"))
-        return named and any(now == v and old == entry(self.values, keys) for keys, v in new.items())
-
-    def starts(self)->Iterator: # {keys: value}
-        "Sets of counts, the largest first; lists with an entry per block follow them, or stay."
-        entries, n, left = dict(config_entries(self.values)), len(self.kept), sum(self.kept)
-        def counts(words): return [k for k, v in entries.items() if v == n and any(w in k[-1] for w in words)]
-        keys = counts(("layer", "depth")) or [k for k, v in entries.items() if v == n and isinstance(v, int)]
-        lists = {k: o[-1] if is_run(v[0]) else o[0] for k, v in entries.items() if isinstance(v, list) and v
-                 and (len(v) == n or is_run(v[0])) and (o := entry_options(v, self.kept))}
-        for size in range(min(len(keys), 4), 0, -1):
-            for chosen in combinations(keys[:6], size):
-                yield dict.fromkeys(chosen, left) | lists
-                if lists: yield dict.fromkeys(chosen, left)
 
     def solve(self, move:bool=False)->tuple: # ({keys: value}, differences that are left or None, copies of entries)
         "The best entries that were found."
@@ -201,14 +206,14 @@ class DepthSearch:
             found = self.differences(new, want)
             if found is not None and (rest is None or len(found[0]) < len(rest)): best, (rest, copies) = new, found
             return rest == []
-        if any(map(closer, self.starts())) or rest is None: return best, rest, copies
+        if any(map(closer, count_sets(self.values, self.kept))) or rest is None: return best, rest, copies
         for keys, v in config_entries(self.values):
             for option in entry_options(v, self.kept):
                 if best.get(keys) == option or isinstance(v, int) and keys in best: continue
                 if closer({**best, keys: option}): return best, rest, copies
         return best, rest, copies
 
-# %% ../../nbs/core/31_depth_config.ipynb #e324149e
+# %% ../../nbs/core/31_depth_config.ipynb #cab7aee4
 @dataclass(frozen=True)
 class DepthChanges:
     "How a model and its configuration change when blocks are removed."
@@ -234,7 +239,7 @@ def depth_changes(model:nn.Module, path:str, # where the list of blocks is
     raise BadInput(f"no configuration of {type(owner).__name__} describes it without block {gone} of {path!r}: "
                    f"{what!r} of {where!r} depends on the position of a block; remove channels or weights instead")
 
-# %% ../../nbs/core/31_depth_config.ipynb #df2bc858
+# %% ../../nbs/core/31_depth_config.ipynb #186130e2
 def set_values(config, before:dict, after:dict)->None: # changed in place; values of the twins, dense and pruned
     "Write the values in which two configurations differ; nested ones are entered."
     for k, v in after.items():
@@ -259,7 +264,7 @@ def write_config(model:nn.Module, changes:DepthChanges)->None: # changed in plac
     for m in model.modules():
         if id(vars(m).get("config")) in copies: m.config = copies[id(m.config)]
 
-# %% ../../nbs/core/31_depth_config.ipynb #d43df9af
+# %% ../../nbs/core/31_depth_config.ipynb #8d3e3fc2
 def check_depth(model:nn.Module, path:str, # where the list of blocks is
                 among=None,                # numbers of the blocks that may be removed; None = all
     )->None: # raises BadInput

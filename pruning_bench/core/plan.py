@@ -36,8 +36,7 @@ class Plan:
 
     @property
     def density(self)->float: # fraction of units kept
-        kept = sum(m.sum().item() for m in self.masks.values())
-        return kept / sum(m.numel() for m in self.masks.values())
+        return sum(m.sum().item() for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
 
     @property
     def sparsity(self)->float: return 1 - self.density
@@ -210,8 +209,8 @@ def check_shapes(plan:Plan, model)->None: # raises BadInput
         a, b = here.get(n), plan.dense.get(n)
         if a == b: continue
         what = [f"no {n!r}" if s is None else f"{n!r} of shape {tuple(s)}" for s in (a, b)]
-        raise BadInput(f"this plan does not fit, it was made for another architecture: the model has {what[0]}, the plan "
-                       f"was made for {what[1]}; apply it to a dense model of the same sizes")
+        raise BadInput(f"this plan does not fit, it was made for another architecture: the model has {what[0]}, the "
+                       f"plan was made for {what[1]}; apply it to a dense model of the same sizes")
 
 def apply_plan(plan:Plan, model)->None: # changes the model in place
     "Carry out a decision on a fresh copy of the dense model; raises `BadInput` for another architecture."

@@ -117,7 +117,8 @@ class RuleParametrization(nn.Module):
 
     def forward(self, w):
         seen = self.fn(weight_to_matrix(w, *self.layout), {**self.state, **self.trained})
-        return torch.empty_like(w).copy_(matrix_to_weight(seen, self.shape, self.layout[0]))   # same dtype, memory format
+        new = matrix_to_weight(seen, self.shape, self.layout[0])
+        return torch.empty_like(w).copy_(new)   # same dtype, memory format
 
 # %% ../../nbs/core/13_rule.ipynb #20e46941
 @contextmanager

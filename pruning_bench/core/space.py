@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEAST_SHARE', 'SPACES', 'weight_to_matrix', 'matrix_to_weight', 'Layer', 'matrix_permutations', 'name_matches',
            'weight_layers', 'prunable_layers', 'uncovered_matrices', 'warn_uncovered', 'Space', 'GatedSpace',
-           'PartedSpace', 'space', 'group_pairs', 'check_groups', 'Weights', 'layer_tensors', 'layer_decisions',
-           'Examples']
+           'PartedSpace', 'space', 'group_pairs', 'check_groups', 'layers_of_plan', 'Weights', 'layer_tensors',
+           'layer_decisions', 'Examples']
 
 # %% ../../nbs/core/02_space.ipynb #ec3fc6ae
 import copy, warnings
@@ -179,7 +179,7 @@ def group_pairs(solved)->Iterable: # {group: (new weights, mask)}, or a generato
     "The decisions of a step as pairs of a group and its decision."
     return solved.items() if isinstance(solved, Mapping) else solved
 
-# %% ../../nbs/core/02_space.ipynb #40aa0672
+# %% ../../nbs/core/02_space.ipynb #25205bdc
 def check_groups(masks:dict,  # {group: mask} of a plan
                  shapes:dict, # {group: shape} of a model
                  kind:str,    # what a group is, for the message
@@ -193,6 +193,14 @@ def check_groups(masks:dict,  # {group: mask} of a plan
         raise BadInput(f"this plan does not fit, it was made for another architecture: the model has {said[0]}, "
                        f"the plan has {said[1]}; apply it to the architecture that it was made for")
 
+def layers_of_plan(model:nn.Module, plan)->dict: # any network, a `Plan` of weights -> {parameter name: Layer}
+    "The layers that a plan is about; raises `BadInput` for a plan of other layers."
+    layers = prunable_layers(model, plan.provenance.get("skip", ()))
+    known = layers if "skip" in plan.provenance else plan.masks   # a plan made by hand may be about some layers
+    check_groups(plan.masks, {n: layer.read().shape for n, layer in layers.items() if n in known}, "layer")
+    return layers
+
+# %% ../../nbs/core/02_space.ipynb #40aa0672
 @space
 class Weights:
     "Every weight of every prunable layer is a unit."
@@ -235,9 +243,7 @@ class Weights:
 
     @staticmethod
     def restore(model, plan): # masks of a plan onto a fresh model
-        layers = prunable_layers(model, plan.provenance.get("skip", ()))
-        known = layers if "skip" in plan.provenance else plan.masks   # a plan made by hand may be about some layers
-        check_groups(plan.masks, {n: layer.read().shape for n, layer in layers.items() if n in known}, "layer")
+        layers = layers_of_plan(model, plan)
         for name, mask in plan.masks.items():
             layer = layers[name]
             attach_mask(layer.module, layer.attr, layer.tensor(mask.to(layer.weight.device)))

@@ -114,6 +114,7 @@ def provider(reads_loss:bool=False, # whether the statistic needs a loss (and so
         return PROVIDERS.add(fn.__name__, made, fn, replaces)
     return mark
 
+# %% ../../nbs/core/03_stats.ipynb #ab89f23c
 @contextmanager
 def unfused_layers(space:Space): # yields nothing
     "Run without the fused kernels of attention, recurrent layers and experts, which hide their matrix products."
@@ -157,7 +158,7 @@ def sum_inputs(space:Space, batches:Iterable, loss:Loss, # as for `record_inputs
     record_inputs(space, batches, visit, loss)
     return {name: join_rows(parts, count_rows(space.layers[name])) for name, parts in total.items()}
 
-# %% ../../nbs/core/03_stats.ipynb #b7af7dc2
+# %% ../../nbs/core/03_stats.ipynb #ee178028
 @provider(layerwise=True)
 def act_norm(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (1 or rows, columns)}
     "L2 norm of every input feature over the calibration samples."

@@ -61,7 +61,7 @@ class TraceGraph:
         self.param_atoms, self.param_keys = {}, {}
         self.tensor_atoms, self.from_input = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.op, self.call_name, self.call_sizes, self.used_keys, self.paused = "", "", (), set(), False
-        self.adapters, self.running_norm, self.numeric_width = adapter_names(model), "", {}   # {norm: atoms of its width}
+        self.adapters, self.running_norm, self.numeric_width = adapter_names(model), "", {}   # {norm: its atoms}
         self.edges, self.frozen, self.inexact, self.splits, self.assumptions = [], [], [], [], []
         self.roles = {"produces": [], "consumes": [], "residual": [], "heads": []}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
