@@ -71,7 +71,7 @@ def block_sum(prefix:str, # how the names of the weights of a block begin, such 
     raise BadInput(f"no weight of block {prefix.rstrip('.')!r} has a score: the block cannot be ranked; "
                    "leave its layers out of skip=")
 
-# %% ../../nbs/core/26_blocks.ipynb #f16e2169
+# %% ../../nbs/core/26_blocks.ipynb #5c3c7d9c
 class Example:
     "The output of a model on some examples, to compare the model with removed blocks with the one that bypasses them."
     def __init__(self, model, data, loss): # as for every space
