@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'pack_bits', 'plan_digest', 'request_summary', 'plan_table', 'plan_html', 'plot_plan', 'diff_plans',
-           'save_plan', 'write_plan', 'load_plan', 'apply_plan', 'bake_plan', 'kept_indices']
+           'save_plan', 'write_plan', 'load_plan', 'check_shapes', 'apply_plan', 'bake_plan', 'kept_indices']
 
 # %% ../../nbs/core/10_plan.ipynb #be824fff
 import hashlib, json, os, shutil, tempfile
@@ -32,11 +32,11 @@ class Plan:
     budget: dict = field(default_factory=dict)
     build: dict = field(default_factory=dict)
     model: object = None
+    dense: dict = field(default_factory=dict)
 
     @property
     def density(self)->float: # fraction of units kept
-        kept = sum(m.sum().item() for m in self.masks.values())
-        return kept / sum(m.numel() for m in self.masks.values())
+        return sum(m.sum().item() for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
 
     @property
     def sparsity(self)->float: return 1 - self.density
@@ -85,6 +85,7 @@ Plan.__doc__ += """
     budget: {"of", "requested", "achieved", "full", "left"} of a resource, where one was requested
     build: what a fresh process needs to build the model again: class, attributes, an example
     model: () -> the pruned model, while it exists in this process
+    dense: {tensor: shape} of the model before it was pruned; empty for a plan made by hand
     """
 
 # %% ../../nbs/core/10_plan.ipynb #1205a7a7
@@ -177,6 +178,7 @@ def write_plan(plan:Plan, part:Path)->None: # into an existing folder
     save_file(bits, part / "plan.safetensors")
     about = dict(format="plan.v1", space=plan.space, digest=plan.digest, provenance=plan.provenance,
                  requested=plan.requested, density=plan.density, cost=plan.cost, budget=plan.budget, build=plan.build,
+                dense=plan.dense,
                  shapes={n: list(m.shape) for n, m in plan.masks.items()})
     (part / "plan.json").write_text(json.dumps(about, indent=1))
 
@@ -194,16 +196,27 @@ def load_plan(folder)->Plan: # as written by `Plan.save`
         _, param, dim = key.split(":")
         slices.setdefault(param, {})[int(dim)] = bits[key].tolist()
     plan = Plan(about["space"], masks, about["provenance"], about["requested"], about["cost"], slices,
-                about.get("budget", {}), about.get("build", {}))
+                about.get("budget", {}), about.get("build", {}), dense=about.get("dense", {}))
     if plan.digest != about["digest"]:
         raise BadInput(f"the plan at {folder} does not match its digest: it was altered or is incomplete")
     return plan
 
 # %% ../../nbs/core/10_plan.ipynb #ada0b67c
+def check_shapes(plan:Plan, model)->None: # raises BadInput
+    "Refuse a model with other tensors, or tensors of other shapes, than the one that the plan was made for."
+    here = {n: list(t.shape) for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    for n in dict.fromkeys([*plan.dense, *here]) if plan.dense else ():
+        a, b = here.get(n), plan.dense.get(n)
+        if a == b: continue
+        what = [f"no {n!r}" if s is None else f"{n!r} of shape {tuple(s)}" for s in (a, b)]
+        raise BadInput(f"this plan does not fit, it was made for another architecture: the model has {what[0]}, the "
+                       f"plan was made for {what[1]}; apply it to a dense model of the same sizes")
+
 def apply_plan(plan:Plan, model)->None: # changes the model in place
     "Carry out a decision on a fresh copy of the dense model; raises `BadInput` for another architecture."
     space = choose(plan.space, SPACES, "space")
     if plan.space != "examples":
+        check_shapes(plan, model)
         names = dict(model.named_modules()) | dict(model.named_parameters()) | dict(model.named_buffers())
         needed = [*plan.slices, *(plan.masks if not plan.slices else ())]
         lost = next((n for n in needed if n not in names), None)

@@ -144,7 +144,8 @@ class Job:
         skip = [self.skip] if isinstance(self.skip, str) else list(self.skip)
         provenance = {**self.record.provenance, "skip": skip, "settings": self.settings, **self.notes, **extra}
         origin = architecture_delta(self.space.model, self.before, self.data)
-        plan = Plan(self.record.space, masks, provenance, self.keep, cost, self.space.slices(), met, *origin)
+        dense = self.before["shapes"] if self.before else {}
+        plan = Plan(self.record.space, masks, provenance, self.keep, cost, self.space.slices(), met, *origin, dense)
         if self.group: check_replicas_agree(plan.digest, self.group)
         return plan
 

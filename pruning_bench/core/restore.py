@@ -18,6 +18,9 @@ def copy_container(v): # a container of the same entries, or the value itself
 
 def refill(container, content)->None: # a dict, a list or a set, and a shallow copy of it
     "Give a container the entries that it had; the object stays, because handles of hooks refer to it."
+    entries = [list(c.items()) if isinstance(c, dict) else [(v,) for v in c] for c in (container, content)]
+    same = len(entries[0]) == len(entries[1]) and all(a is b for x, y in zip(*entries) for a, b in zip(x, y))
+    if same: return   # nothing to do, and a frozen container could not be written to
     container.clear()
     if isinstance(container, list): container.extend(content)
     else: container.update(content)

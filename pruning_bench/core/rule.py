@@ -24,7 +24,7 @@ from .part import Part, part_factory
 from .replicas import one_random_stream, replica_group, same_accumulators
 from .rule_steps import average_learned, decide, end_training, separate_copies
 from .pattern import unstructured
-from .space import Space, matrix_to_weight
+from .space import Space, matrix_to_weight, weight_to_matrix
 
 # %% ../../nbs/core/13_rule.ipynb #6bb2cd6f
 class TrainingState:
@@ -121,13 +121,14 @@ class RuleParametrization(nn.Module):
     "A parametrisation: the weight that the network uses, in the form its layer stores it."
     def __init__(self, layer, fn, state:dict, training:TrainingState, name:str):
         super().__init__()
-        self.shape, self.perm, self.state, self.progress = layer.shape, layer.perm, state, training
+        self.layout, self.shape, self.state, self.progress = (layer.perm, layer.row_dims), layer.shape, state, training
         self.fn = lambda w, state, training: fn(w, state, training).masked_fill(~training.allowed[name], 0)
         self.trained = nn.ParameterDict({k: v for k, v in state.items() if isinstance(v, nn.Parameter)})
 
     def forward(self, w):
-        seen = self.fn(w.permute(self.perm).flatten(1), {**self.state, **self.trained}, self.progress)
-        return torch.empty_like(w).copy_(matrix_to_weight(seen, self.shape, self.perm))   # same dtype, memory format
+        seen = self.fn(weight_to_matrix(w, *self.layout), {**self.state, **self.trained}, self.progress)
+        new = matrix_to_weight(seen, self.shape, self.layout[0])
+        return torch.empty_like(w).copy_(new)   # same dtype, memory format
 
 # %% ../../nbs/core/13_rule.ipynb #20e46941
 @contextmanager

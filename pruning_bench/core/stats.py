@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'MatmulRecorder', 'unfold_inputs', 'dilate', 'Provider', 'provider', 'unfused_layers',
-           'record_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'mean_gradient', 'grad',
+           'record_inputs', 'sum_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'mean_gradient', 'grad',
            'temporary_train_mode', 'init_grad', 'calibration_batches', 'sample_gradients', 'UndeclaredStatistic',
            'Stats', 'collect']
 
@@ -22,47 +22,56 @@ from .inputs import (BadInput, BatchLoss, Loss, as_loss, in_mode, select_forward
 from .mask import mask_gradients
 from .part import Part
 from .registry import Registry
+from .row_groups import Rows, count_rows, fill_unseen, join_rows
 from .space import Layer, Space
 
 # %% ../../nbs/core/03_stats.ipynb #37149570
 aten = torch.ops.aten
 
 class MatmulRecorder(TorchDispatchMode):
-    "Call `visit(name, layer, x, args)` whenever a watched weight multiplies an input `x`."
+    "Call `visit(name, layer, x, args)` whenever a watched weight, or some rows of it, multiply an input `x`."
     def __init__(self, layers, visit):
         super().__init__()
         self.layers, self.visit, self.at = layers, visit, {}
-        for n, l in layers.items(): self.at.setdefault(self.storage(l.weight), []).append(self.place(l.weight, n))
+        for n, l in layers.items(): self.at.setdefault(self.storage(l.weight), []).append(self.place(l.weight, n, 0))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is aten.mm.default: self.seen(args[0], args[1], ())
-        elif func is aten.addmm.default: self.seen(args[1], args[2], ())
+        if func in (aten.mm.default, aten.bmm.default): self.seen(args[0], args[1])
+        elif func in (aten.addmm.default, aten.baddbmm.default): self.seen(args[1], args[2])
         elif func is aten.convolution.default: self.seen(args[0], args[1], args[3:9])
-        elif func is aten._to_copy.default and self.name(args[0]):
-            self.at[self.storage(out)] = [self.place(out, self.name(args[0]))]
+        elif func is aten._to_copy.default and (found := self.find(args[0])):
+            self.at[self.storage(out)] = [self.place(out, *found)]
         return out
 
     @staticmethod
     def storage(w): return w.untyped_storage().data_ptr()
 
     @staticmethod
-    def place(w, name): # (first address, last address, name): some layers keep all their weights in one storage
-        return w.data_ptr(), w.data_ptr() + w.nbytes, name
+    def place(w, name, row): # (first address, last address, name, first row): some layers share one storage
+        return w.data_ptr(), w.data_ptr() + w.nbytes, name, row
 
-    def name(self, w): # of the layer, or None
-        return next((n for a, b, n in self.at.get(self.storage(w), ()) if a <= w.data_ptr() < b), None)
+    def find(self, w): # (name of the layer, first row of `w`), or None
+        for a, b, name, row in self.at.get(self.storage(w), ()):
+            if not a <= w.data_ptr() < b: continue
+            rows, size = count_rows(self.layers[name]), self.layers[name].weight.numel()
+            return name, row + (w.data_ptr() - a) // w.element_size() * rows // size
 
-    def seen(self, x, w, args):
-        if name := self.name(w): self.visit(name, self.layers[name], x.detach(), args)
+    def seen(self, x, w, args=None): # arguments of a convolution
+        if (found := self.find(w)) is None: return
+        layer, first = self.layers[found[0]], found[1]
+        rows = count_rows(layer)
+        n = w.numel() * rows // layer.weight.numel()
+        self.visit(found[0], layer, x.detach(), args or (Rows(first, first + n) if first or n < rows else ()))
 
 # %% ../../nbs/core/03_stats.ipynb #a49e836f
 def unfold_inputs(layer:Layer, x:Tensor, # input as the operation received it
-                  args=(), # stride, padding, dilation, transposed, output padding, groups of a convolution
+                  args=(), # stride, padding, dilation, transposed, output padding, groups of a convolution; or `Rows`
     )->Tensor: # (groups, samples, columns), float32
     "The rows that multiply a layer's matrix: tokens for a linear layer, patches for a convolution."
     x = x.float()
-    if not args: return x.reshape(1, -1, x.shape[-1])
+    if layer.row_dims == 2 and not args: return x   # all experts in one product, each with its own tokens
+    if not args or isinstance(args, Rows): return x.reshape(1, -1, x.shape[-1])
     stride, padding, dilation, transposed, _, groups = args
     kernel = [layer.shape[d] for d in layer.perm[1:-1]]
     if transposed:
@@ -109,6 +118,35 @@ def provider(reads_loss:bool=False, # whether the statistic needs a loss (and so
         return PROVIDERS.add(fn.__name__, made, fn, replaces)
     return mark
 
+# %% ../../nbs/core/03_stats.ipynb #ab89f23c
+@contextmanager
+def unfused_layers(space:Space): # yields nothing
+    "Run without the fused kernels of attention, recurrent layers and experts, which hide their matrix products."
+    fast, fused = torch.backends.mha.get_fastpath_enabled(), [torch.backends.mkldnn, torch.backends.cudnn]
+    recurrent = any(isinstance(l.module, nn.RNNBase) for l in space.layers.values())
+    before = [b.enabled for b in fused]
+    configs = [getattr(l.module, "config", None) for l in space.layers.values() if l.row_dims == 2]
+    experts = {id(c): (c, c._experts_implementation) for c in configs if hasattr(c, "_experts_implementation")}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for b in fused * recurrent: b.enabled = False
+        for config, _ in experts.values(): config._experts_implementation = "eager"   # one product per expert
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for b, was in zip(fused * recurrent, before): b.enabled = was
+        for config, was in experts.values(): config._experts_implementation = was
+
+def record_inputs(space:Space, # whose layers are recorded
+                  batches:Iterable, # calibration batches
+                  visit:Callable, # (name, layer, input, arguments of the operation), called at each matrix product
+                  loss:Loss=None, # a `BatchLoss` runs the model itself; else a plain forward pass
+    )->None:
+    "Run the model over the calibration batches in evaluation mode and visit the input of every layer."
+    run = select_forward(loss)
+    with in_mode(space.model, False), torch.no_grad(), unfused_layers(space), MatmulRecorder(space.layers, visit):
+        for batch in tqdm(batches, desc="calibration", leave=False, delay=3): run(space.model, batch)
+
 # %% ../../nbs/core/03_stats.ipynb #f79ed65a
 @contextmanager
 def unfused_layers(space:Space): # yields nothing
@@ -135,32 +173,39 @@ def record_inputs(space:Space, # whose layers are recorded
         for batch in tqdm(batches, desc="calibration", leave=False, delay=3): run(space.model, batch)
 
 # %% ../../nbs/core/03_stats.ipynb #3c0be39d
+def sum_inputs(space:Space, batches:Iterable, loss:Loss, # as for `record_inputs`
+               of:Callable, # (groups, samples, columns) -> (groups, ...), a sum over samples
+    )->dict: # {layer: ((groups, ...) sums, (groups,) numbers of samples)}, groups of consecutive rows
+    "Sum a function of the inputs of every layer, apart for rows that have inputs of their own."
+    total = {}
+    def visit(name, layer, x, args):
+        f = unfold_inputs(layer, x, args)
+        value, n = of(f), torch.full((len(f),), f.shape[1], device=f.device)
+        parts = total.setdefault(name, {})
+        rows = args if isinstance(args, Rows) else Rows(0, count_rows(layer))
+        parts[rows] = (parts[rows][0].add_(value), parts[rows][1] + n) if rows in parts else (value, n)
+    record_inputs(space, batches, visit, loss)
+    return {name: join_rows(parts, count_rows(space.layers[name])) for name, parts in total.items()}
+
+# %% ../../nbs/core/03_stats.ipynb #ee178028
 @provider(layerwise=True)
 def act_norm(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (1 or rows, columns)}
     "L2 norm of every input feature over the calibration samples."
-    total = {}
-    def visit(name, layer, x, args):
-        square = unfold_inputs(layer, x, args).square().sum(1)
-        total[name] = total.get(name, 0) + square
-    record_inputs(space, batches, visit, loss)
-    rows = {n: l.read().shape[0] for n, l in space.layers.items()}
-    return {n: t.sqrt().repeat_interleave(rows[n] // len(t), 0) if len(t) > 1 else t.sqrt() for n, t in total.items()}
+    sums = sum_inputs(space, batches, loss, lambda f: f.square().sum(1))
+    total = {n: fill_unseen(*s).sqrt() for n, s in sums.items()}
+    rows = {n: count_rows(l) for n, l in space.layers.items()}
+    return {n: t.repeat_interleave(rows[n] // len(t), 0) if len(t) > 1 else t for n, t in total.items()}
 
-def gram_size(layer:Layer)->int: # numbers
-    "How many numbers the second moments of a layer hold: columns times columns, for each group of a convolution."
-    return getattr(layer.module, "groups", 1) * layer.read().shape[1] ** 2
+def gram_size(layer:Layer)->int: # numbers, at most
+    "How many numbers the second moments of a layer hold: columns times columns, for each group of its rows."
+    groups = 3 if isinstance(layer.module, nn.MultiheadAttention) else getattr(layer.module, "groups", 1)
+    return (layer.shape[0] if layer.row_dims == 2 else groups) * layer.read().shape[1] ** 2
 
 @provider(layerwise=True, size=gram_size)
 def gram(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (groups, columns, columns)}
     "Second moment of the inputs, the Hessian of the layer's squared output error up to a factor."
-    total, count = {}, {}
-    def visit(name, layer, x, args):
-        f = unfold_inputs(layer, x, args)
-        product = f.transpose(1, 2) @ f
-        total[name] = total[name].add_(product) if name in total else product
-        count[name] = count.get(name, 0) + f.shape[1]
-    record_inputs(space, batches, visit, loss)
-    return {n: t.div_(count[n]) for n, t in total.items()}
+    sums = sum_inputs(space, batches, loss, lambda f: f.transpose(1, 2) @ f)
+    return {n: fill_unseen(t.div_(count.clamp(min=1)[:, None, None]), count) for n, (t, count) in sums.items()}
 
 # %% ../../nbs/core/03_stats.ipynb #ebebba5f
 def at_least_float32(t:Tensor)->Tensor: # detached, float32 or wider

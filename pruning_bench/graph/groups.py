@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from ..core.inputs import BadInput, forward, select_forward
+from ..core.parameters import adapter_names
 from ..core.space import name_matches, group_pairs, space
 from .branches import example_batch, trace_branches
 from .gates import gated
@@ -241,8 +242,8 @@ def prunable_groups(space,         # its model, coupling and example
                     residual:bool, # whether residual streams are pruned
     )->dict: # {name: Group}
     "The groups of a model that pass a dry run; raises `BadInput` when there is none."
-    def skipped(g): return any(name_matches(p, skip) for p, _ in g.members)
-    groups = [g for g in space.coupling.groups if residual or not g.residual]
+    def skipped(g): return any(name_matches(p, skip) for p, _ in g.members) or {p for p, _ in g.produces} <= beside
+    groups, beside = [g for g in space.coupling.groups if residual or not g.residual], adapter_names(space.model)
     found = {g.name: g for g in groups if len(g) > 1 and not skipped(g)}
     if found: found = verify_groups(space.model, space.example, space.run, space.coupling, found, dependency_groups)
     if not found:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['convolution_rule', 'join_depthwise', 'join_grouped', 'join_transposed', 'freeze_along', 'join_overlapping',
            'join_aligned', 'join_broadcast', 'pointwise_rule', 'batch_norm_rule', 'inner_and_outer', 'join_matmul',
-           'mark_weight', 'matmul_rule', 'addmm_rule', 'permute_rule', 'add_rule', 'mix_along', 'reduction_rule',
-           'softmax_rule', 'along_axis_rule', 'constant_rule']
+           'mark_weight', 'matmul_rule', 'addmm_rule', 'permute_rule', 'from_adapter', 'add_rule', 'mix_along',
+           'reduction_rule', 'softmax_rule', 'along_axis_rule', 'constant_rule']
 
 # %% ../../nbs/graph/38_rules.ipynb #58e840f7
 import numpy as np
@@ -190,14 +190,21 @@ def permute_rule(g, outs, a):
     return [f.transpose([d % len(order) for d in order]) for f in g.atoms_of(a.self)]
 
 # %% ../../nbs/graph/38_rules.ipynb #7d30321d
+def from_adapter(g:TraceGraph, # holds the names of adapters
+                 f:np.ndarray, # atoms
+    )->bool:
+    "Whether the channels of a tensor are written by adapters alone."
+    if not g.adapters: return False
+    return all(g.dims[d][0] in g.adapters for d in np.unique(np.concatenate(g.owner)[f[f > 0]]))
+
 @operation_rule("add")
 def add_rule(g, outs, a):
-    "Two activations of equal shape: a residual connection."
+    "Two activations of equal shape: a residual connection, unless one of them is the output of an adapter."
     both = [t for t in (a.self, a.other) if isinstance(t, Tensor) and t.shape == outs[0].shape and not g.is_weight(t)]
     if len(both) == 2:
         for u in g.atoms_of(both[0]):
             for v in g.atoms_of(both[1]):
-                if u.shape == v.shape and not np.array_equal(u, v):
+                if u.shape == v.shape and not (np.array_equal(u, v) or from_adapter(g, u) or from_adapter(g, v)):
                     g.mark_role("residual", u[(u > 0) & (v > 0)], v[(u > 0) & (v > 0)])
     return pointwise_rule(g, outs, a)
 

@@ -121,7 +121,7 @@ def producer_layers(model:nn.Module, # holds the parameters
                     groups:dict,     # {name: Group}
     )->dict: # {parameter: Layer}
     "The layers whose rows write the channels of the groups."
-    layers, own = weight_layers(model), dict(model.named_parameters())
+    layers, own = {n: l for n, l in weight_layers(model).items() if l.row_dims == 1}, dict(model.named_parameters())
     wanted = {p for g in groups.values() for p, _ in g.produces}
     out = {n: l for n, l in layers.items() if n in wanted}
     for g in groups.values():   # without a layer of their own: all experts in one tensor, for instance

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core.inputs import forward, in_mode, to_device, seeded
+from ..core.parameters import adapter_names
 from ..core.registry import Registry
 from .norms import run_operation, track_norms
 
@@ -60,7 +61,7 @@ class TraceGraph:
         self.param_atoms, self.param_keys = {}, {}
         self.tensor_atoms, self.from_input = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.op, self.call_name, self.call_sizes, self.used_keys, self.paused = "", "", (), set(), False
-        self.running_norm, self.numeric_width = "", {}   # {norm without weights: the atoms of its width}
+        self.adapters, self.running_norm, self.numeric_width = adapter_names(model), "", {}   # {norm: its atoms}
         self.edges, self.frozen, self.inexact, self.splits, self.assumptions = [], [], [], [], []
         self.roles = {"produces": [], "consumes": [], "residual": [], "heads": []}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -77,8 +78,7 @@ class TraceGraph:
         return np.arange(self.size - n, self.size)
 
     def atoms_of(self, t): # arrays of atoms that broadcast to the tensor
-        if t in self.tensor_atoms: return self.tensor_atoms[t]
-        return self.param_atoms.get(storage_key(t), [])
+        return self.tensor_atoms[t] if t in self.tensor_atoms else self.param_atoms.get(storage_key(t), [])
 
     def width_atoms(self, n): # atoms for a width that the running module has no tensor for, only a number
         name = self.running_norm

@@ -59,7 +59,7 @@ def gate_probability(gates:dict, # as from `new_gates`
 def gate_hook(i:int,       # index of the block
               gates:dict,  # as from `new_gates`
               shares:dict, # {block: fraction of open gates}, written
-              on_output,   # `on_output(i, y)`, called in training with the output of the block; returns the output
+              on_output,   # `on_output(y)`, called in training with the output of the block; returns the output
     ): # a forward hook
     "Skip a block for the inputs whose gate is closed; raises `BadInput` for a block that changes shapes."
     def hook(block, args, kwargs, out):
@@ -69,9 +69,10 @@ def gate_hook(i:int,       # index of the block
             raise BadInput(f"block {i} changes the shape of its input from {tuple(x.shape)} to {tuple(y.shape)}: "
                            "it cannot be left out")
         z = binary_gate(gate_probability(gates, i, x))
-        shares[i] = z.mean()
         y = x + z.view(-1, *[1] * (x.dim() - 1)) * (y - x)
-        if block.training and torch.is_grad_enabled(): y = on_output(i, y)
+        if block.training and torch.is_grad_enabled():
+            shares[i] = z.mean()
+            y = on_output(y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
     return hook
 
@@ -79,13 +80,13 @@ def gate_hook(i:int,       # index of the block
 def gate_penalty(training,     # the current `TrainingState`, with the gates in its state
                  budget:float, # weight of the squared distance between the mean open fraction and the budget
                  agree:float,  # weight of the polarisation loss
-    )->tuple: # ({block: fraction of open gates}, a function (index of the block, its output) -> the output)
-    "Add budget and polarisation loss at the output of the last block; record a running mean of the fractions."
-    state, shares, n = training.state[training.space.path], {}, len(training.space.all)
+    )->tuple: # ({block: fraction of open gates}, a function of the output of a block that returns the output)
+    "Add budget and polarisation loss at the output of the block that runs last; record a running mean of fractions."
+    state, shares, n = training.state[training.names[0]], {}, len(training.space.all)
     k = open_blocks(training)
-    def on_output(i, y):
-        if i < n - 1: return y
-        share = torch.stack([shares[j] for j in range(n)])
+    def on_output(y):
+        if len(shares) < n: return y
+        share = torch.stack([shares.pop(j) for j in range(n)])
         state["share"] = share.detach().float().cpu()
         state["mean"].lerp_(state["share"], .05)
         return AttachLoss.apply(y, budget * (share.mean() - k / n) ** 2 + agree * polarization_loss(share))
@@ -107,7 +108,7 @@ def train_with_gates(budget:float, # weight of the squared distance between the 
         shares, on_output = gate_penalty(training, budget, agree)
         with ExitStack() as stack:
             for i, block in enumerate(training.space.all):
-                hook = gate_hook(i, training.state[training.space.path], shares, on_output)
+                hook = gate_hook(i, training.state[training.names[0]], shares, on_output)
                 stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
             yield
     def state(w, training): return {**new_gates(training.space.all), "mean": torch.ones(len(w))}
@@ -125,5 +126,5 @@ def polarize(budget_weight:float=3.,       # weight of the squared distance betw
              lr:float=3e-3,   # peak learning rate
     ):
     "Block pruning by learned gates with polarisation regularisation: all inputs skip the same blocks."
-    return Method(space="blocks", rule=train_with_gates(budget_weight, polarization_weight),
+    return Method(space="residuals", rule=train_with_gates(budget_weight, polarization_weight),
                   recover=finetune(steps, lr))

@@ -87,7 +87,7 @@ def consumer_layers(space)->dict: # {weight: `Consumer`}
     for g in space.groups.values():
         for p, d in g.consumes:
             owner, layer = p.rpartition(".")[0], layers.get(p)
-            if layer is None or d != layer.perm[-1] or owned.count(id(layer.weight)) > 1: continue
+            if layer is None or layer.row_dims > 1 or d != layer.perm[-1] or owned.count(id(layer.weight)) > 1: continue
             if p not in found: found[p] = Consumer(p, layer, {}, bias_target(owner, layer.module, norms.get(owner)))
             index = torch.as_tensor(g.members[p, d], device=layer.weight.device)
             offsets = torch.arange(0, layer.read().shape[1], layer.in_channels, device=index.device)

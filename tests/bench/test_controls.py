@@ -124,8 +124,8 @@ def test_the_lottery_of_unlike_units_holds_at_every_budget(world):
         assert run_with_status(world, "truncated-svd", sparsity, 0, {"control": "random"})[0]["status"] == "ok"
 
 
-# too large for one, blocks that change shapes for the other
-REFUSED = {"obs": "more than 2500", "polarize": "cannot be left out"}
+# too large for it
+REFUSED = {"obs": "more than 2500"}
 
 @pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.family == "weight" and m != "imp"])
 def test_every_weight_method_has_its_lottery(world, method):

@@ -46,7 +46,8 @@ def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-OWN = {"weights": plain, "ranks": plain, "channels": residual, "blocks": blocks}
+OWN = {"weights": plain, "ranks": plain, "channels": residual, "blocks": blocks, "residuals": blocks}
+TRACED = "channels", "residuals"   # spaces that run the model once to find their units
 RULED = {n: build(n) for n in methods(use="prune").method if build(n).rule}
 INSIDE = list(RULED)
 
@@ -75,7 +76,7 @@ def request(name): return {"sparsity": None if build(name).pattern.fixed else .5
 @pytest.mark.parametrize("name", INSIDE)
 def test_every_method_that_prunes_inside_a_training_prunes_inside_yours(name, dtype=torch.float64):
     net, data, record = OWN[RULED[name].space]().to(dtype), pixels(dtype), RULED[name]
-    read = data if record.space == "channels" else None
+    read = data if record.space in TRACED else None
     with pruning(net, name, **request(name), steps=6, data=read, loss=F.cross_entropy) as p:
         assert p.plan is None
         loop(net, data, 6)
@@ -177,7 +178,7 @@ def test_gates_that_nobody_trains_are_refused():
     net = blocks()
     early = torch.optim.SGD(net.parameters(), .05)
     with pytest.raises(BadInput, match="make the optimiser inside the context"):
-        with pruning(net, "polarize", .5, steps=4): loop(net, pixels(), 4, early)
+        with pruning(net, "polarize", .5, steps=4, data=pixels()): loop(net, pixels(), 4, early)
     assert len(net[1]) == 4 and traces(net) == traces(blocks())
 
 
