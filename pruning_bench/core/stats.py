@@ -147,31 +147,6 @@ def record_inputs(space:Space, # whose layers are recorded
     with in_mode(space.model, False), torch.no_grad(), unfused_layers(space), MatmulRecorder(space.layers, visit):
         for batch in tqdm(batches, desc="calibration", leave=False, delay=3): run(space.model, batch)
 
-# %% ../../nbs/core/03_stats.ipynb #f79ed65a
-@contextmanager
-def unfused_layers(space:Space): # yields nothing
-    "Run without the fused kernels of attention and of recurrent layers, which hide their matrix products."
-    fast, fused = torch.backends.mha.get_fastpath_enabled(), [torch.backends.mkldnn, torch.backends.cudnn]
-    recurrent = any(isinstance(l.module, nn.RNNBase) for l in space.layers.values())
-    before = [b.enabled for b in fused]
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for b in fused * recurrent: b.enabled = False
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for b, was in zip(fused * recurrent, before): b.enabled = was
-
-def record_inputs(space:Space, # whose layers are recorded
-                  batches:Iterable, # calibration batches
-                  visit:Callable, # (name, layer, input, arguments of the operation), called at each matrix product
-                  loss:Loss=None, # a `BatchLoss` runs the model itself; else a plain forward pass
-    )->None:
-    "Run the model over the calibration batches in evaluation mode and visit the input of every layer."
-    run = select_forward(loss)
-    with in_mode(space.model, False), torch.no_grad(), unfused_layers(space), MatmulRecorder(space.layers, visit):
-        for batch in tqdm(batches, desc="calibration", leave=False, delay=3): run(space.model, batch)
-
 # %% ../../nbs/core/03_stats.ipynb #3c0be39d
 def sum_inputs(space:Space, batches:Iterable, loss:Loss, # as for `record_inputs`
                of:Callable, # (groups, samples, columns) -> (groups, ...), a sum over samples
