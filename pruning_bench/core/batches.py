@@ -116,6 +116,12 @@ class Replay:
             if i == len(self.kept): return
             yield self.kept[i]
 
+    def whole(self, limit:int=10_000)->list: # the most items that are read
+        "All items; raises `BadInput` when there are too many, as from an endless stream."
+        items = list(islice(self, limit + 1))
+        if len(items) <= limit: return items
+        raise BadInput(f"the stream has not ended after {limit:,} items: choosing examples needs data that can be counted")
+
 # %% ../../nbs/core/29_batches.ipynb #a29b0010
 def has_columns(data)->bool: # a data set of the library `datasets`
     "Whether data has columns and can give its values as tensors."

@@ -77,10 +77,12 @@ def first_batch(data): # the first batch, or None
 # %% ../../nbs/core/00_inputs.ipynb #b3ca120e
 def as_dataset(data): # DataLoader, Dataset, `(x, y)`, or a list of batches -> something with `len` and an index
     "The examples behind `data`, in a fixed order; raise `BadInput` when they cannot be counted."
+    if hasattr(data, "whole"): data = data.whole()   # of a generator
     if isinstance(data, DataLoader): data = drawn_examples(data)
     elif hasattr(data, "batches"): data = list(data) if isinstance(data.batches, list) else data.batches.dataset
-    elif isinstance(getattr(data, "collate_fn", None) and data.dataset, list):   # single examples
-        data = Subset(data.dataset, range(len(data.dataset)))
+    elif hasattr(data, "collate_fn"):   # single examples of a list or a generator
+        items = data.dataset.whole() if hasattr(data.dataset, "whole") else data.dataset
+        data = Subset(items, range(len(items))) if isinstance(items, list) else items
     if isinstance(data, Tensor) or is_pair(data): data = [data]
     if isinstance(data, (list, tuple)): return joined_batches(data)
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")

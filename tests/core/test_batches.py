@@ -158,6 +158,13 @@ def test_a_shuffling_loader_stands_for_its_whole_data_set():
     assert len(as_dataset(DataLoader(Subset(data, range(7)), 2))) == 7
 
 
+def test_the_examples_of_a_generator_can_be_chosen_when_it_ends():
+    assert len(prune(None, "random-subset", .5, iter([(X[:20], Y[:20]), (X[20:], Y[20:])])).kept()) == 30
+    assert len(prune(None, "random-subset", .5, zip(X, Y)).kept()) == 30
+    with pytest.raises(BadInput, match="not ended"):
+        prune(None, "random-subset", .5, (torch.ones(1) for _ in itertools.count()))
+
+
 # labels
 
 @pytest.mark.parametrize("labels, reason", [(Y + 1, "from 1 to 3"), (torch.where(Y == 0, -100, Y), "from -100 to 2")])
