@@ -237,7 +237,8 @@ def definition(x): # comparable by ==
 # %% ../../nbs/bench/90_task.ipynb #5b40b383
 TASKS = Registry("task", "pruning_bench.tasks")                # name -> Task
 TASK_FAMILIES = Registry("family of tasks", "pruning_bench.tasks")  # prefix -> function (rest of the name) -> Task
-MODULES = ("embedded", "cifar10", "language", "ddpm", "text_to_image", "encoder", "fashion")
+MODULES = ("digits", "pydoc_text", "digits_ddpm", "digits_data", "cifar10", "language", "stdlib_text", "wikitext",
+           "ddpm", "ddpm_pipelines", "text_to_image", "sd_pipelines", "encoder", "fashion")
 OWN = tuple(f"pruning_bench.bench.tasks.{m}" for m in MODULES)
 
 def import_tasks()->None:

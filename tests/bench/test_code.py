@@ -52,7 +52,7 @@ def test_an_unrelated_module_leaves_the_digest(digest, module):
 
 
 @pytest.mark.parametrize("module", ["weight/wanda", "core/allocate", "core/driver", "core/stats",
-                                    "bench/tasks/embedded", "bench/task", "bench/run",
+                                    "bench/tasks/digits", "bench/task", "bench/run",
                                     "bench/measure/size"])
 def test_a_module_that_the_run_uses_changes_it(digest, module):
     assert digest("wanda") != digest("wanda", module, append(CHANGE))

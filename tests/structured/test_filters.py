@@ -503,7 +503,7 @@ class Block(nn.Module):
 @pytest.mark.slow
 def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
     "Half of the inner channels of a small residual network trained with weight decay; batch norms recalibrated."
-    from pruning_bench.bench.tasks.embedded import digits
+    from pruning_bench.bench.tasks.digits import digits
     from pruning_bench.core.recovery import finetune, recalibrate_bn
     @criterion()
     def worst(space, batches=None, loss=None): return {n: -s for n, s in PROVIDERS["group_magnitude"](space).items()}

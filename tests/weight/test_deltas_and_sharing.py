@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning_bench import BadInput, prune
-from pruning_bench.bench.tasks.embedded import digits
+from pruning_bench.bench.tasks.digits import digits
 from pruning_bench.bench.task import find_task
 from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.inputs import seeded

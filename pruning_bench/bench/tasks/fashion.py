@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from ...core.inputs import choose, device_of
 from ...core.recovery import finetune, none
 from ..measure.behaviour import classification_metrics, dense_comparison
-from .embedded import ResidualBlock
+from .digits import ResidualBlock
 from ..sources import Source, fetch, read_idx
 from ..task import Batches, Task, digest, narrower_network, register_task
 
