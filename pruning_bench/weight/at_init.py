@@ -20,7 +20,7 @@ from ..core.method import Method, register
 from ..core.recovery import finetune_last
 from ..core.schedule import geometric
 from ..core.score import score, snip
-from ..core.stats import mean_gradient, provider, temporary_train_mode
+from ..core.stats import provider, temporary_train_mode
 
 # %% ../../nbs/weight/21_at_init.ipynb #8bf66d90
 @register("SNIP: Single-shot Network Pruning based on Connection Sensitivity", "arXiv:1810.02340", 2019, "weight",
@@ -56,19 +56,24 @@ def hessian_grad(space, batches, loss=None, # as every provider
     layers, total = space.layers, {}
     params = [l.weight for l in layers.values()]
     # batch norm needs two examples
-    batches = [p for b in batches for p in split_batch(b, max(1, min(parts, size_of(b) // 2)))]
+    pieces = [p for b in batches for p in split_batch(b, max(1, min(parts, size_of(b) // 2)))]
+    size = sum(map(size_of, pieces))
+    def gradient(piece, **graph): # of the mean loss over all examples, the part of one piece
+        share = as_loss(loss)(space.model, piece) * (size_of(piece) / size)
+        return torch.autograd.grad(share, params, allow_unused=True, **graph)
     # fused attention has no second derivative
     with (temporary_train_mode(space.model), output_temperature(space.model, temperature), torch.enable_grad(),
           sdpa_kernel(SDPBackend.MATH)):
-        fixed = [l.tensor(g) for l, g in zip(layers.values(), mean_gradient(space, batches, loss).values())]
-        def twice(batch): # a function of its own, so that no graph outlives its batch
-            grads = torch.autograd.grad(as_loss(loss)(space.model, batch), params, create_graph=True, allow_unused=True)
-            # `fixed` is zero where weights are pruned
+        fixed = [torch.zeros_like(p) for p in params]   # zero where weights are pruned
+        for piece in pieces:
+            for f, g in zip(fixed, mask_gradients(params, gradient(piece))): f += 0 if g is None else g
+        def twice(piece): # a function of its own, so that no graph outlives its piece
+            grads = gradient(piece, create_graph=True)
             both = sum((g * f).sum() for g, f in zip(grads, fixed) if g is not None)
             return mask_gradients(params, torch.autograd.grad(both, params, allow_unused=True))
-        for batch in batches:
-            for (n, l), h in zip(layers.items(), twice(batch)):
-                total[n] = total.get(n, 0) + (torch.zeros_like(l.read()) if h is None else l.matrix(h)) / len(batches)
+        for piece in pieces:
+            for (n, l), h in zip(layers.items(), twice(piece)):
+                total[n] = total.get(n, 0) + (torch.zeros_like(l.read()) if h is None else l.matrix(h))
     return total
 
 # %% ../../nbs/weight/21_at_init.ipynb #5dcf21bf

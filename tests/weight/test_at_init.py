@@ -72,6 +72,15 @@ def test_hessian_times_gradient_of_a_network():
         got = hessian_grad(space, [(x, y)], F.cross_entropy, 1., parts)
         assert all(torch.allclose(got[n], e, rtol=1e-6) for n, e in zip(names, expected))
 
+@pytest.mark.parametrize("sizes", [(10,), (7, 3), (4, 4, 2)])
+def test_pieces_count_by_their_examples(sizes):
+    net, (x, y) = mlp(64, 12, 10).double(), batches(1, 10)[0]
+    whole = hessian_grad(Weights(net), [(x.double(), y)], F.cross_entropy, 1., 1)
+    data = list(zip(x.double().split(sizes), y.split(sizes)))
+    for parts in (1, 2, 3, 4):   # 10 examples in 4 pieces: 3, 3, 2, 2
+        got = hessian_grad(Weights(net), data, F.cross_entropy, 1., parts)
+        assert all((got[n] - h).abs().max() <= 1e-10 * h.abs().max() for n, h in whole.items())
+
 def test_the_model_is_left_as_it_was():
     net = conv().eval()
     before = copy.deepcopy(net.state_dict())
