@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'MatmulRecorder', 'unfold_inputs', 'dilate', 'Provider', 'provider', 'unfused_layers',
-           'record_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'one_gradient', 'average_gradient',
-           'mean_gradient', 'grad', 'temporary_train_mode', 'init_grad', 'calibration_batches', 'sample_gradients',
-           'UndeclaredStatistic', 'Stats', 'checked_statistic', 'collect']
+           'record_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'loss_scales', 'one_gradient',
+           'average_gradient', 'mean_gradient', 'grad', 'temporary_train_mode', 'init_grad', 'calibration_batches',
+           'sample_gradients', 'UndeclaredStatistic', 'Stats', 'checked_statistic', 'collect']
 
 # %% ../../nbs/core/03_stats.ipynb #e39702cf
 from collections.abc import Callable, Iterable, Iterator
@@ -162,12 +162,15 @@ def at_least_float32(t:Tensor)->Tensor: # detached, float32 or wider
     "A tensor for sums, for which half precision is too coarse."
     return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
+def loss_scales(params:Iterable)->tuple: # of parameters -> numbers, the largest first
+    "What to multiply a loss by before its gradients are taken: in float16 small gradients are rounded to zero."
+    return (2.**12, 2.**6, 1.) if any(p.dtype == torch.float16 for p in params) else (1.,)
+
 def one_gradient(model:nn.Module, params:dict, # {name: parameter}
                  batch, loss:Loss, # a batch, `loss(model, batch)` -> scalar
     )->dict: # {name: gradient}, float32 or wider; zero where a parameter does not take part
-    "Gradient of the loss of one batch; in float16 the loss is scaled, so that small gradients are not rounded to zero."
-    half = any(p.dtype == torch.float16 for p in params.values())
-    for scale in (2.**12, 2.**6, 1.) if half else (1.,):   # the largest without an overflow
+    "Gradient of the loss of one batch."
+    for scale in loss_scales(params.values()):   # the largest without an overflow
         found = torch.autograd.grad(loss(model, batch) * scale, list(params.values()), allow_unused=True)
         found = mask_gradients(params.values(), found)
         if scale == 1 or all(g is None or torch.isfinite(g).all() for g in found): break
