@@ -120,7 +120,8 @@ class Replay:
         "All items; raises `BadInput` when there are too many, as from an endless stream."
         items = list(islice(self, limit + 1))
         if len(items) <= limit: return items
-        raise BadInput(f"the stream has not ended after {limit:,} items: choosing examples needs data that can be counted")
+        raise BadInput(f"the stream has not ended after {limit:,} items: to choose examples, pass data that can be "
+                       "counted")
 
 # %% ../../nbs/core/29_batches.ipynb #a29b0010
 def has_columns(data)->bool: # a data set of the library `datasets`
