@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['depth', 'stack_rows', 'stack_columns', 'holds_tensors', 'as_tensors', 'is_example', 'is_batch', 'collate', 'Batches',
-           'Converted', 'Replay', 'has_columns', 'columns_as_tensors', 'ColumnCollate', 'column_collate',
-           'column_batches', 'as_batches', 'checked_batches']
+           'Converted', 'Replay', 'Stream', 'replayable', 'has_columns', 'columns_as_tensors', 'ColumnCollate',
+           'column_collate', 'column_batches', 'as_batches', 'checked_batches']
 
 # %% ../../nbs/core/29_batches.ipynb #a29b0003
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,6 +123,28 @@ class Replay:
         raise BadInput(f"the stream has not ended after {limit:,} items: to choose examples, pass data that can be "
                        "counted")
 
+# %% ../../nbs/core/29_batches.ipynb #a29b0017
+@dataclass
+class Stream:
+    "A stream that begins again at every pass."
+    source: Iterable
+
+    def __iter__(self):
+        items = iter(self.source)
+        first = list(islice(items, 1))
+        if not first: raise BadInput("data yields no batch: pass a loader that begins again at every pass, or a list")
+        yield from first
+        yield from items
+
+def replayable(data): # any iterable -> the same items at every pass
+    "Data that can be iterated many times; raises `BadInput` for what cannot be iterated."
+    if isinstance(data, Iterator): return Replay(data)
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise BadInput(f"data of type {type(data).__name__} cannot be iterated: pass a loader, a data set or batches")
+    source = data.dataset if isinstance(data, DataLoader) else data
+    if hasattr(source, "__len__"): return data
+    return Replay(iter(data)) if iter(source) is iter(source) else Stream(data)
+
 # %% ../../nbs/core/29_batches.ipynb #a29b0010
 def has_columns(data)->bool: # a data set of the library `datasets`
     "Whether data has columns and can give its values as tensors."
@@ -176,11 +198,10 @@ def as_batches(data,      # loader, data set, stream, list or generator of batch
     if isinstance(data, (Tensor, np.ndarray, Mapping)) or is_pair(data): data = [data]
     if has_columns(data) or isinstance(data, DataLoader) and has_columns(data.dataset):
         return checked_batches(column_batches(data, batch_size, model))[0]
-    if isinstance(data, Iterator): data = Replay(data)
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = DataLoader(data, batch_size, collate_fn=collate)
-    data, first = checked_batches(data)
-    if is_example(first) or isinstance(data, IterableDataset) and not is_batch(first): return Batches(data, batch_size)
+    gives_examples = isinstance(data, IterableDataset)
+    if isinstance(data, Dataset) and not gives_examples: data = DataLoader(data, batch_size, collate_fn=collate)
+    data, first = checked_batches(replayable(data))
+    if is_example(first) or gives_examples and not is_batch(first): return Batches(data, batch_size)
     return data if as_tensors(first) is first else Converted(data, as_tensors)
 
 def checked_batches(data)->tuple: # (data, its first item)

@@ -81,6 +81,30 @@ def test_a_generator_is_read_once_and_replayed():
     assert len([*take_samples(data, 10)]) == 3 == len(drawn) == len([*take_samples(data, 10)])
     assert [*Replay(iter(range(3)))] == [0, 1, 2]
 
+class Once(IterableDataset):
+    "A stream that is spent after one pass."
+    def __init__(self): self.items = zip(X, Y)
+    def __iter__(self): return self.items
+
+class Counted:
+    "Batches that can be asked for twice: the check and one pass."
+    def __init__(self, passes): self.left = passes
+    def __iter__(self):
+        self.left -= 1
+        return iter([(X, Y)] if self.left >= 0 else [])
+
+@pytest.mark.parametrize("loader", [lambda d: d, lambda d: DataLoader(d, 20)])
+def test_a_stream_that_is_spent_after_one_pass_is_kept(loader):
+    model = classifier()
+    prune(model, "magnitude", .5, loader(Once()), F.cross_entropy, recover=finetune(steps=8))
+    plan = prune(classifier(), "wanda", .5, loader(Once()), F.cross_entropy, calibration=60)
+    assert plan == prune(classifier(), "wanda", .5, [(X, Y)], F.cross_entropy, calibration=60)
+
+def test_a_stream_that_does_not_begin_again_ends_the_training():
+    with pytest.raises(BadInput, match="begins again at every pass"):
+        prune(classifier(), "magnitude", .5, Counted(4), F.cross_entropy, recover=finetune(steps=50))
+    with pytest.raises(BadInput, match="yields no batch"): prune(classifier(), "wanda", .5, Counted(0))
+
 def test_batches_of_a_stream_are_not_stacked_once_more():
     class Pictures(IterableDataset):
         def __iter__(self): return iter([(torch.zeros(5, 3, 4, 4), torch.zeros(5, dtype=torch.long))] * 2)
