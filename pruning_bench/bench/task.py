@@ -20,7 +20,7 @@ from ..core.inputs import BadInput, as_dataset, choose, in_mode, seeded
 from ..core.part import Part
 from ..core.recovery import Recovery, as_recovery, none
 from ..core.registry import BUILT_IN, Registry, code_of
-from .cache import bundled_path, digest, load_or_train, load_weights, sample_hash, slug
+from .cache import bundled_path, digest, folder_cache, load_or_train, load_weights, sample_hash, slug
 from .cache import cache_folder, content_hash, weights_metadata   # noqa: F401, also found here
 from .task_parts import Batches, narrower_network                 # noqa: F401, also found here
 from .task_parts import dataset_batches, fixed_threads
@@ -264,7 +264,7 @@ def task_family(prefix:str,          # what stands before the colon of a name
     ): # a decorator for a function (rest of the name) -> Task
     "Register a maker of tasks for names such as `prefix:rest`; raises `BadInput` for a prefix that is taken."
     def mark(fn):
-        made = functools.lru_cache(fn)
+        made = folder_cache(fn)   # a folder is another task as soon as a file in it changes
         return TASK_FAMILIES.add(prefix, made, fn, replaces)
     return mark
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Plan', 'pack_bits', 'plan_digest', 'request_summary', 'plan_table', 'plan_html', 'plot_plan', 'diff_plans',
-           'save_plan', 'write_plan', 'load_plan', 'check_shapes', 'apply_plan', 'bake_plan', 'kept_indices']
+           'save_plan', 'write_plan', 'load_plan', 'check_shapes', 'apply_plan', 'bake_plan', 'planned_data',
+           'kept_indices']
 
 # %% ../../nbs/core/10_plan.ipynb #be824fff
 import hashlib, json, os, shutil, tempfile
@@ -67,7 +68,7 @@ class Plan:
 
     def subset(self, dataset, row:int=0): # as for `as_dataset`; the round of a changing subset
         "The chosen examples of a data set."
-        return torch.utils.data.Subset(as_dataset(dataset), kept_indices(self, "examples", row).tolist())
+        return torch.utils.data.Subset(planned_data(self, dataset), kept_indices(self, "examples", row).tolist())
 
 # %% ../../nbs/core/10_plan.ipynb #01d3bed9
 Plan.__doc__ += """
@@ -236,7 +237,16 @@ def bake_plan(plan:Plan, # whose zeros the model carries
                            "call plan.apply(model) first")
     return remove_masks(model)
 
+def planned_data(plan:Plan, data): # of examples; data set, loader or tensors -> a data set
+    "The data set of a plan of examples; raises `BadInput` for data of another length."
+    dataset, n = as_dataset(data), choose("examples", plan.masks, "group").shape[-1]
+    if len(dataset) == n: return dataset
+    raise BadInput(f"this plan chooses among {n} examples, but the data has {len(dataset)}: "
+                   "pass the data it was made for")
+
 def kept_indices(plan:Plan, name:str="examples", row:int=0)->Tensor: # 1-D indices
-    "Indices of the kept units of one group; `row` picks the round of a changing subset."
+    """Indices of the kept units of one group; `row` picks the round of a changing subset.
+
+    Examples are counted among those that the data of the plan draws: behind a sampler, not in the whole data set."""
     mask = choose(name, plan.masks, "group")
     return (mask[row % len(mask)] if name == "examples" else mask.flatten()).nonzero().flatten()

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 import torch
 from torch import nn, Tensor
-from .inputs import BadInput, as_batches, forward, in_mode
+from .batches import as_batches
+from .inputs import BadInput, forward, in_mode
 from .registry import Registry
 from .score import Score
 

@@ -13,7 +13,7 @@ from .inputs import BadInput
 from .part import Part, as_part
 from .registry import Registry
 from .space import Space
-from .stats import Stats
+from .stats import Stats, at_least_float32
 
 # %% ../../nbs/core/04_score.ipynb #79dc10f5
 @dataclass(frozen=True, eq=False)
@@ -83,9 +83,10 @@ def unit_scores(space:Space, # where the units live
         raise BadInput(f"score {score.name!r} ranks {score.unit}s, but this space has {space.unit}s: "
                        "choose another score or space")
     if score.scope == "space": scores = score(space, stats)
-    elif score.unit in (space.unit, "any"): scores = {n: score(space.w(n), stats[n]) for n in space.names()}
+    elif score.unit in (space.unit, "any"):
+        scores = {n: score(at_least_float32(space.w(n)), stats[n]) for n in space.names()}
     else:
-        leaf = {n: score(layer.read(), stats[n]) for n, layer in space.layers.items()}
+        leaf = {n: score(at_least_float32(layer.read()), stats[n]) for n, layer in space.layers.items()}
         scores = {n: space.reduce(n, leaf) for n in space.names()}
     return {n: checked(score, space, n, scores[n]) for n in space.names()}
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['aten', 'PROVIDERS', 'MatmulRecorder', 'unfold_inputs', 'dilate', 'Provider', 'provider', 'unfused_layers',
-           'record_inputs', 'sum_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'mean_gradient', 'grad',
-           'temporary_train_mode', 'init_grad', 'calibration_batches', 'sample_gradients', 'UndeclaredStatistic',
-           'Stats', 'collect']
+           'record_inputs', 'sum_inputs', 'act_norm', 'gram_size', 'gram', 'at_least_float32', 'loss_scales',
+           'one_gradient', 'average_gradient', 'mean_gradient', 'grad', 'temporary_train_mode', 'init_grad',
+           'calibration_batches', 'sample_gradients', 'UndeclaredStatistic', 'Stats', 'checked_statistic', 'collect']
 
 # %% ../../nbs/core/03_stats.ipynb #e39702cf
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from .inputs import (BadInput, BatchLoss, Loss, as_loss, in_mode, select_forward, size_of,
-                                       slice_batch, unfrozen)
+                                       slice_batch, target_count, unfrozen)
 from .mask import mask_gradients
 from .part import Part
 from .registry import Registry
@@ -187,17 +187,42 @@ def at_least_float32(t:Tensor)->Tensor: # detached, float32 or wider
     "A tensor for sums, for which half precision is too coarse."
     return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
-def mean_gradient(space:Space, batches:Iterable, loss:Loss)->dict: # {layer: (rows, columns)}
-    "Average gradient of the loss over batches, as matrices."
-    loss, total, count = as_loss(loss), {}, 0
-    params = [l.weight for l in space.layers.values()]
+def loss_scales(params:Iterable)->tuple: # of parameters -> numbers, the largest first
+    "What to multiply a loss by before its gradients are taken: in float16 small gradients are rounded to zero."
+    return (2.**12, 2.**6, 1.) if any(p.dtype == torch.float16 for p in params) else (1.,)
+
+def one_gradient(model:nn.Module, params:dict, # {name: parameter}
+                 batch, loss:Loss, # a batch, `loss(model, batch)` -> scalar
+    )->dict: # {name: gradient}, float32 or wider; zero where a parameter does not take part
+    "Gradient of the loss of one batch."
+    for scale in loss_scales(params.values()):   # the largest without an overflow
+        found = torch.autograd.grad(loss(model, batch) * scale, list(params.values()), allow_unused=True)
+        found = mask_gradients(params.values(), found)
+        if scale == 1 or all(g is None or torch.isfinite(g).all() for g in found): break
+    found = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found)}
+    return {n: at_least_float32(g) / scale if scale != 1 else at_least_float32(g) for n, g in found.items()}
+
+def average_gradient(model:nn.Module, params:dict, # {name: parameter}
+                     batches:Iterable, loss:Loss,  # calibration batches, `as_loss` kinds
+    )->dict: # {name: gradient}, float32 or wider
+    "Gradient of the mean loss over all targets: a batch counts by its labels, or by its examples."
+    loss, total, first, counts = as_loss(loss), {}, None, 0
     with torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", leave=False, delay=3):
-            grads = mask_gradients(params, torch.autograd.grad(loss(space.model, batch), params, allow_unused=True))
-            for (name, layer), g in zip(space.layers.items(), grads):
-                total[name] = total.get(name, 0) + (torch.zeros_like(layer.read()) if g is None else layer.matrix(g))
-            count += 1
-    return {n: t / count for n, t in total.items()}
+            targets = target_count(model, batch, loss)
+            if not targets: continue   # a mean over nothing
+            first = first or targets
+            part = targets / first   # 1 in batches of one size
+            for n, g in one_gradient(model, params, batch, loss).items(): total[n] = total.get(n, 0) + g * part
+            counts += part
+    if first is None: raise BadInput("no example has a label other than -100: pass data with labels")
+    return {n: t / counts for n, t in total.items()}
+
+# %% ../../nbs/core/03_stats.ipynb #a03c000z
+def mean_gradient(space:Space, batches:Iterable, loss:Loss)->dict: # {layer: (rows, columns)}
+    "Gradient of the mean loss, as matrices."
+    found = average_gradient(space.model, {n: l.weight for n, l in space.layers.items()}, batches, loss)
+    return {n: layer.matrix(found[n]) for n, layer in space.layers.items()}
 
 @provider(reads_loss=True)
 def grad(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (rows, columns)}
@@ -231,16 +256,14 @@ def calibration_batches(space, batches, loss=None)->dict: # {layer: list of batc
 def sample_gradients(model:nn.Module, params:dict, # {name: parameter}
                      batches:Iterable, loss:Loss,  # calibration batches, `as_loss` kinds
                      examples_per_grad:int=1,      # examples per gradient
-    )->Iterator: # of {name: gradient}
+    )->Iterator: # of {name: gradient}, float32 or wider; what has no label is left out
     "Gradients in evaluation mode, a few examples at a time."
     loss = as_loss(loss)
     with in_mode(model, False), torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", leave=False, delay=3):
             for a in range(0, size_of(batch), examples_per_grad):
-                one = loss(model, slice_batch(batch, slice(a, a + examples_per_grad)))
-                found = torch.autograd.grad(one, list(params.values()), allow_unused=True)
-                found = mask_gradients(params.values(), found)
-                yield {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found)}
+                few = slice_batch(batch, slice(a, a + examples_per_grad))
+                if target_count(model, few, loss): yield one_gradient(model, params, few, loss)
 
 # %% ../../nbs/core/03_stats.ipynb #0d51c26c
 class UndeclaredStatistic(BadInput, AttributeError):
@@ -254,6 +277,14 @@ class Stats(SimpleNamespace):
         raise UndeclaredStatistic(f"the statistic {name!r} was not declared (there is: {known}): "
                                   "name it in needs= of the part that reads it")
 
+def checked_statistic(need:str, name:str, value): # of a statistic, of a layer or group, its value -> the value
+    "A statistic with the precision that scores need; raises `BadInput` for numbers that are not finite."
+    if not isinstance(value, Tensor) or not value.is_floating_point(): return value
+    if not torch.isfinite(value).all():
+        raise BadInput(f"{need} of {name!r} is not finite: the data or the activations overflow, as in float16 above "
+                       "65504; check the data, or load the model in bfloat16 or float32")
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
 def collect(space:Space,      # where the units live
             batches:Iterable, # calibration batches
             needs:Iterable,   # names of statistics
@@ -266,7 +297,7 @@ def collect(space:Space,      # where the units live
         if batches is None:
             raise BadInput(f"this method reads {need!r} from calibration data: pass data=, a loader of batches")
         got = PROVIDERS[need](space, batches, loss, **(settings or {}).get(need, {}))
-        for name, value in got.items(): setattr(stats[name], need, value)
+        for name, value in got.items(): setattr(stats[name], need, checked_statistic(need, name, value))
         whole = got.keys() & groups or got.keys() == set(space.names())   # a statistic of whole units
         missing = [n for n in space.layers if not (whole or n in got)]
         if missing:

@@ -8,9 +8,10 @@ __all__ = ['random_subset', 'subset_order', 'subset_batches', 'round_robin', 'rs
 # %% ../../nbs/data/80_random_subsets.ipynb #81120819
 import torch
 from torch.utils.data import DataLoader
-from ..core.inputs import BadInput, as_dataset
+from ..core.inputs import BadInput
 from ..core.method import Method, register
 from ..core.pattern import Pattern, count_to_keep, pattern, per_row
+from ..core.plan import planned_data
 from ..core.score import random
 
 # %% ../../nbs/data/80_random_subsets.ipynb #98049387
@@ -43,11 +44,7 @@ def subset_batches(plan,              # a plan of examples
                    seed:int=0,        # fixes the order
     )->DataLoader: # `steps` full batches, the same at every pass
     "A loader over the examples that a plan keeps; raises `BadInput` for data of another length."
-    dataset, n = as_dataset(data), plan.masks["examples"].shape[-1]
-    if len(dataset) != n:
-        raise BadInput(
-            f"this plan chooses among {n} examples, but the data has {len(dataset)}: pass the data it was made for")
-    return DataLoader(dataset, batch_sampler=subset_order(plan, batch_size, steps, seed),
+    return DataLoader(planned_data(plan, data), batch_sampler=subset_order(plan, batch_size, steps, seed),
                       collate_fn=getattr(data, "collate_fn", None))
 
 # %% ../../nbs/data/80_random_subsets.ipynb #6cec03f7

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.allocate import global_
 from ..core.method import Method, register
 from ..core.score import score
-from ..core.stats import provider, sample_gradients
+from ..core.stats import at_least_float32, provider, sample_gradients
 
 # %% ../../nbs/structured/42_heads.ipynb #8098157b
 @provider(reads_loss=True)
@@ -24,7 +24,7 @@ def gate_gradient(space,     # with groups of units, such as heads
     params = {p: space.model.get_parameter(p) for read in readers.values() for p, _, _ in read}
     total, count = dict.fromkeys(readers, 0.), 0
     for found in sample_gradients(space.model, params, batches, loss):
-        def per_column(p, d): return (params[p].detach() * found[p]).movedim(d, 0).flatten(1).sum(1)
+        def per_column(p, d): return (at_least_float32(params[p]) * found[p]).movedim(d, 0).flatten(1).sum(1)
         for n, read in readers.items():
             total[n] = total[n] + sum(per_column(p, d)[i.to(found[p].device)].sum(1) for p, d, i in read).abs()
         count += 1

@@ -13,7 +13,7 @@ from ..core.allocate import global_
 from ..core.inputs import BadInput, choose, forward, in_mode
 from ..core.method import Method, register
 from ..core.score import score
-from ..core.stats import at_least_float32, sample_gradients
+from ..core.stats import at_least_float32, average_gradient, sample_gradients
 from .filters import REDUCTIONS, criterion, reduce_members, member_params
 
 # %% ../../nbs/structured/47_taylor.ipynb #7ff6fb5e
@@ -57,10 +57,9 @@ def group_taylor(space, batches, loss=None, # as for every statistic
                  reduce:str="mean",         # one of `REDUCTIONS`
     )->dict: # {group: (units,)}
     "First-order Taylor score of all members of a unit, biases and norms included (DepGraph)."
-    params, total, count = member_params(space), {}, 0
-    for found in sample_gradients(space.model, params, batches, loss, examples_per_grad=2**62):
-        total, count = {n: total.get(n, 0) + at_least_float32(g) for n, g in found.items()}, count + 1
-    return reduce_members(space, {n: (at_least_float32(p) * total[n] / count).abs() for n, p in params.items()}, reduce)
+    params = member_params(space)
+    with in_mode(space.model, False): slope = average_gradient(space.model, params, batches, loss)
+    return reduce_members(space, {n: (at_least_float32(p) * slope[n]).abs() for n, p in params.items()}, reduce)
 
 @register("DepGraph: Towards Any Structural Pruning", "arXiv:2301.12900", 2023, "structured")
 def taylor_group(reduce:str="mean",    # of the members: "sum", "mean", "max" or "first"

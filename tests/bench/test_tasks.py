@@ -8,7 +8,8 @@ from torch import nn
 from pruning_bench.bench.tasks import digits, digits_data, digits_ddpm, pydoc_text
 from pruning_bench.bench.task import (Batches, cache_folder, load_or_train, content_hash, dense_outputs,
                                       narrower_network, find_task, tasks_table)
-from pruning_bench.core.inputs import BadInput, as_batches, as_loss, forward
+from pruning_bench.core.batches import as_batches
+from pruning_bench.core.inputs import BadInput, as_loss, forward
 from pruning_bench.core.recovery import finetune
 
 NAMES = ["digits-mlp", "digits-cnn", "pydoc-llama", "digits-ddpm", "digits-data", "digits-data-noisy"]

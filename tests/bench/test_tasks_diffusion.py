@@ -7,6 +7,7 @@ import torch
 from pruning_bench import prune
 from pruning_bench.bench.tasks import ddpm, ddpm_pipelines, fashion, image_evaluator
 from pruning_bench.bench.tasks import text_to_image as t2i, text_to_image_data as t2i_data
+from pruning_bench.bench.measure.images import pipeline_settings
 from pruning_bench.bench.measure.size import count_parameters
 from pruning_bench.bench.task import find_task
 from pruning_bench.core.inputs import BadInput
@@ -267,3 +268,36 @@ def test_a_saved_ddpm_is_a_task(tmp_path):
     with torch.no_grad(): direct = ddpm.noise_errors(net, x, *ddpm.draw_noise(200, (1, 28, 28), 1)).mean().item()
     assert world.evaluate(world.dense())["eps-mse"] == pytest.approx(direct, rel=1e-4)
     assert find_task(f"ddpm:{tmp_path}").digest != world.digest
+
+@needs_data
+def test_a_saved_ddpm_is_its_content(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler
+    torch.manual_seed(0)
+    net, digests = ddpm.fashion_unet((8, 16, 16)).eval(), []
+    for change in ("none", "scheduler", "weights", "none"):
+        twin = copy.deepcopy(net)
+        if change == "weights": twin.conv_in.weight.data += .1
+        plan = DDPMScheduler(beta_end=.03 if change == "scheduler" else .02)
+        DDPMPipeline(twin, plan).save_pretrained(tmp_path)
+        digests.append(find_task(f"ddpm:{tmp_path},mnist").digest)
+    assert len(set(digests)) == 3 and digests[0] == digests[3]
+
+def test_the_settings_of_a_pipeline_belong_to_its_identity():
+    from diffusers import DDIMScheduler
+    from types import SimpleNamespace
+    class Words:
+        def __init__(self, **known): self.known = known
+        def get_vocab(self): return self.known
+    def made(end=.02, **known):
+        return SimpleNamespace(components={"scheduler": DDIMScheduler(beta_end=end), "tokenizer": Words(**known),
+                                           "safety_checker": None})
+    found = [pipeline_settings(made(**k)) for k in ({"a": 1}, {"a": 1}, {"a": 2}, {"a": 1, "end": .03})]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+def test_other_images_in_the_same_folder_are_seen(tmp_path):
+    from PIL import Image
+    for i in range(30): Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+    before = ddpm_pipelines.folder_images(str(tmp_path), 8, 1)
+    assert ddpm_pipelines.folder_images(str(tmp_path), 8, 1) is before
+    Image.new("L", (8, 8), 99).save(tmp_path / "00.png")
+    assert ddpm_pipelines.folder_images(str(tmp_path), 8, 1)[0, 0, 0, 0] == 99 != before[0, 0, 0, 0]

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from pruning_bench.bench.tasks import encoder, language, stdlib_text, wikitext
 from pruning_bench.bench.tasks.pydoc_text import pydoc_tokenizer
-from pruning_bench.bench.task import TASKS, dense_outputs, task_outputs, weights_key
+from pruning_bench.bench.runner import Job
+from pruning_bench.bench.task import TASKS, dense_outputs, find_task, task_outputs, weights_key
 from pruning_bench.core.inputs import BadInput, as_loss
 from pruning_bench.core.driver import prune
 
@@ -429,3 +431,71 @@ def test_the_recipe_of_the_standard_library_makes_a_language_model():
     got = task.evaluate(task.dense())
     assert task.accepts(got["perplexity"])
     assert got["perplexity"] < stdlib_text.unigram_baseline("test", 2048, 128, False) / 15
+
+# a model in a folder is its content
+
+def saved_llama(folder, data_dir, seed=0, tokenizer=True, **config):
+    "A small untrained model in a folder, with the tokenizer of the stories."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "max_position_embeddings": 64, **config}))
+    model.save_pretrained(folder)
+    if tokenizer: wikitext.load_tokenizer(str(data_dir / "stories260K")).save_pretrained(folder)
+    return model
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(intermediate_size=24), dict(rms_norm_eps=1e-3)])
+def test_another_model_in_the_same_folder_is_another_task(tmp_path, data_dir, offline, change):
+    name = f"lm:{tmp_path}@smoke"
+    saved_llama(tmp_path, data_dir)
+    first, job = find_task(name), Job(name, "magnitude")
+    before = first.digest, job.digest(), job.folder()
+    assert find_task(name) is first
+    saved_llama(tmp_path, data_dir, **change)
+    again = find_task(name)
+    assert all(a != b for a, b in zip(before, (again.digest, job.digest(), job.folder())))
+    with pytest.raises(BadInput, match="another model than when its task was made"): first.dense()
+    saved_llama(tmp_path, data_dir)
+    assert find_task(name).digest == before[0] and job.folder() == before[2]
+
+def test_another_tokenizer_in_the_same_folder_is_another_task(tmp_path, data_dir, offline):
+    saved_llama(tmp_path, data_dir)
+    name = f"lm:{tmp_path}@smoke"
+    before, windows = find_task(name).digest, wikitext.wikitext_windows(str(tmp_path), "test", 64)
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    made["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    assert find_task(name).digest != before
+    again = wikitext.wikitext_windows(str(tmp_path), "test", 64)
+    assert again.shape != windows.shape or not torch.equal(again, windows)
+    (tmp_path / "README.md").write_text("a description")
+    assert find_task(name).digest == find_task(f"lm:{tmp_path}@smoke").digest
+
+@pytest.mark.parametrize("context", [2, 16, 48])
+@pytest.mark.parametrize("tier", ["", "@smoke"])
+def test_models_with_short_contexts_are_calibrated_and_measured(tmp_path, data_dir, offline, context, tier):
+    saved_llama(tmp_path, data_dir, max_position_embeddings=context)
+    task = find_task(f"lm:{tmp_path}{tier}")
+    batches = task.calibration(0)
+    assert sum(len(b["input_ids"]) for b in batches) == (16 if tier else 128)
+    assert all(b["input_ids"].shape[1] == context for b in batches)
+    model = task.dense()
+    assert prune(model, "wanda", .5, batches).density == .5
+    if tier: assert math.isfinite(task.evaluate(model)["perplexity"])
+
+def test_folders_that_hold_no_whole_model_are_refused_with_the_reason(tmp_path, data_dir, offline):
+    bare, ill, odd, part, brief = (tmp_path / n for n in ("bare", "ill", "odd", "part", "brief"))
+    saved_llama(bare, data_dir, tokenizer=False)
+    with pytest.raises(BadInput, match="no tokenizer.*save_pretrained"): find_task(f"lm:{bare}@smoke").calibration(0)
+    model = saved_llama(ill, data_dir)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(ill)
+    with pytest.raises(BadInput, match="up_proj.weight' are not all finite"): find_task(f"lm:{ill}@smoke").dense()
+    saved_llama(odd, data_dir, vocab_size=100)
+    with pytest.raises(BadInput, match="100 embeddings"): find_task(f"lm:{odd}@smoke").calibration(0)
+    state = {k: v for k, v in saved_llama(part, data_dir).state_dict().items() if "up_proj" not in k}
+    save_file(state, part / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="lacks the weights of 'model.layers.0.mlp.up_proj"):
+        find_task(f"lm:{part}@smoke").dense()
+    saved_llama(brief, data_dir, max_position_embeddings=1)
+    with pytest.raises(BadInput, match="context of 1 token"): find_task(f"lm:{brief}")

@@ -16,12 +16,13 @@ from ...core.recovery import finetune
 from .ddpm import NOISE_SEEDS, add_noise, draw_noise, noise_errors
 from .digits_ddpm import noise_mse, image_similarity
 from .fashion import IMAGE_SOURCES, mnist_images, scale_pixels
-from ..measure.images import weights_hash
+from ..cache import folder_cache
+from ..measure.images import pipeline_settings, weights_hash
 from ..task import Batches, Task, content_hash, digest, task_family
 from ...diffusion.unet import ddim_sample
 
 # %% ../../../nbs/bench/tasks/74_ddpm_pipelines.ipynb #88baa332
-@functools.cache
+@folder_cache
 def folder_images(folder:str, side:int, channels:int)->Tensor: # (n, channels, side, side) uint8
     "All images of a folder, cropped to squares and resized; raises `BadInput` when there are too few."
     from PIL import Image, ImageOps
@@ -84,7 +85,7 @@ def ddpm_family(name:str)->Task: # ddpm:NAME or ddpm:NAME,IMAGES
                                                                     NOISE_SEEDS[split] + 10))
         return {"eps-mse": noise_errors(model, x, *draw_noise(len(x), x.shape[1:], NOISE_SEEDS[split]), plan, 50),
                 "images": (ddim_sample(model, plan, start, 10).cpu().clamp(-1, 1) + 1) / 2}
-    return pipeline_task(name, source, unet, seen_in, batches, outputs)
+    return pipeline_task(name, source, unet, digest(seen_in, pipeline_settings(pipe)), batches, outputs)
 
 # %% ../../../nbs/bench/tasks/74_ddpm_pipelines.ipynb #fc126373
 def pipeline_task(name:str, source:str, unet:nn.Module, seen_in:str, batches, outputs

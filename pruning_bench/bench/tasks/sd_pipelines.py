@@ -14,7 +14,7 @@ from ...core.recovery import none
 from .ddpm import NOISE_SEEDS
 from .digits_ddpm import noise_mse, image_similarity
 from .text_to_image import TextConditionedUNet, generate_images, make_pipeline
-from ..measure.images import clip_score, weights_hash
+from ..measure.images import clip_score, pipeline_settings, weights_hash
 from ..sources import Source, fetch
 from ..task import Batches, Task, digest, task_family
 
@@ -69,6 +69,7 @@ class NamedPipeline:
         self.pipe, self.prompts, self.steps = load_sd_pipeline(name), *TIER_SIZES[tier]
         self.shape = (self.pipe.unet.config.in_channels, *[self.pipe.unet.config.sample_size] * 2)
         self.hash = weights_hash(TextConditionedUNet(self.pipe.text_encoder, self.pipe.unet))
+        self.rest = digest(weights_hash(self.pipe.vae), pipeline_settings(self.pipe))   # what is not pruned
         self.dense, self.dreamed = functools.cache(lambda split: self.outputs(self.build(),
                                                                               split)), functools.cache(self.dreams)
 
@@ -117,7 +118,7 @@ def stable_diffusion(name:str)->Task: # sd:NAME_OR_PATH, with @smoke or @full at
         outputs=world.outputs, metrics=world.measured, metric="ssim", higher=True, bound=.999, loss=noise_mse,
                 train=none(), recover=none(),
         weights=lambda model: {"source": path, "sha256": world.hash, "seconds": None},
-                fingerprint=lambda: digest(PARTI_SOURCE.sha256, COCO_SOURCE.sha256, world.hash),
+                fingerprint=lambda: digest(PARTI_SOURCE.sha256, COCO_SOURCE.sha256, world.hash, world.rest),
         varies=("calibration", "random masks"),
                 recipe={"recover": "none",
                         "calibration": "8 captions of COCO, painted by the dense pipeline, at random times"},

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RAW_TEXT_NOTE', 'WORD_TEXT_NOTE', 'WIKITEXT_SOURCES', 'raw_wikitext', 'wikitext', 'wikitext_windows',
-           'load_tokenizer', 'load_config', 'checkpoint_dtype', 'load_published_lm', 'wikitext_outputs',
-           'wikitext_batches', 'lm_family', 'token_decoder', 'lm_eval_harness']
+           'load_tokenizer', 'load_config', 'context_of', 'model_identity', 'checkpoint_dtype', 'load_published_lm',
+           'wikitext_outputs', 'wikitext_batches', 'lm_family', 'token_decoder', 'lm_eval_harness']
 
 # %% ../../../nbs/bench/tasks/73_wikitext.ipynb #713aec56
 import functools, gzip, os, re
@@ -13,10 +13,12 @@ import torch
 from torch import nn, Tensor
 from ...core.inputs import BadInput
 from ...core.recovery import none
+from ...core.request import check_weights
 from .language import (
     LM_PROTOCOL, divergence_from_dense, perplexity_metrics, story_tokenizer, text_bytes, token_losses)
 from .pydoc_text import pydoc_tokenizer
 from .stdlib_text import stdlib_tokenizer
+from ..cache import folder_cache, folder_digest, folders_in
 from ..sources import Source, fetch
 from ..task import TASKS, Batches, Task, digest, task_family
 
@@ -50,17 +52,24 @@ def wikitext(split:str)->str: # text
     return {"test": text, "train": text[:half], "validation": text[half:]}[split]
 
 # %% ../../../nbs/bench/tasks/73_wikitext.ipynb #d5306052
-@functools.cache
+@folder_cache
 def wikitext_windows(name:str, split:str, context:int)->Tensor: # (n, context)
-    "WikiText-2, tokenised once by a model's own tokenizer, in windows that do not overlap."
-    ids = torch.tensor(load_tokenizer(name)(wikitext(split), verbose=False)["input_ids"])
+    "WikiText-2, tokenised once by a model's own tokenizer, in windows that do not overlap; raises `BadInput`."
+    ids, known = torch.tensor(load_tokenizer(name)(wikitext(split), verbose=False)["input_ids"]), load_config(name)
+    places = getattr(known.get_text_config(), "vocab_size", None) or len(ids)
+    if ids.max() >= places:
+        raise BadInput(f"the tokenizer of {name!r} has token ids up to {ids.max()} and the model {places} embeddings: "
+                       "save the tokenizer that the model was trained with beside it")
     return ids[:len(ids) // context * context].view(-1, context)
 
-@functools.cache
+@folder_cache
 def load_tokenizer(name:str): # of transformers
-    "The tokenizer of a model on the hub or in a folder."
+    "The tokenizer of a model on the hub or in a folder; raises `BadInput` when there is none."
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(name)
+    try: return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f"there is no tokenizer for {name!r} ({type(e).__name__}): put the model's own tokenizer beside "
+                       "the weights, with tokenizer.save_pretrained(folder)") from None
 
 def load_config(name:str): # of transformers
     "The configuration of a causal language model; raises `BadInput` when there is none."
@@ -70,15 +79,31 @@ def load_config(name:str): # of transformers
         raise BadInput(f"no language model {name!r}: neither a folder with config.json nor a model that the hub gives "
                        f"out here ({type(e).__name__}); pass a path or a name such as facebook/opt-125m") from None
 
+def context_of(config)->int: # tokens of a window
+    "The context of a model, at most 2,048; raises `BadInput` when it is too short to predict anything."
+    lengths = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length")
+    context = min(2048, next((n for k in lengths if (n := getattr(config, k, None))), 2048))
+    if context > 1: return context
+    raise BadInput(f"a context of {context} token predicts nothing: the configuration must allow two tokens or more")
+
+def model_identity(name:str, config)->str: # what `from_pretrained` of the name loads now
+    "The content of a folder with weights, configuration and tokenizer, or the revision that the hub gives out."
+    return folder_digest(name) if folders_in(name) else str(getattr(config, "_commit_hash", None))
+
 def checkpoint_dtype()->torch.dtype|str: # what `from_pretrained` takes
     "The checkpoint's own type on a GPU, float32 on a CPU."
     return "auto" if torch.cuda.is_available() else torch.float32
 
 # %% ../../../nbs/bench/tasks/73_wikitext.ipynb #d8309997
-def load_published_lm(model:nn.Module, name:str)->dict: # facts
-    "Give a model the weights published under a name; they are not copied."
+def load_published_lm(model:nn.Module, name:str, identity:str=None)->dict: # facts
+    "Give a model the weights published under a name; they are not copied. Raises `BadInput` for broken weights."
     from transformers import AutoModelForCausalLM
-    ready = AutoModelForCausalLM.from_pretrained(name, dtype=checkpoint_dtype())
+    if identity and identity != model_identity(name, load_config(name)):
+        raise BadInput(f"{name!r} holds another model than when its task was made: look the task up again")
+    ready, about = AutoModelForCausalLM.from_pretrained(name, dtype=checkpoint_dtype(), output_loading_info=True)
+    if missing := sorted(about["missing_keys"]):
+        raise BadInput(f"{name!r} lacks the weights of {missing[0]!r}: save the whole model with save_pretrained")
+    check_weights(ready)
     model.load_state_dict(ready.state_dict(), assign=True)
     model.tie_weights()
     return {"source": name, "revision": getattr(ready.config, "_commit_hash", None), "dtype": str(ready.dtype),
@@ -104,23 +129,25 @@ def lm_family(name:str)->Task: # not listed
     name, _, tier = name.partition("@")
     config, limit = load_config(name), 32 if tier == "smoke" else None
     from transformers import AutoModelForCausalLM
-    context = min(2048, getattr(config, "max_position_embeddings", None) or 2048)
-    size, raw = max(1, 4096 // context), raw_wikitext()
+    context, windows, identity = context_of(config), 16 if limit else 128, model_identity(name, config)
+    sizes, raw = [n for n in range(1, windows + 1) if windows % n == 0], raw_wikitext()
+    size = max(n for n in sizes if n == 1 or n * context <= 4096)
     draw = functools.partial(wikitext_batches, name=name, context=context)
     articles = "the training articles" if raw else "the first half of the validation articles"
     return Task(
         f"lm:{name}{'@' + tier if tier else ''}", "llm", f"WikiText-2, {name}",
         build=lambda: AutoModelForCausalLM.from_config(config),
-        weights=functools.partial(load_published_lm, name=name), batches=functools.partial(draw, size=size),
+        weights=functools.partial(load_published_lm, name=name, identity=identity),
+        batches=functools.partial(draw, size=size),
         metric="perplexity", higher=False, train=none(), recover=none(),
-        calibration=lambda seed: list(draw(1000 + seed, size=size, steps=(16 if limit else 128) // size)),
+        calibration=lambda seed: list(draw(1000 + seed, size=size, steps=windows // size)),
         metrics=perplexity_metrics, behaviour=divergence_from_dense,
         outputs=functools.partial(wikitext_outputs, name=name, context=context, limit=limit),
-        fingerprint=lambda: digest(wikitext("test"), wikitext("train")),
+        fingerprint=lambda: digest(wikitext("test"), wikitext("train"), identity),
         varies=("calibration", "random masks"),
         sources=(RAW_TEXT_NOTE,) if raw else tuple(map(str, WIKITEXT_SOURCES.values())),
         recipe={"weights": name, "recover": None,
-                "calibration": f"{16 if limit else 128} windows of {articles}"},
+                "calibration": f"{windows} windows of {articles}"},
         protocol={**LM_PROTOCOL, "text": RAW_TEXT_NOTE if raw else WORD_TEXT_NOTE,
                   "tokenizer": "the model's own, the text tokenised once",
                   "bos": "once at the start where the tokenizer adds it, none per window",
