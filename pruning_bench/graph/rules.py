@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['convolution_rule', 'join_depthwise', 'join_grouped', 'join_transposed', 'freeze_along', 'join_overlapping',
            'join_aligned', 'join_broadcast', 'pointwise_rule', 'batch_norm_rule', 'inner_and_outer', 'join_matmul',
-           'mark_weight', 'matmul_rule', 'addmm_rule', 'permute_rule', 'add_rule', 'mix_along', 'reduction_rule',
-           'softmax_rule', 'along_axis_rule', 'constant_rule']
+           'mark_weight', 'matmul_rule', 'addmm_rule', 'permute_rule', 'add_rule', 'mix_along', 'mix_other_axes',
+           'reduction_rule', 'softmax_rule', 'along_axis_rule', 'constant_rule']
 
 # %% ../../nbs/graph/38_rules.ipynb #58e840f7
 import numpy as np
@@ -126,11 +126,12 @@ def pointwise_rule(g, outs, a):
 @operation_rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
                 "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")
 def batch_norm_rule(g, outs, a):
-    "Weights and statistics of a batch norm belong to the channels of its input."
-    x = axis_atoms(g, a.input, 1)
+    "Weights and statistics of a batch norm belong to the channels; statistics of the batch mix all other axes."
+    x, others = axis_atoms(g, a.input, 1), without_axes(g, a.input, 1)
     for t in tensors_in([a.weight, a.bias, getattr(a, "running_mean", None), getattr(a, "running_var", None)]):
         g.join(x, axis_atoms(g, t, 0))
-    return [place_on_axis(x, 1, a.input.dim()), *without_axes(g, a.input, 1)]
+    if getattr(a, "training", "with_update" in g.op): others = mix_other_axes(g, others, "batch norm runs over it")
+    return [place_on_axis(x, 1, a.input.dim()), *others]
 
 # %% ../../nbs/graph/38_rules.ipynb #347b4dc7
 def inner_and_outer(g:TraceGraph, # takes the constraints
@@ -213,6 +214,14 @@ def mix_along(g:TraceGraph, # takes the constraints
     if inside != list(active_axes(f)): return tie_other_axes(g, f, *(d for d in active_axes(f) if d not in dims))
     g.mark_inexact(f, why)
     return f
+
+def mix_other_axes(g:TraceGraph, # takes the constraints
+                   fs:list,      # arrays of atoms
+                   why:str,      # the reason, for reports
+                   start:int=0,  # the first axis that is mixed
+    )->list: # what can still be removed
+    "`mix_along` for a norm of channels, which lie along axis 1: it mixes all other axes from `start` on."
+    return [mix_along(g, f, [d for d in range(start, f.ndim) if d != 1], why) for f in fs]
 
 @operation_rule("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "logsumexp",
                 "linalg_vector_norm", "any", "all", "argmax")

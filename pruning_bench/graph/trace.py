@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
-from ..core.inputs import forward, in_mode, to_device, seeded
+from ..core.inputs import BadInput, forward, in_mode, to_device, seeded
 from ..core.registry import Registry
 from .norms import run_operation, track_norms
 
@@ -45,11 +45,14 @@ def storage_key(t:Tensor, # on any device
     "The memory, offset, shape and strides of a tensor: the same for tied parameters."
     return t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), t.stride()
 
-def tensors_in(x, # nested tuples, lists and mappings
+def tensors_in(x, # nested tuples, lists, mappings and data classes
     )->list: # of Tensor
     "All tensors in a nested structure."
     if isinstance(x, Tensor): return [x]
-    values = x.values() if hasattr(x, "values") else x if isinstance(x, (tuple, list)) else ()
+    if isinstance(x, (tuple, list)): values = x
+    elif hasattr(x, "values"): values = x.values() if callable(x.values) else ()
+    elif hasattr(type(x), "__dataclass_fields__"): values = [getattr(x, f, None) for f in x.__dataclass_fields__]
+    else: values = vars(x).values() if isinstance(x, SimpleNamespace) else ()
     return [t for v in values for t in tensors_in(v)]
 
 # %% ../../nbs/graph/37_trace.ipynb #0568ac3a
@@ -263,6 +266,9 @@ def trace(graph:TraceGraph,  # takes the constraints
             stack.enter_context(track_norms(graph, model))
             with CallRecorder(graph), OperationRecorder(graph): out = run(model, batch)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
+    if not tensors_in(out):
+        raise BadInput(f"{type(model).__name__} returns {type(out).__name__!r}, in which no tensor was found: "
+                       "return a tensor, a tuple, a dict or a data class, so that outputs can be compared")
     for t in tensors_in(out):
         for f in graph.atoms_of(t): graph.freeze(f, "is an output of the model")
 
@@ -297,4 +303,5 @@ def trace_model(model:nn.Module, # left as it is
     "Trace a copy on the meta device; the model itself when its code asks for values or `run` is the caller's own."
     if run is not forward: return traced(model, batch, run)
     try: return traced(meta_copy(model), to_device(batch, "meta"), run)
+    except BadInput: raise
     except Exception: return traced(model, batch, run)
