@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from ..core.inputs import BadInput, in_mode, seeded
 from ..core.mask import attach_mask, install_hooks, mask_of, masks_of, remove_masks, transfer_mask
 from ..core.space import Layer, weight_layers
+from .code_sizes import set_number
 from .norms import no_affine
 from .trace import storage_key, tensors_in
 
@@ -22,20 +23,23 @@ from .trace import storage_key, tensors_in
 AROUND_CUT = []   # functions of a model and the modules that change; each returns a function to call after the removal
 
 def cut(model:nn.Module, # changed in place
-        slices:dict,     # {parameter, buffer or norm without weights: {dimension: kept indices}}
+        slices:dict,     # {parameter, buffer, norm without weights or "module#number": {dimension: kept indices}}
     )->None:
     "Keep only the listed indices of every tensor, under all its names, and correct the modules that they belong to."
     named, homes = dict(model.named_parameters()) | dict(model.named_buffers()), tensor_homes(model)
     owners = [m for n in slices if n in named for m, _, _ in homes[storage_key(named[n])]]
     finish = [start(model, with_ancestors(model, owners)) for start in AROUND_CUT] if owners else []
     for name, dims in slices.items():
-        if name not in named: set_norm_width(model.get_submodule(name), len(dims[0]))
-        else:
+        if name in named:
             new = index_dims(named[name], dims)
             for _, store, a in homes[storage_key(named[name])]: store[a] = new
+        elif "#" not in name: set_norm_width(model.get_submodule(name), len(dims[0]))
     for m in dict.fromkeys(owners): sync_attributes(m)
     for then in finish: then()
+    for module, _, place in (n.partition("#") for n in slices if "#" in n):
+        set_number(model.get_submodule(module), place, len(slices[f"{module}#{place}"][0]))
 
+# %% ../../nbs/graph/39_surgery.ipynb #68920959
 def tensor_homes(model:nn.Module, # left as it is
     )->dict: # {storage key: [(module, its parameters or buffers, name)]}
     "All places where a model keeps each of its tensors."
@@ -55,6 +59,7 @@ def with_ancestors(model:nn.Module, # holds the modules
         if m in owners: names |= {"", *(n[:i] for i, c in enumerate(n + ".") if c == ".")}
     return list(dict.fromkeys(m for n, m in model.named_modules(remove_duplicate=False) if n in names))
 
+# %% ../../nbs/graph/39_surgery.ipynb #9c7007a7
 @torch.no_grad()
 def index_dims(t:Tensor,  # a parameter, with its mask, or a buffer
                dims:dict, # {dimension: kept indices}
@@ -116,6 +121,7 @@ def kept_slices(model:nn.Module, # left as it is
     )->dict: # {parameter: {dimension: kept indices}}, only what shrinks
     "The argument of `cut` that removes units."
     shape, out = tensor_shapes(model), {}
+    shape |= {p: (i.size,) for g in groups.values() for (p, _), i in g.numeric_width.items() if "#" in p}
     for (p, d), removed in removed_indices(groups, kept).items():
         kept_mask = np.ones(shape[p][d], bool)
         kept_mask[removed] = False
@@ -200,6 +206,7 @@ def restore_modules(state:list, # of `module_state`
     "Undo a removal."
     for m, kind, attributes in state:
         m.__class__ = kind
+        m.__dict__.clear()
         m.__dict__.update(attributes)
 
 # %% ../../nbs/graph/39_surgery.ipynb #fb39fcd2
@@ -227,7 +234,7 @@ def cut_checked(model:nn.Module, # dense, changed in place
     )->None:
     "`cut` for a plan that was made for another model; raises `BadInput` where it does not fit."
     shape = tensor_shapes(model)
-    for n, dims in slices.items():
+    for n, dims in ((n, dims) for n, dims in slices.items() if "#" not in n):
         if n not in shape: raise BadInput(f"this plan does not fit: {n!r} is no norm without weights here")
         for d, kept in dims.items():
             if max(kept) >= shape[n][d]:
