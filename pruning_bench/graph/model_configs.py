@@ -12,8 +12,8 @@ import copy
 import torch
 from torch import nn
 from ..core.inputs import BadInput
-from .attention import (GENERAL_FORWARDS, class_path, generalise_heads, head_counts, projection_shape,
-                                           tensor_shape)
+from .attention import (GENERAL_FORWARDS, class_path, generalise_heads, head_counts,
+                                           projection_shape, tensor_shape)
 from .surgery import AROUND_CUT
 
 # %% ../../nbs/graph/42_model_configs.ipynb #b78ca35f
@@ -29,6 +29,7 @@ def head_attributes(m:nn.Module, # any module
     new |= {"num_key_value_heads": keys, "num_key_value_groups": heads // max(keys, 1)}
     return new | {"inner_kv_dim": keys * size, "embed_dim": residual}
 
+# %% ../../nbs/graph/42_model_configs.ipynb #e8f0afc6
 # attribute -> (tensor of the same module, the dimension that it repeats)
 WIDTH_ATTRIBUTES = {"hidden_dim": (("class_token", -1), ("gate_up_proj", 2), ("weight", 1)),
                     "hidden_size": (("gate_up_proj", 1),), "intermediate_dim": (("down_proj", 2),),
@@ -46,6 +47,7 @@ def repeated_sizes(m:nn.Module, # any module
             found |= {(a, p, d): s[d] for p, d in places if (s := tensor_shape(m, p)) and -len(s) <= d < len(s)}
     return found
 
+# %% ../../nbs/graph/42_model_configs.ipynb #cae9bc01
 def differs_from_stream(m:nn.Module, # attention
     )->bool:
     "Whether all heads together have another width than the residual stream."
@@ -72,7 +74,8 @@ AROUND_CUT.append(sync_sizes)
 def fused_expert_modules(model:nn.Module, # any model
     )->list: # of modules
     "The modules that keep all experts in one tensor."
-    return [m for m in model.modules() if all(len(tensor_shape(m, p) or ()) == 3 for p in ("gate_up_proj", "down_proj"))]
+    def fused(m): return all(len(tensor_shape(m, p) or ()) == 3 for p in ("gate_up_proj", "down_proj"))
+    return [m for m in model.modules() if fused(m)]
 
 def expert_width(m:nn.Module, # of `fused_expert_modules`
     )->int:
@@ -96,6 +99,7 @@ def config_values(model:nn.Module, # any model
     if any(h * s != w for h, _, s, w in found): values["head_dim"] = sizes
     return values | dict.fromkeys(FFN_KEYS, inner)
 
+# %% ../../nbs/graph/42_model_configs.ipynb #db8e4d8f
 def changed_values(model:nn.Module, # with a configuration
                    before:dict,     # of `config_values` before the removal
     )->dict: # {key of its configuration: new value}

@@ -215,6 +215,7 @@ def mix_along(g:TraceGraph, # takes the constraints
     g.mark_inexact(f, why)
     return f
 
+# %% ../../nbs/graph/38_rules.ipynb #56141e24
 def mix_other_axes(g:TraceGraph, # takes the constraints
                    fs:list,      # arrays of atoms
                    why:str,      # the reason, for reports

@@ -121,7 +121,8 @@ def kept_slices(model:nn.Module, # left as it is
     )->dict: # {parameter: {dimension: kept indices}}, only what shrinks
     "The argument of `cut` that removes units."
     shape, out = tensor_shapes(model), {}
-    shape |= {p: (i.size,) for g in groups.values() for (p, _), i in g.numeric_width.items() if "#" in p}
+    for p, i in ((p, i) for g in groups.values() for (p, _), i in g.numeric_width.items() if "#" in p):
+        shape[p] = (max(i.size, *shape.get(p, ())),) if p in shape else (i.size,)
     for (p, d), removed in removed_indices(groups, kept).items():
         kept_mask = np.ones(shape[p][d], bool)
         kept_mask[removed] = False

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['runs_on', 'subset', 'raised_by_model', 'dry_run', 'GroupTests', 'verify_groups', 'width_in_code', 'failing_groups',
-           'repair_groups', 'joint_pairs', 'bisect_failures', 'regroup_check', 'masking_check']
+           'failing_members', 'repair_groups', 'joint_pairs', 'bisect_failures', 'regroup_check', 'masking_check']
 
 # %% ../../nbs/graph/39_verification.ipynb #824a32aa
 import traceback
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..core.inputs import BadInput, forward, slice_batch, to_device
 from .norms import FastMetaNorms
-from .repairs import by_kind, find_changes, kind_of, transfer_changes, with_open_sizes
+from .repairs import by_kind, find_changes, transfer_changes, with_open_sizes
 from .surgery import (cut, error_line, example_outputs, kept_slices, module_state, outputs_close,
                                          removed_indices, restore_modules)
 from .trace import meta_copy, tensors_in
@@ -135,17 +135,23 @@ def width_in_code(error:BadInput, # of a dry run
 def failing_groups(groups:dict, # {name: Group}
                    test,        # `test(groups)` -> error or None
     )->dict: # {name: error}
-    "The groups that fail a test: where the first, the last and one in the middle of a kind fail, all of it do."
-    if not groups or test(groups) is None: return {}
-    failed, rest = {}, {}
-    for kind in by_kind(groups):
-        names = list(kind)
-        errors = [test({n: kind[n]}) for n in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))]
-        if all(errors): failed |= dict.fromkeys(kind, errors[0])
-        elif any(errors): failed |= bisect_failures(kind, test)
-        rest |= {n: g for n, g in kind.items() if n not in failed}
-    return failed | bisect_failures(rest, test)
+    "The groups that fail a test, and all those of the same kind as one that fails."
+    if not groups or (len(groups) > 1 and test(groups) is None): return {}
+    kinds = by_kind(groups)
+    first = bisect_failures({n: kind[n] for kind in kinds for n in list(kind)[:1]}, test)
+    failed = {n: first[names[0]] for names in map(list, kinds) if names[0] in first for n in names}
+    rest = {n: g for n, g in groups.items() if n not in failed}
+    return failed | (bisect_failures(rest, test) if len(rest) > len(kinds) - len(first) else {})
 
+def failing_members(kind:dict, # {name: Group}, of one kind; the first one fails
+                    test,      # `test(groups)` -> error or None
+    )->dict: # {name: error}
+    "The groups of a kind that fail a test: all, where the first, the last and one in the middle do."
+    names = list(kind)
+    errors = [test({n: kind[n]}) for n in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))]
+    return dict(zip(names, errors * len(names))) if all(errors) else bisect_failures(kind, test)
+
+# %% ../../nbs/graph/39_verification.ipynb #5f332034
 def repair_groups(groups:dict, # {name: Group}
                   failed:dict, # {name: error}; those that are repaired are taken out
                   tests,       # GroupTests
@@ -154,14 +160,19 @@ def repair_groups(groups:dict, # {name: Group}
     repaired = {}
     def runs(g, n): return tests.runs({n: g})
     def accepted(g, n): return tests.accepts({n: g})
-    for kind in sorted(by_kind({n: groups[n] for n in failed}), key=lambda kind: len(kind_of(next(iter(kind.values()))))):
+    def size(kind): return max(len(g.members) for g in kind.values())   # streams come last
+    for kind in sorted(by_kind({n: groups[n] for n in failed}), key=size):
         first = next(iter(kind))
         start = with_open_sizes(kind[first], repaired.values())
-        found, error = start, tests.runs({first: start})
+        found, error = start, tests.runs({first: start}) if repaired else failed[first]
         if error is not None or accepted(start, first) is not None:
             found = error and find_changes(start, error, tests.target[0], partial(runs, n=first),
                                            partial(accepted, n=first))
-        if found is None: continue
+        if found is None:
+            wrong = failing_members(kind, tests.runs)
+            for n in kind: failed.pop(n)
+            failed |= wrong
+            continue
         trial = {n: transfer_changes(found, g) if n != first else found for n, g in kind.items()}
         wrong = bisect_failures(trial, tests.runs)
         repaired |= {n: g for n, g in trial.items() if n not in wrong}

@@ -128,7 +128,8 @@ class Tokens(nn.Module):
 def standardised(size):
     return nn.Sequential(Standardised(3, 16, size), nn.ReLU(), Standardised(16, 8, size), nn.ReLU(), nn.Conv2d(8, 4, 1))
 
-MIXING = {"weights, 1x1": (lambda: standardised(1), (2, 3, 8, 8)), "weights, 3x3": (lambda: standardised(3), (2, 3, 8, 8)),
+MIXING = {"weights, 1x1": (lambda: standardised(1), (2, 3, 8, 8)),
+          "weights, 3x3": (lambda: standardised(3), (2, 3, 8, 8)),
           "instance norm": (lambda: Tokens(nn.InstanceNorm1d(10, affine=True)), (6, 10, 4)),
           "batch norm in training": (lambda: Tokens(nn.BatchNorm1d(10, track_running_stats=False)), (6, 10, 4)),
           "group norm": (lambda: Tokens(nn.GroupNorm(5, 10)), (6, 10, 4)),
