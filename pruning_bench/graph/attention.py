@@ -39,7 +39,8 @@ def attention_rule(g, outs, a):
             if max(f.shape[-2:]) > 1: g.freeze(f, "lies inside attention")
     bias = next((b for n in ("attn_mask", "attn_bias") if (b := getattr(a, n, None)) is not None), None)
     if bias is not None and bias.dim() > 2 and bias.shape[-3] == len(head_atoms[0]):
-        g.join(head_atoms[0], axis_atoms(g, bias, -3))
+        if (own := axis_atoms(g, bias, -3)).any(): g.join(head_atoms[0], own)
+        else: g.assume(head_atoms[0], "meets a bias of the code in attention")
     out = [place_on_axis(head_atoms[0], -3, a.query.dim()), *without_axes(g, a.query, -3, -2, -1)]
     return [out, *[[] for _ in outs[1:]]]
 

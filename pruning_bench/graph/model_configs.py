@@ -107,7 +107,7 @@ def changed_values(model:nn.Module, # with a configuration
     config, new, after = model.config, {}, config_values(model)
     for k, values in after.items():
         value = getattr(config, k, None)
-        said = k == "head_dim" or hasattr(config, k) and (value is None or value in before.get(k, ()))
+        said = k == "head_dim" or hasattr(config, k) and (value is None or value in [*before.get(k, ())])
         if len(values) == 1 and said and after != before and value not in values: new[k] = [*values][0]
     # the grouped product needs rows of 16 bytes
     odd = [m for m in fused_expert_modules(model) if expert_width(m) * m.gate_up_proj.element_size() % 16]

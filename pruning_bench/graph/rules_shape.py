@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from .rules import freeze_along, join_aligned, join_broadcast, pointwise_rule
 from .trace import (OPERATION_RULES, TraceGraph, active_axes, axis_atoms, fixed_atoms, freeze_axis,
-                                       freeze_inputs, operation_rule, place_on_axis, tensors_in, unknown_rule,
-                                       without_axes)
+                                       freeze_inputs, freeze_when_used, operation_rule, place_on_axis, tensors_in,
+                                       unknown_rule, without_axes)
 
 # %% ../../nbs/graph/38_rules_shape.ipynb #e8ba2a49
 def match_axes(old, # shape before a view
@@ -75,8 +75,10 @@ def reshape_rule(g, outs, a):
     if 0 in old: return unknown_rule(g, outs, a)
     blocks, fs = match_axes(old, new), g.atoms_of(a.self)
     for i, _ in blocks:
-        if g.is_weight(a.self): fs = without_kernel(g, fs, i)
         merged = [f for f in fs if any(f.shape[d] > 1 for d in i)] if len(i) > 1 else []
+        if len(merged) > 1 and g.is_weight(a.self):
+            fs = without_kernel(g, fs, i)
+            merged = [f for f in merged if any(f is v for v in fs)]
         if len(merged) > 1:
             for f in merged: g.freeze(f, "is merged with another axis by a view")
             fs = [f for f in fs if not any(f is m for m in merged)]
@@ -193,6 +195,7 @@ def select_rule(g, outs, a):
         n = f.shape[d]
         if size and active_axes(f) == (d,) and a.step == 1 and n % size == 0 and start % size == 0:
             out.append(join_equal_parts(g, np.split(f, n // size, d), why)[start % n // size])
+        elif active_axes(f) == (d,): freeze_when_used(g, outs, f, why)
         else: out += freeze_axis(g, f, d, why)
     return [out if outs[0].dim() == a.self.dim() else [f.squeeze(d) for f in out] for _ in outs]
 

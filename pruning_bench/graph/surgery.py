@@ -207,8 +207,8 @@ def restore_modules(state:list, # of `module_state`
     "Undo a removal."
     for m, kind, attributes in state:
         m.__class__ = kind
-        m.__dict__.clear()
-        m.__dict__.update(attributes)
+        if "code_sizes" not in attributes: m.__dict__.pop("code_sizes", None)
+        m.__dict__.update(attributes)   # what a forward pass has set meanwhile stays
 
 # %% ../../nbs/graph/39_surgery.ipynb #fb39fcd2
 def cut_and_compare(model:nn.Module, # masked; unmasked and narrower afterwards

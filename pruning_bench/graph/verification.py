@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['runs_on', 'subset', 'raised_by_model', 'dry_run', 'GroupTests', 'verify_groups', 'width_in_code', 'failing_groups',
-           'failing_members', 'repair_groups', 'joint_pairs', 'bisect_failures', 'regroup_check', 'masking_check']
+           'incompatible', 'failing_members', 'repair_groups', 'joint_pairs', 'bisect_failures', 'regroup_check',
+           'masking_check']
 
 # %% ../../nbs/graph/39_verification.ipynb #824a32aa
 import traceback
@@ -112,12 +113,14 @@ def verify_groups(model:nn.Module, # put back after every test
     "Dry run of all groups; those whose width may be a number in the code are also traced and compared after a removal."
     tests = GroupTests(model, batch, run, groups, trace_groups)
     failed = failing_groups(groups, tests.runs)
-    groups = groups | repair_groups(groups, failed, tests)
+    repaired = repair_groups(groups, failed, tests)
+    groups = groups | repaired
     kept = {n: g for n, g in groups.items() if n not in failed}
     pairs = joint_pairs(groups, failed, lambda pair: tests.runs(kept | pair, 1))
     kept |= {a: groups[a].merged(groups[b]) for a, b in pairs}
-    if failed and (not kept or tests.runs(kept)): raise next(iter(failed.values()))
-    assumed = {n: g for n, g in kept.items() if g.assumption}
+    if failed and not kept: raise next(iter(failed.values()))
+    if failed or repaired or pairs: failed |= incompatible(kept, tests.runs)
+    assumed = {n: g for n, g in kept.items() if g.assumption and n not in failed}
     failed |= bisect_failures(assumed, tests.regroups)
     exact = {n: g for n, g in assumed.items() if g.exact and n not in failed}
     if not next(model.parameters()).is_meta: failed |= bisect_failures(exact, tests.masks)
@@ -142,6 +145,18 @@ def failing_groups(groups:dict, # {name: Group}
     failed = {n: first[names[0]] for names in map(list, kinds) if names[0] in first for n in names}
     rest = {n: g for n, g in groups.items() if n not in failed}
     return failed | (bisect_failures(rest, test) if len(rest) > len(kinds) - len(first) else {})
+
+def incompatible(groups:dict, # {name: Group}, each of which passes the test alone
+                 test,        # `test(groups)` -> error or None
+    )->dict: # {name: error}
+    "Groups that fail a test together with earlier ones: two of them may need one number of the code for themselves."
+    if test(groups) is None: return {}
+    kept, failed = {}, {}
+    for kind in by_kind(groups):
+        error = test(kept | kind)
+        if error is None: kept |= kind
+        else: failed |= dict.fromkeys(kind, error)
+    return failed
 
 def failing_members(kind:dict, # {name: Group}, of one kind; the first one fails
                     test,      # `test(groups)` -> error or None

@@ -75,7 +75,6 @@ def test_what_lies_between_two_convolutions(name):
     assert model[0].out_channels == model[0].weight.shape[0] == 4 and model(X).shape[:2] == (2, 4)
 
 NOT_YET = {"along": (lambda x: x.flip(1), "runs along it"), "neighbours": (nn.LocalResponseNorm(3), "runs over it"),
-           "a constant": (lambda x: x * torch.ones(C, 1, 1), "meets a constant"),
            "by number": (lambda x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]], "picked by numbers"),
            "one by one": (lambda x: torch.stack(x.unbind(1), 1), "fixed positions"),
            "every second": ((lambda x: x[:, ::2], 4), "fixed positions"),
