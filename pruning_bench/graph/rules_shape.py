@@ -74,12 +74,10 @@ def reshape_rule(g, outs, a):
     old, new, out = a.self.shape, outs[0].shape, []
     if 0 in old: return unknown_rule(g, outs, a)
     blocks, fs = match_axes(old, new), g.atoms_of(a.self)
+    def along(i): return [f for f in fs if any(f.shape[d] > 1 for d in i)] if len(i) > 1 else []
     for i, _ in blocks:
-        merged = [f for f in fs if any(f.shape[d] > 1 for d in i)] if len(i) > 1 else []
-        if len(merged) > 1 and g.is_weight(a.self):
-            fs = without_kernel(g, fs, i)
-            merged = [f for f in merged if any(f is v for v in fs)]
-        if len(merged) > 1:
+        if len(along(i)) > 1 and g.is_weight(a.self): fs = without_kernel(g, fs, i)
+        if len(merged := along(i)) > 1:
             for f in merged: g.freeze(f, "is merged with another axis by a view")
             fs = [f for f in fs if not any(f is m for m in merged)]
     for f in fs:
@@ -174,12 +172,14 @@ def join_equal_parts(g:TraceGraph, # takes the constraints
 
 @operation_rule("split", "split_with_sizes")
 def split_rule(g, outs, a):
-    "Equal parts of an axis shrink together; unequal parts keep their sizes."
+    "Equal parts of an axis shrink together; of unequal parts, the sizes may be numbers: a dry run decides."
     d, out, why = a.dim % a.self.dim(), [[] for _ in outs], f"`{g.op}` cuts it at fixed places"
     equal = len({o.shape[d] for o in outs}) == 1
     for f in g.atoms_of(a.self):
         if active_axes(f) != (d,): parts = freeze_axis(g, f, d, "") * len(outs)
-        elif not equal: parts = freeze_axis(g, f, d, why)
+        elif not equal:
+            parts = np.split(f, np.cumsum([o.shape[d] for o in outs])[:-1], d)
+            for p in parts: g.assume(p, why)
         else: parts = join_equal_parts(g, np.split(f, len(outs), d), "" if g.call_name == "chunk" else why)
         for o, p in zip(out, parts): o.append(p)
     return out

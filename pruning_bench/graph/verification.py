@@ -176,7 +176,9 @@ def repair_groups(groups:dict, # {name: Group}
     def runs(g, n): return tests.runs({n: g})
     def accepted(g, n): return tests.accepts({n: g})
     def size(kind): return max(len(g.members) for g in kind.values())   # streams come last
-    for kind in sorted(by_kind({n: groups[n] for n in failed}), key=size):
+    kinds = sorted(by_kind({n: groups[n] for n in failed}), key=size)
+    while kinds:
+        kind = kinds.pop(0)
         first = next(iter(kind))
         start = with_open_sizes(kind[first], repaired.values())
         found, error = start, tests.runs({first: start}) if repaired else failed[first]
@@ -191,6 +193,7 @@ def repair_groups(groups:dict, # {name: Group}
         trial = {n: transfer_changes(found, g) if n != first else found for n, g in kind.items()}
         wrong = bisect_failures(trial, tests.runs)
         repaired |= {n: g for n, g in trial.items() if n not in wrong}
+        if 0 < len(wrong) < len(kind): kinds.append({n: kind[n] for n in wrong})   # parts of other sizes, for instance
     for n in repaired: del failed[n]
     return repaired
 

@@ -5,7 +5,8 @@ from torch import nn
 
 from pruning_bench import prune
 from pruning_bench.core.inputs import forward
-from pruning_bench.graph.surgery import cut
+from pruning_bench.graph.groups import Channels
+from pruning_bench.graph.surgery import cut, example_outputs
 
 
 def values(model):
@@ -94,3 +95,37 @@ def test_an_attribute_that_the_code_computes_with_keeps_its_value():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Scaled(8, 8), nn.Conv2d(8, 2, 1)).eval()
     prune(model, "l1-filter", .5, data=torch.randn(2, 3, 6, 6))   # compared with the masked model
     assert model[2].conv.weight.shape[:2] == (4, 4) and model[2].channels == 8
+
+def families():
+    from pruning_bench.bench.model_builders import TIMM_MODELS, model_builders, transformers_model
+    hugging = [n for n, f in model_builders().items() if f is transformers_model]
+    slow = [pytest.param(f"timm:{n}", marks=pytest.mark.slow) for n in TIMM_MODELS]
+    return hugging + slow
+
+@pytest.mark.parametrize("name", families())
+def test_cutting_nothing_is_the_identity_in_every_family(name):
+    from pruning_bench.bench.model_builders import model_builders, timm_builders
+    if name.startswith("timm:"): pytest.importorskip("timm")
+    model, batch = (model_builders() | timm_builders())[name](name)
+    answer = example_outputs(model, lambda: forward(model, batch))
+    before = values(model)   # a forward pass may set attributes of its own
+    config = getattr(model, "config", None) and model.config.to_dict()
+    cut(model, {})
+    assert values(model) == before and (config is None or model.config.to_dict() == config)
+    assert all(map(torch.equal, answer, example_outputs(model, lambda: forward(model, batch))))
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "crossvit_tiny_240", "pvt_v2_b0", "nf_regnet_b0",
+                                  "tnt_s_patch16_224"])
+def test_a_pruned_model_of_timm_halves_runs_and_trains(name):
+    pytest.importorskip("timm")
+    from pruning_bench.bench.model_builders import timm_model
+    model, batch = timm_model(f"timm:{name}")
+    space = Channels(model, [batch])
+    inside = {p for g in space.groups.values() for p, _ in g.members}
+    assert sum(p.numel() for n, p in model.named_parameters() if n in inside) > .4 * sum(
+        p.numel() for p in model.parameters())
+    if "regnet" not in name: assert any(g.heads for g in space.groups.values())
+    assert .5 <= prune(model, "rand-struct", {"macs": .5}, data=[batch]).budget["achieved"] < .52
+    model(batch).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
