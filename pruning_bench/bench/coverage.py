@@ -20,7 +20,7 @@ from ..graph.surgery import (cut, removed_indices, kept_slices, example_outputs,
                                          error_line, module_state)
 from ..graph.trace import tensors_in
 from .model_builders import (diffusers_transformer, diffusers_unet, model_builders,
-                                                transformers_model)
+                                                timm_builders, transformers_model)
 
 # %% ../../nbs/bench/45_coverage.ipynb #ff24263e
 def prune_half(model:nn.Module, batch)->dict: # {"macs": share} or {"params": share} that is gone
@@ -121,8 +121,8 @@ def coverage_row(name:str, make)->dict: # one row
 # %% ../../nbs/bench/45_coverage.ipynb #0a2de9ee
 def cached_row(name:str, make, folder=None)->dict:
     "A row, read from a folder of rows or written there; a model that fails is a row with its reason."
-    path = folder and Path(folder) / "-".join(map(version, ("torch", "torchvision", "transformers",
-                                                            "diffusers"))) / f"{name}.json"
+    libraries = "torch", "torchvision", "transformers", "diffusers", *(("timm",) if name.startswith("timm:") else ())
+    path = folder and Path(folder) / "-".join(map(version, libraries)) / f"{name.replace(':', '-')}.json"
     if path and path.exists(): return json.loads(path.read_text())
     try: row = coverage_row(name, make)
     except Exception as e: return dict(model=name, runs=False, note=error_line(e))
@@ -138,9 +138,13 @@ def coverage(pattern:str="*", # wildcard on names
     ): # pandas DataFrame, one row per model
     "The table."
     import pandas as pd
-    names = {n: f for n, f in model_builders().items() if fnmatch(n, pattern)}
+    library, _, own = pattern.partition(":")
+    known = timm_builders() if library == "timm" else model_builders()
+    if library == "transformers": known, pattern = {n: f for n, f in known.items() if f is transformers_model}, own
+    names = {n: f for n, f in known.items() if fnmatch(n, pattern)}
     if not names:
         makers = transformers_model, diffusers_unet, diffusers_transformer
         others = ", ".join(n for n, f in model_builders().items() if f in makers)
-        raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), {others}")
+        raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), "
+                       f"{others}, 'transformers:*' and 'timm:*'")
     return pd.DataFrame([cached_row(n, make, folder) for n, make in names.items()])

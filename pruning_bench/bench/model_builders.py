@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SIZES', 'BASE_CONFIG', 'VOCAB_CONFIG', 'IMAGE_CONFIG', 'MODEL_CONFIGS', 'SMALL_CONFIG', 'GQA_CONFIG',
-           'SMALL_MODEL_CONFIGS', 'DIT_CONFIG', 'JOINT_CONFIG', 'DIFFUSERS_CONFIGS', 'random_images',
+           'SMALL_MODEL_CONFIGS', 'DIT_CONFIG', 'JOINT_CONFIG', 'DIFFUSERS_CONFIGS', 'TIMM_MODELS', 'random_images',
            'torchvision_classifier', 'randomise', 'DetectorHeads', 'dense_predictor', 'diffusers_unet',
-           'transformers_model', 'diffusers_transformer', 'model_builders']
+           'transformers_model', 'diffusers_transformer', 'timm_model', 'timm_builders', 'model_builders']
 
 # %% ../../nbs/bench/43_model_builders.ipynb #f42f484d
 from fnmatch import fnmatch
@@ -155,6 +155,36 @@ def diffusers_transformer(name:str)->tuple: # (model, batch)
              "FluxTransformer2DModel": {"hidden_states": torch.randn(2, 16, 4), "img_ids": torch.zeros(16, 3),
                                         "txt_ids": torch.zeros(7, 3), **words}}
     return randomise(model), batch[name] | when
+
+# %% ../../nbs/bench/43_model_builders.ipynb #0d268fe2
+TIMM_MODELS = """
+beit_base_patch16_224 cait_xxs24_224 coat_tiny coatnet_pico_rw_224 convformer_s18 convit_tiny convmixer_768_32
+convnextv2_atto cpubone_nano crossvit_tiny_240 cs3darknet_s csatv2 cspnext_tiny davit_tiny
+deit_tiny_distilled_patch16_224 densenetblur121d dla46_c dpn48b eca_botnext26ts_256 edgenext_xx_small
+efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim_dw
+eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 ghostnetv3_050
+gmlp_ti16_224 hardcorenas_a hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t inception_next_atto
+inception_resnet_v2 lcnet_035 lcnetv2_small legacy_seresnext26_32x4d legacy_xception levit_conv_128s
+lowformer_b0 mambaout_femto maxxvit_rmlp_nano_rw_256 mixnet_s mobilenetv3_small_050 mobilenetv4_hybrid_medium
+mobileone_s1 mobilevit_xxs mobilevitv2_050 mvitv2_tiny naflexvit_base_patch16_gap nest_tiny nextvit_small
+nf_regnet_b0 pit_ti_224 poolformerv2_s12 pvt_v2_b0 rdnet_tiny regnety_002 repghostnet_050 repvgg_a0 repvit_m1
+res2net50_14w_8s resnest14d resnet10t resnetv2_18 resnetv2_50x1_bit rexnet_100 samvit_base_patch16_224
+selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swinv2_cr_tiny_224 tf_efficientnetv2_b0
+tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_srelpos_small_patch16_224
+vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xcit_nano_12_p8_224
+""".split()
+
+def timm_model(name:str, # "timm:" and a name of timm
+    )->tuple: # (model with random weights, batch)
+    "A classifier of timm and two images of the size that it was made for."
+    import timm
+    torch.manual_seed(0)
+    model = timm.create_model(name.removeprefix("timm:"), pretrained=False).eval()
+    return randomise(model), torch.randn(2, *model.default_cfg["input_size"])
+
+def timm_builders()->dict: # {"timm:" and a name: function -> (model, batch)}
+    "Models of the families of timm."
+    return {f"timm:{n}": timm_model for n in TIMM_MODELS}
 
 # %% ../../nbs/bench/43_model_builders.ipynb #5ba3a4ae
 def model_builders()->dict: # {name: function -> (model, batch)}

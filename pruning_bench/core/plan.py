@@ -220,7 +220,7 @@ def apply_plan(plan:Plan, model)->None: # changes the model in place
         check_shapes(plan, model)
         names = dict(model.named_modules()) | dict(model.named_parameters()) | dict(model.named_buffers())
         needed = [*plan.slices, *(plan.masks if not plan.slices else ())]
-        lost = next((n for n in needed if n not in names), None)
+        lost = next((n for n in needed if n not in names and n.partition('#')[0] not in names), None)
         if lost: raise BadInput(f"this plan was made for another architecture: the model has no {lost!r}")
     space.restore(model, plan)
 

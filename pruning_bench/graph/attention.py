@@ -7,7 +7,7 @@ __all__ = ['GENERAL_FORWARDS', 'QUERY_PARAMS', 'KEY_PARAMS', 'attention_rule', '
            'split_heads', 'projection_weights', 'multihead_forward', 'window_partition', 'window_merge',
            'shift_regions', 'shift_mask', 'window_bias', 'window_scores', 'shifted_window_forward', 'maxvit_forward',
            'class_path', 'generalised_class', 'rebuild_instance', 'generalise_heads', 'traceable_attention',
-           'projection_shape', 'head_size', 'head_counts', 'Heads']
+           'tensor_shape', 'projection_shape', 'head_size', 'head_counts', 'Heads']
 
 # %% ../../nbs/graph/42_attention.ipynb #69627d7d
 import functools, math
@@ -39,7 +39,8 @@ def attention_rule(g, outs, a):
             if max(f.shape[-2:]) > 1: g.freeze(f, "lies inside attention")
     bias = next((b for n in ("attn_mask", "attn_bias") if (b := getattr(a, n, None)) is not None), None)
     if bias is not None and bias.dim() > 2 and bias.shape[-3] == len(head_atoms[0]):
-        g.join(head_atoms[0], axis_atoms(g, bias, -3))
+        if (own := axis_atoms(g, bias, -3)).any(): g.join(head_atoms[0], own)
+        else: g.assume(head_atoms[0], "meets a bias of the code in attention")
     out = [place_on_axis(head_atoms[0], -3, a.query.dim()), *without_axes(g, a.query, -3, -2, -1)]
     return [out, *[[] for _ in outs[1:]]]
 
@@ -244,14 +245,20 @@ QUERY_PARAMS = {"in_proj_weight": 3, "q_proj_weight": 1, "q_attn.weight": 1, "c_
                 "to_qkv.weight": 3, "q_proj.weight": 1, "query.weight": 1, "query_proj.weight": 1, "to_q.weight": 1}
 KEY_PARAMS = ("k_proj_weight", "k_proj.weight", "key.weight", "key_proj.weight", "to_k.weight")
 
+def tensor_shape(m:nn.Module, # any module
+                 path:str,    # of a tensor of the module, or of one of its children
+    ): # sizes, None without such a tensor
+    "The shape of a tensor by its name."
+    home, _, leaf = path.rpartition(".")
+    t = getattr(getattr(m, home, None) if home else m, leaf, None)
+    return tuple(t.shape) if isinstance(t, Tensor) else None
+
 def projection_shape(m:nn.Module, # any module
                      path:str,    # of a parameter below it
     ): # (outputs, inputs), None without such a parameter
     "The shape of a projection; GPT-2 stores its matrices transposed."
-    home, _, leaf = path.rpartition(".")
-    home = getattr(m, home, None) if home else m
-    if not isinstance(w := getattr(home, leaf, None), Tensor): return None
-    return tuple(w.shape[::-1] if type(home).__name__ == "Conv1D" else w.shape)
+    shape, home = tensor_shape(m, path), path.rpartition(".")[0]
+    return shape[::-1] if shape and type(getattr(m, home, m)).__name__ == "Conv1D" else shape
 
 def head_size(m:nn.Module, # attention
               rows:int,    # of its query projection

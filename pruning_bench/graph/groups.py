@@ -21,7 +21,7 @@ from .group_views import draw_groups, group_tree, groups_html, groups_table, plo
 from .surgery import (cut_and_compare, cut_checked, error_line, kept_slices, mask_slices,
                                          producer_layers, write_values)
 from .trace import TraceGraph, active_axes, fixed_atoms, tie_other_axes, trace_model
-from .verification import subset, verify_groups
+from .verification import runs_on, subset, verify_groups
 
 # %% ../../nbs/graph/40_groups.ipynb #cebc1e38
 def components(n:int,        # atoms
@@ -262,6 +262,7 @@ class Channels:
         self.model, self.batch, self.run = model, example_batch(data), select_forward(loss)
         try: self.coupling = dependency_groups(model, self.batch, self.run)
         except Exception as e:
+            if isinstance(e, BadInput) or runs_on(model, self.batch, self.run): raise   # an error of ours
             raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
         self.coupling = trace_branches(self, data, skip, dependency_groups)
         self.example = subset(model, self.batch, self.run)

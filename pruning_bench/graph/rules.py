@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['convolution_rule', 'join_depthwise', 'join_grouped', 'join_transposed', 'freeze_along', 'join_overlapping',
-           'join_aligned', 'join_broadcast', 'pointwise_rule', 'batch_norm_rule', 'inner_and_outer', 'join_matmul',
-           'mark_weight', 'matmul_rule', 'addmm_rule', 'permute_rule', 'from_adapter', 'add_rule', 'mix_along',
-           'reduction_rule', 'softmax_rule', 'along_axis_rule', 'constant_rule']
+           'join_aligned', 'join_broadcast', 'pointwise_rule', 'copy_rule', 'batch_norm_rule', 'inner_and_outer',
+           'join_matmul', 'mark_weight', 'matmul_rule', 'addmm_rule', 'permute_rule', 'from_adapter', 'add_rule',
+           'mix_along', 'mix_other_axes', 'reduction_rule', 'softmax_rule', 'along_axis_rule', 'constant_rule']
 
 # %% ../../nbs/graph/38_rules.ipynb #58e840f7
 import numpy as np
 import torch
 from torch import Tensor
-from .trace import (TraceGraph, active_axes, axis_atoms, fixed_atoms, freeze_axis, freeze_inputs,
+from .trace import (TraceGraph, active_axes, axis_atoms, fixed_atoms, freeze_axis,
+                                       freeze_inputs, is_made,
                                        operation_rule, place_on_axis, tensors_in, tie_other_axes, without_axes)
 
 # %% ../../nbs/graph/38_rules.ipynb #8014369f
@@ -90,6 +91,7 @@ def join_overlapping(g:TraceGraph, # takes the constraints
 def join_aligned(g:TraceGraph, # takes the constraints
                  shape,        # of the output
                  given:list,   # [(shape, its arrays of atoms)], aligned from the right
+                 made=(),      # shapes of tensors that the code makes itself
     )->list: # arrays of atoms of the output
     "Arrays along the same axes agree, index by index; a tensor that is constant along an axis fixes its length."
     n, alive, fixed = len(shape), [], set()
@@ -97,6 +99,9 @@ def join_aligned(g:TraceGraph, # takes the constraints
         alive += [f.reshape((1,) * (n - f.ndim) + f.shape) for f in fs if f.size > 1]
         fixed |= {d for d in range(-len(s), 0) if s[d] == shape[d] > 1 and all(f.shape[d] == 1 for f in fs)}
     for d in fixed: alive = freeze_along(g, alive, d, f"meets a constant in `{g.op}`")
+    guessed = {d for s in made for d in range(-len(s), 0) if s[d] == shape[d] > 1} - fixed
+    for f in alive:
+        if any(active_axes(f) == (d % n,) for d in guessed): g.assume(f, f"meets a tensor of the code in `{g.op}`")
     out = []
     while alive:
         wide = max(alive, key=lambda f: len(active_axes(f)))
@@ -112,25 +117,36 @@ def join_broadcast(g:TraceGraph, # takes the constraints
     )->list: # arrays of atoms of the output
     "`join_aligned` for tensors; an expanded axis, of stride 0, holds one value only and says nothing."
     def shape_of(t): return [n if i else 1 for n, i in zip(t.shape, t.stride())]
-    return join_aligned(g, shape, [(shape_of(t), g.atoms_of(t)) for t in inputs])
+    made = [t for t in inputs if is_made(g, t)]
+    known = [(shape_of(t), g.atoms_of(t)) for t in inputs if not any(t is m for m in made)]
+    return join_aligned(g, shape, known, [shape_of(t) for t in made])
 
 @operation_rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "zeros_like", "ones_like",
                 "rand_like", "randn_like", "empty_like", "full_like", "bernoulli", "native_dropout", "where",
                 "masked_fill", "_prelu_kernel", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu",
-                "log_sigmoid_forward", "celu", "selu", "lerp", "copy", "fill", "zero", "_conj", "rrelu_with_noise")
+                "log_sigmoid_forward", "celu", "selu", "lerp", "fill", "zero", "_conj", "rrelu_with_noise")
 def pointwise_rule(g, outs, a):
     "Whatever meets in a pointwise operation agrees, index by index."
     return join_broadcast(g, outs[0].shape, tensors_in(vars(a)))
+
+@operation_rule("copy")
+def copy_rule(g, outs, a):
+    "What is written takes the place of what was there; a tensor without atoms may have a size that the code knows."
+    if g.atoms_of(a.self): return pointwise_rule(g, outs, a)
+    written = join_broadcast(g, outs[0].shape, [a.src])
+    for f in written: g.assume(f, "is written into a tensor of the code")
+    return written
 
 # %% ../../nbs/graph/38_rules.ipynb #1198e744
 @operation_rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
                 "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")
 def batch_norm_rule(g, outs, a):
-    "Weights and statistics of a batch norm belong to the channels of its input."
-    x = axis_atoms(g, a.input, 1)
+    "Weights and statistics of a batch norm belong to the channels; statistics of the batch mix all other axes."
+    x, others = axis_atoms(g, a.input, 1), without_axes(g, a.input, 1)
     for t in tensors_in([a.weight, a.bias, getattr(a, "running_mean", None), getattr(a, "running_var", None)]):
         g.join(x, axis_atoms(g, t, 0))
-    return [place_on_axis(x, 1, a.input.dim()), *without_axes(g, a.input, 1)]
+    if getattr(a, "training", "with_update" in g.op): others = mix_other_axes(g, others, "batch norm runs over it")
+    return [place_on_axis(x, 1, a.input.dim()), *others]
 
 # %% ../../nbs/graph/38_rules.ipynb #347b4dc7
 def inner_and_outer(g:TraceGraph, # takes the constraints
@@ -220,6 +236,15 @@ def mix_along(g:TraceGraph, # takes the constraints
     if inside != list(active_axes(f)): return tie_other_axes(g, f, *(d for d in active_axes(f) if d not in dims))
     g.mark_inexact(f, why)
     return f
+
+# %% ../../nbs/graph/38_rules.ipynb #56141e24
+def mix_other_axes(g:TraceGraph, # takes the constraints
+                   fs:list,      # arrays of atoms
+                   why:str,      # the reason, for reports
+                   start:int=0,  # the first axis that is mixed
+    )->list: # what can still be removed
+    "`mix_along` for a norm of channels, which lie along axis 1: it mixes all other axes from `start` on."
+    return [mix_along(g, f, [d for d in range(start, f.ndim) if d != 1], why) for f in fs]
 
 @operation_rule("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "logsumexp",
                 "linalg_vector_norm", "any", "all", "argmax")

@@ -11,7 +11,7 @@ __all__ = ['GATES', 'sample_regions_rule', 'index_put_rule', 'index_rule', 'inde
 import numpy as np
 import torch
 from torch import Tensor
-from .rules import freeze_along, join_aligned, mix_along
+from .rules import freeze_along, join_aligned, mix_along, mix_other_axes
 from .trace import (WHOLE_FUNCTIONS, TraceGraph, axis_atoms, freeze_inputs,
                                        operation_rule, place_on_axis, storage_key, tensors_in, unknown_rule,
                                        without_axes)
@@ -130,7 +130,8 @@ def group_norm_rule(g, outs, a):
     per_group = x.reshape(a.group, -1)
     if a.group > 1: g.join(per_group, per_group[:, :1])
     else: g.mark_inexact(x, "group norm")
-    return [[place_on_axis(x, 1, a.input.dim()), *without_axes(g, a.input, 1)]]
+    others = mix_other_axes(g, without_axes(g, a.input, 1), "group norm runs over it", 2)
+    return [[place_on_axis(x, 1, a.input.dim()), *others]]
 
 @operation_rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm_rule(g, outs, a):

@@ -18,6 +18,7 @@ from ..core.checkpoint import matches, fingerprint, file_sha256
 from ..core.inputs import BadInput, device_of
 from ..core.mask import attach_mask, install_hooks
 from ..core.plan import load_plan
+from .code_sizes import resize_code
 from .surgery import cut, error_line, index_dims, module_state, restore_modules
 
 # %% ../../nbs/graph/43_saving.ipynb #d86facb3
@@ -149,7 +150,8 @@ def set_attributes(model:nn.Module, # changed in place
     for n, values in about["modules"].items():
         for k, v in values.items():
             old = getattr(named[n], k, None) if n in named else v
-            if old != v: setattr(named[n], k, tuple(v) if isinstance(old, tuple) else v)
+            if k == "code_sizes": resize_code(named[n], v)
+            elif old != v: setattr(named[n], k, tuple(v) if isinstance(old, tuple) else v)
     config = getattr(model, "config", None)
     if config is None or not about["config"]: return
     if hasattr(model, "register_to_config"): model.register_to_config(**about["config"])

@@ -135,3 +135,12 @@ def test_the_command_prints_the_table(monkeypatch, tmp_path):
     assert '"storm"' in said.output
     assert "no such weather" in said.output
     assert "calm" not in said.output
+
+def test_patterns_name_a_library(monkeypatch):
+    monkeypatch.setattr("pruning_bench.bench.coverage.cached_row", lambda name, make, folder: dict(model=name))
+    assert set(coverage("timm:vit*").model) == {"timm:vit_srelpos_small_patch16_224", "timm:vit_tiny_patch16_224",
+                                                "timm:vit_tiny_r_s16_p8_224", "timm:vitamin_small_224"}
+    assert len(coverage("timm:*")) >= 94
+    found = set(coverage("transformers:*").model)
+    assert {"LlamaForCausalLM", "BertForSequenceClassification"} < found and "resnet18" not in found
+    with pytest.raises(BadInput, match="timm:"): coverage("timm:no_such_model")

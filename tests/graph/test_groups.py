@@ -380,10 +380,11 @@ def test_code_that_asks_for_values_is_run_on_the_model_itself():
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+            self.flat = lambda t: t.view(-1, 6)   # out of reach of a correction
         def forward(self, x):
             h = self.a(x).relu()
             if not h.isfinite().all(): raise ValueError
-            return self.c(self.b(h).view(-1, 6))
+            return self.c(self.flat(self.b(h)))
     model, x = Asks(), torch.randn(4, 3)
     space = Channels(model, [x])
     assert space.names() == ["a.weight"]
@@ -483,8 +484,10 @@ def test_features_over_their_own_norm_can_be_cut_and_say_so(p):
 def test_a_constant_that_is_not_expanded_still_pins():
     class Shifted(nn.Module):
         def forward(self, x): return x * torch.arange(8.)[:, None, None]
-    found = dependency_groups(nn.Sequential(nn.Conv2d(3, 8, 3), Shifted(), nn.Conv2d(8, 4, 3)), IMAGE)
-    assert not found.groups and "constant" in found.frozen["0.weight"][1]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Shifted(), nn.Conv2d(8, 4, 3))
+    [group] = dependency_groups(model, IMAGE).groups
+    assert "a tensor of the code" in group.assumption   # a dry run decides
+    with pytest.raises(BadInput, match="contains a width"): Channels(model, [IMAGE])
 
 class Gathers(nn.Module):
     "A box of each of two maps, gathered in one tensor as detectors do."
@@ -660,7 +663,8 @@ def test_partners_by_number_stay_equally_wide():
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-        def forward(self, x): h = self.a(x); return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1])).relu())
+            self.fit = lambda t, n: t.view(len(t), n)   # out of reach of a correction
+        def forward(self, x): h = self.a(x); return self.out(self.c(self.fit(self.b(h.relu()), h.shape[1])).relu())
     model, x = Believes().double(), torch.randn(4, 3).double()
     space = Channels(model, [x])
     assert len(space.coupling.groups) == 3
@@ -675,9 +679,10 @@ def test_a_width_that_is_asked_twice_and_told_once_stays():
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+            self.fit, self.flat = lambda t, n: t.view(len(t), n), lambda t: t.view(-1, 8)
         def forward(self, x):
             h = self.a(x)
-            return self.out(self.c(self.b(h.relu()).view(len(x), h.shape[1]).view(-1, 8)).relu())
+            return self.out(self.c(self.flat(self.fit(self.b(h.relu()), h.shape[1]))).relu())
     space = Channels(Told(), [torch.randn(4, 3)])
     assert space.groups.keys() == {"c.weight"} and {"a.weight", "b.weight"} < set(space.coupling.frozen)
 
@@ -725,3 +730,50 @@ def test_an_operation_has_one_rule():
     with pytest.raises(BadInput, match="operation rule 'as_strided' is already registered"):
         operation_rule("as_strided")(other)
     assert OPERATION_RULES["as_strided"] is not other
+
+
+# tensors that the code makes
+
+class Makes(nn.Module):
+    "Adds a tensor that its forward pass makes."
+    def __init__(self, made):
+        super().__init__()
+        self.a, self.b, self.made = nn.Linear(3, 8), nn.Linear(8, 2), made
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(self.made(h) + h)
+
+def written(h):
+    state = torch.zeros(h.shape, device=h.device)
+    return state.copy_(h)
+
+@pytest.mark.parametrize("made", [lambda h: torch.zeros(h.shape[-1], device=h.device), written,
+                                  lambda h: torch.full((1, h.shape[1]), .5, device=h.device)])
+def test_a_tensor_that_the_code_makes_is_a_guess_for_the_dry_run(made):
+    model, x = Makes(made).eval(), torch.randn(4, 3)
+    space = Channels(model, [x])
+    assert "of the code" in space.groups["a.weight"].assumption and len(space.groups["a.weight"]) == 8
+    prune(model, "l1-filter", .5, data=[x])   # compared with the masked model
+    assert model.a.out_features == 4
+
+def test_a_tensor_whose_values_depend_on_the_width_is_found_out():
+    model, x = Makes(lambda h: torch.linspace(0, 1, h.shape[-1], device=h.device)).eval(), torch.randn(4, 3)
+    assert len(dependency_groups(model, x).groups) == 1
+    space = Channels(nn.Sequential(model, nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1)), [x])
+    assert space.names() == ["0.b.weight", "1.weight"] and "0.a.weight" in space.coupling.frozen
+
+class Shape(nn.Module):
+    "Reads one channel, for its shape or for its values."
+    def __init__(self, read):
+        super().__init__()
+        self.a, self.b, self.read = nn.Linear(3, 8), nn.Linear(8, 2), read
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h) + self.read(h[:, :, -1])
+
+def test_what_is_read_for_its_shape_only_freezes_nothing():
+    x = torch.randn(2, 5, 3)
+    [group] = dependency_groups(Shape(lambda t: torch.arange(t.shape[1], device=t.device)[:, None]), x).groups
+    assert len(group) == 8 and not group.assumption
+    found = dependency_groups(Shape(lambda t: t[:, :, None]), x)
+    assert not found.groups and "picks fixed positions" in found.frozen["a.weight"][1]

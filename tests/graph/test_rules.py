@@ -75,7 +75,6 @@ def test_what_lies_between_two_convolutions(name):
     assert model[0].out_channels == model[0].weight.shape[0] == 4 and model(X).shape[:2] == (2, 4)
 
 NOT_YET = {"along": (lambda x: x.flip(1), "runs along it"), "neighbours": (nn.LocalResponseNorm(3), "runs over it"),
-           "a constant": (lambda x: x * torch.ones(C, 1, 1), "meets a constant"),
            "by number": (lambda x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]], "picked by numbers"),
            "one by one": (lambda x: torch.stack(x.unbind(1), 1), "fixed positions"),
            "every second": ((lambda x: x[:, ::2], 4), "fixed positions"),
@@ -113,3 +112,39 @@ def test_bags_and_windows():
     prune(windows, "l1-filter", .5, data=[X])
     assert windows[0].out_channels == 4
     assert windows[2].in_channels == 16 and windows[2].out_channels == 8 and windows[4].in_channels == 2
+
+class Standardised(nn.Conv2d):
+    "BiT and NFNet: filters are standardised over their inputs."
+    def forward(self, x):
+        w = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, w.reshape_as(self.weight), self.bias)
+
+class Tokens(nn.Module):
+    "A norm of tokens, whose features lie along the last axis."
+    def __init__(self, norm): super().__init__(); self.a, self.norm, self.b = nn.Linear(4, 16), norm, nn.Linear(16, 3)
+    def forward(self, x): return self.b(self.norm(self.a(x)).relu())
+
+def standardised(size):
+    return nn.Sequential(Standardised(3, 16, size), nn.ReLU(), Standardised(16, 8, size), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+MIXING = {"weights, 1x1": (lambda: standardised(1), (2, 3, 8, 8)),
+          "weights, 3x3": (lambda: standardised(3), (2, 3, 8, 8)),
+          "instance norm": (lambda: Tokens(nn.InstanceNorm1d(10, affine=True)), (6, 10, 4)),
+          "batch norm in training": (lambda: Tokens(nn.BatchNorm1d(10, track_running_stats=False)), (6, 10, 4)),
+          "group norm": (lambda: Tokens(nn.GroupNorm(5, 10)), (6, 10, 4)),
+          "one norm group": (lambda: Tokens(nn.GroupNorm(1, 10)), (6, 10, 4))}
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_norm_that_mixes_along_another_axis_is_not_exact(name):
+    make, shape = MIXING[name]
+    model, x = make().eval(), torch.randn(shape)
+    groups = dependency_groups(model, x).groups
+    # the rows of the first standardised layer are read by filters that are standardised over them
+    assert not groups[0].exact
+    prune(model, "l1-filter", .5, data=x)
+    assert groups[0].name.startswith(("0.", "a.")) and len(next(model.parameters())) == 8
+    assert model(x).isfinite().all() and not any((p == 0).all() for n, p in model.named_parameters() if p.dim() > 1)
+
+def test_a_batch_norm_with_running_statistics_leaves_other_axes_exact():
+    groups = dependency_groups(Tokens(nn.BatchNorm1d(10)).eval(), torch.randn(6, 10, 4)).groups
+    assert [g.exact for g in groups] == [True]
