@@ -1,0 +1,115 @@
+"CHITA: the regression, the search that never rises, and supports that are never worse than those it starts from."
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pruning_bench import build, prune
+from pruning_bench.core.inputs import seeded
+from pruning_bench.core.score import unit_scores
+from pruning_bench.core.solve import SOLVERS
+from pruning_bench.core.space import Weights
+from pruning_bench.core.stats import collect
+from pruning_bench.weight.l0_regression import hard_threshold, regression_loss
+from pruning_bench.weight.second_order import Fisher
+
+TOTAL = 12 * 16 + 16 * 8 + 8 * 4
+
+
+def mlp(seed=0):
+    with seeded(seed):
+        return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def batches(seed=0, n=2):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(32, 12, generator=g), torch.randint(0, 4, (32,), generator=g)) for _ in range(n)]
+
+
+def problem(seed, m=5, d=8, damp=.1):
+    with seeded(seed):
+        return Fisher(torch.randn(m, d).double(), damp), torch.randn(d).double()
+
+
+def top(k): return lambda values: values.abs() >= values.abs().sort().values[-k]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_loss_is_the_quadratic_form_of_the_damped_fisher(seed):
+    fisher, dense = problem(seed)
+    a = fisher.g[0]
+    matrix = .1 * torch.eye(8).double() + a.T @ a / 5
+    w = torch.randn(8, generator=torch.Generator().manual_seed(seed)).double()
+    assert regression_loss(fisher, w, dense) == pytest.approx(((w - dense) @ matrix @ (w - dense) / 2).item())
+    assert regression_loss(fisher, dense, dense) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_search_never_rises_and_stays_sparse(seed):
+    fisher, dense = problem(seed)
+    start = fisher.refit(dense, top(3)(dense))
+    found = [hard_threshold(fisher, dense, start, top(3), t) for t in range(20)]
+    losses = [regression_loss(fisher, w, dense) for w in found]
+    assert all(b <= a + 1e-12 for a, b in zip(losses, losses[1:])) and all(w.count_nonzero() <= 3 for w in found)
+    supports = [torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(c), True)
+                for c in itertools.combinations(range(8), 3)]
+    assert losses[-1] >= min(regression_loss(fisher, fisher.refit(dense, s), dense) for s in supports) - 1e-12
+
+
+def test_the_step_is_a_gradient_step():
+    fisher, dense = problem(0)
+    a = fisher.g[0]
+    matrix = .1 * torch.eye(8).double() + a.T @ a / 5
+    w = (dense * top(4)(dense)).requires_grad_()
+    slope, = torch.autograd.grad((w - dense) @ matrix @ (w - dense) / 2, w)
+    moved = (w - slope / torch.linalg.eigvalsh(matrix)[-1]).detach()
+    assert torch.allclose(hard_threshold(fisher, dense, w.detach(), top(4), 1), moved * top(4)(moved))
+
+
+def stage(solver, keep, pattern=None, model=None):
+    "One stage on a small network: {layer: (w, mask)} and the loss of the regression."
+    model = model or mlp()
+    space, method = Weights(model), build("chita", rounds=1, damp=1e-3)
+    stats = collect(space, batches(), method.needs, F.cross_entropy, method.readings)
+    scores = unit_scores(space, method.score, stats)
+    shares = method.allocate(scores, keep, space)
+    groups = {n: (space.w(n), stats[n], scores[n], shares[n], pattern or method.pattern) for n in scores}
+    whole, dense = next(iter(stats.values())).fisher.whole, torch.cat([space.w(n).flatten() for n in scores])
+    solved = solver(groups)
+    return solved, regression_loss(whole, torch.cat([w.flatten() for w, _ in solved.values()]), dense)
+
+
+@pytest.mark.parametrize("keep", [.5, .25, .1])
+def test_never_worse_than_the_repair_of_the_same_scores(keep):
+    losses = {name: stage(SOLVERS[name], keep)[1] for name in ("obs_update", "fisher_refit", "l0_regression")}
+    assert losses["l0_regression"] <= losses["fisher_refit"] < losses["obs_update"]
+    assert keep > .1 or losses["l0_regression"] < .999 * losses["fisher_refit"]   # the search finds another support
+
+
+def test_weights_and_masks_are_decided_together():
+    solved, _ = stage(SOLVERS["l0_regression"], .1)
+    repaired, _ = stage(SOLVERS["fisher_refit"], .1)
+    assert sum(int(m.sum()) for _, m in solved.values()) == sum(int(m.sum()) for _, m in repaired.values())
+    assert any(not torch.equal(m, repaired[n][1]) for n, (_, m) in solved.items())
+    assert all((w[~m] == 0).all() for w, m in solved.values())
+
+
+def test_without_steps_it_is_the_exact_repair():
+    a, b = mlp(), mlp()
+    p = prune(a, "chita", .75, batches(), F.cross_entropy, rounds=3, solve="fisher_refit")
+    from pruning_bench.weight.l0_regression import l0_regression
+    q = prune(b, "chita", .75, batches(), F.cross_entropy, rounds=3, solve=l0_regression.configured(iterations=0))
+    assert p == q and all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:pattern")
+def test_a_pattern_is_kept_and_what_was_pruned_stays_pruned():
+    plan = prune(mlp(), "chita", "2:4", batches(), F.cross_entropy, rounds=1)
+    assert all((m.view(-1, 4).sum(1) == 2).all() for m in plan.masks.values())
+    model = mlp()
+    first = prune(model, "random", .5)
+    then = prune(model, "chita", .75, batches(), F.cross_entropy, rounds=2)
+    assert all((then.masks[n] <= m).all() for n, m in first.masks.items())
+    assert sum(int(m.sum()) for m in then.masks.values()) == TOTAL // 4
