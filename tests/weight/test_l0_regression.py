@@ -46,26 +46,44 @@ def test_the_loss_is_the_quadratic_form_of_the_damped_fisher(seed):
     assert regression_loss(fisher, dense, dense) == 0
 
 
+def by_hand(fisher, dense, mask):
+    "The loss at the exact minimum on a support, from the normal equations."
+    matrix = fisher.damp * torch.eye(len(dense)).double() + fisher.g[0].T @ fisher.g[0] / len(fisher.g[0])
+    w = torch.zeros_like(dense)
+    w[mask] = torch.linalg.solve(matrix[mask][:, mask], (matrix @ dense)[mask])
+    return ((w - dense) @ matrix @ (w - dense) / 2).item(), w, matrix
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_search_never_rises_and_stays_sparse(seed):
     fisher, dense = problem(seed)
-    start = fisher.refit(dense, top(3)(dense))
-    found = [hard_threshold(fisher, dense, start, top(3), t) for t in range(20)]
-    losses = [regression_loss(fisher, w, dense) for w in found]
-    assert all(b <= a + 1e-12 for a, b in zip(losses, losses[1:])) and all(w.count_nonzero() <= 3 for w in found)
+    found = [hard_threshold(fisher, dense, top(3)(dense), top(3), t) for t in range(8)]
+    losses = [regression_loss(fisher, w, dense) for w, _ in found]
+    assert all(b <= a + 1e-12 for a, b in zip(losses, losses[1:]))
+    for (w, mask), loss in zip(found, losses):
+        assert mask.sum() == 3 and (w[~mask] == 0).all() and loss == pytest.approx(by_hand(fisher, dense, mask)[0])
     supports = [torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(c), True)
                 for c in itertools.combinations(range(8), 3)]
-    assert losses[-1] >= min(regression_loss(fisher, fisher.refit(dense, s), dense) for s in supports) - 1e-12
+    assert losses[-1] >= min(by_hand(fisher, dense, s)[0] for s in supports) - 1e-12
 
 
-def test_the_step_is_a_gradient_step():
-    fisher, dense = problem(0)
-    a = fisher.g[0]
-    matrix = .1 * torch.eye(8).double() + a.T @ a / 5
-    w = (dense * top(4)(dense)).requires_grad_()
-    slope, = torch.autograd.grad((w - dense) @ matrix @ (w - dense) / 2, w)
-    moved = (w - slope / torch.linalg.eigvalsh(matrix)[-1]).detach()
-    assert torch.allclose(hard_threshold(fisher, dense, w.detach(), top(4), 1), moved * top(4)(moved))
+def test_searches_find_better_supports():
+    better = 0
+    for seed in range(20):
+        fisher, dense = problem(seed)
+        w, mask = hard_threshold(fisher, dense, top(3)(dense), top(3), 10)
+        better += not torch.equal(mask, top(3)(dense))
+    assert better > 5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_move_by_hand(seed):
+    fisher, dense = problem(seed)
+    start, w, matrix = by_hand(fisher, dense, top(3)(dense))
+    slope = matrix @ (w - dense)
+    tried = [by_hand(fisher, dense, top(3)(w - slope / (.1 * 2**i)))[0] for i in range(5)]
+    moved, _ = hard_threshold(fisher, dense, top(3)(dense), top(3), 1)
+    assert regression_loss(fisher, moved, dense) == pytest.approx(min(start, *tried))
 
 
 def stage(solver, keep, pattern=None, model=None):
@@ -85,7 +103,7 @@ def stage(solver, keep, pattern=None, model=None):
 def test_never_worse_than_the_repair_of_the_same_scores(keep):
     losses = {name: stage(SOLVERS[name], keep)[1] for name in ("obs_update", "fisher_refit", "l0_regression")}
     assert losses["l0_regression"] <= losses["fisher_refit"] < losses["obs_update"]
-    assert keep > .1 or losses["l0_regression"] < .999 * losses["fisher_refit"]   # the search finds another support
+    assert losses["l0_regression"] < .999 * losses["fisher_refit"]   # the search finds another support
 
 
 def test_weights_and_masks_are_decided_together():
@@ -101,7 +119,7 @@ def test_without_steps_it_is_the_exact_repair():
     p = prune(a, "chita", .75, batches(), F.cross_entropy, rounds=3, solve="fisher_refit")
     from pruning_bench.weight.l0_regression import l0_regression
     q = prune(b, "chita", .75, batches(), F.cross_entropy, rounds=3, solve=l0_regression.configured(iterations=0))
-    assert p == q and all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a.parameters(), b.parameters()))
+    assert p == q and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.parameters(), b.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:pattern")
