@@ -102,17 +102,18 @@ def selected(method, training, # the record, and the current `TrainingState`
              keep:float,       # fraction to keep
     )->dict: # {name: bool mask}
     "The masks of a method for the weights that are trained, whatever the network uses."
-    scores = {n: method.score(training.w(n), None).masked_fill(~training.allowed[n], -torch.inf) for n in training.names}
+    scores = {n: method.score(training.w(n), None) for n in training.names}
+    scores = {n: s.masked_fill(~training.allowed[n], -torch.inf) for n, s in scores.items()}
     fractions = layer_fractions(training, scores, keep, method.allocate)
     return {n: method.pattern(s, fractions[n]) for n, s in scores.items()}
 
 # %% ../../nbs/weight/39_alternating.ipynb #denseex05
 def two_mask_rule(method:Method, # its score, allocation and pattern decide
-                  choose_masks,  # (training) -> {name: (mask that is used, mask that is trained, decay like the weights)}
+                  choose_masks,  # (training) -> {name: (mask in use, mask that is trained, decay)}
                   every:int,     # optimiser steps between two choices
                   keep:float,    # fraction to keep at the end
     )->Rule:
-    "Train under two masks per layer that are chosen again and again from the current weights; nothing is cut before the end."
+    "Train under two masks per layer, chosen again and again from the current weights; the cut comes at the end."
     require_no_stats(method)
     ready = []
     def begin(training): ready[:] = [dict(masks=m) for m in choose_masks(training).values()]

@@ -65,7 +65,7 @@ def permutation_search(size:Tensor, # (rows, columns), absolute weights
 
 # %% ../../nbs/weight/41_channel_permutation.ipynb #permex03
 def reading_columns(space, group, m:int, # a space of weights, a dependency group, weights per group of the pattern
-    )->list: # of (rows, units) absolute weights; empty where the columns of some layer are not in the order of the units
+    )->list: # of (rows, units) absolute weights; empty where columns are not in the order of the units
     "The columns of all layers that read a group of channels, convolution kernels as further rows."
     found = []
     for (name, d), index in group.members.items():
@@ -133,5 +133,5 @@ def permute_for_pattern(method, space, keep:float, train)->None: # as every prep
 # %% ../../nbs/weight/41_channel_permutation.ipynb #permex05
 @register("Channel Permutations for N:M Sparsity", "NeurIPS 2021", 2021, "weight")
 def channel_permutation():
-    "2:4 magnitude pruning after a permutation of the channels that keeps more magnitude; the network itself is permuted."
+    "2:4 magnitude pruning after a permutation of the channels, in the network itself, that keeps more magnitude."
     return Method(pattern=n_m(2, 4), prepare=TracedPreparation(permute_for_pattern, "permute_for_pattern"))

@@ -72,7 +72,7 @@ def foresight(w:Tensor, # (rows, columns): the untrained weights
     return (w * stats.foresight_grad).abs()
 
 def reopen(model, start:DenseStart, train, n:int, left:int)->None:
-    "Remember the mask and put all weights back, so that the next round may choose them again; train after the last one."
+    "Remember the mask and put all weights back, so that the next round may choose them; train after the last one."
     start.masks = {name: start.space.alive(name) for name in start.weights}
     if left: start.write(start.allowed)
     finetune_last(model, start, train, n, left)

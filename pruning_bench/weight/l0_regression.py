@@ -26,18 +26,24 @@ def regression_loss(fisher:Fisher, # of one block: its gradients (m, d) and its 
     return (along.square().sum() / (2 * len(along)) + fisher.damp / 2 * move.square().sum()).item()
 
 def hard_threshold(fisher:Fisher, dense:Tensor, # as for `regression_loss`
-                   w:Tensor,                    # (d,), where the search starts
+                   support:Tensor,              # (d,) bool, where the search starts
                    cut,                         # (values (d,)) -> bool mask (d,): which of them stay
-                   iterations:int,              # gradient steps
-    )->Tensor: # (d,), with as many non-zeros as the cut leaves
-    "Iterative hard thresholding: a gradient step on the regression loss, then a projection; the loss never rises."
+                   iterations:int,              # moves, at most
+                   lengths:int=5,               # step lengths that are tried for a move: 1 / damp, half of it, ...
+    )->tuple: # (w (d,), its support (d,) bool)
+    "Iterative hard thresholding: gradient step, projection, exact values on the new support; the loss never rises."
     a, m = fisher.g[0], fisher.g.shape[1]
-    largest = torch.linalg.eigvalsh((a @ a.mT).double() / m)[-1].item() + fisher.damp
+    def solved(mask): # (loss, w, mask)
+        w = fisher.refit(dense, mask) * mask
+        return regression_loss(fisher, w, dense), w, mask
+    best = solved(support)
     for _ in range(iterations):
-        slope = a.mT @ (a @ (w - dense)) / m + fisher.damp * (w - dense)
-        moved = w - slope / largest
-        w = moved * cut(moved)
-    return w
+        move = best[1] - dense
+        slope = a.mT @ (a @ move) / m + fisher.damp * move
+        found = min((solved(cut(best[1] - slope / (fisher.damp * 2**i))) for i in range(lengths)), key=lambda t: t[0])
+        if not found[0] < best[0]: break
+        best = found
+    return best[1:]
 
 # %% ../../nbs/weight/42_l0_regression.ipynb #chitaex02
 def layer_cut(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
@@ -56,16 +62,13 @@ def layer_cut(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
 
 @solver(needs=["fisher"], unit="weight", joint=True)
 def l0_regression(groups:dict,       # {name: (w, stats, scores, fraction, pattern)}
-                  iterations:int=50, # steps of iterative hard thresholding
+                  iterations:int=10, # moves of iterative hard thresholding, at most
     )->dict: # {name: (new w, mask)}
     "CHITA: weights and masks of all layers as one regression with a given number of non-zeros."
     whole, cut = next(iter(groups.values()))[1].fisher.whole, layer_cut(groups)
     dense = torch.cat([g[0].flatten() for g in groups.values()]).to(whole.g.dtype)
     first = torch.cat([pattern(scores, share).flatten() for _, _, scores, share, pattern in groups.values()])
-    start = whole.refit(dense, first)
-    support = cut(hard_threshold(whole, dense, start, cut, iterations))
-    found = [(start, first), (whole.refit(dense, support), support)]
-    w, mask = min(found, key=lambda pair: regression_loss(whole, pair[0] * pair[1], dense))
+    w, mask = hard_threshold(whole, dense, first, cut, iterations)
     sizes = [g[0].numel() for g in groups.values()]
     return {n: ((p.view_as(g[0]) * k.view_as(g[0])).to(g[0].dtype), k.view_as(g[0]))
             for (n, g), p, k in zip(groups.items(), w.split(sizes), mask.split(sizes))}
@@ -73,7 +76,7 @@ def l0_regression(groups:dict,       # {name: (w, stats, scores, fraction, patte
 # %% ../../nbs/weight/42_l0_regression.ipynb #chitaex03
 @register("Fast as CHITA: Neural Network Pruning with Combinatorial Optimization", "arXiv:2302.14623", 2023, "weight")
 def chita(rounds:int=16,         # stages; gradients are recomputed in each (CHITA++); 1 = CHITA
-          iterations:int=50,     # steps of iterative hard thresholding per stage
+          iterations:int=10,     # moves of iterative hard thresholding per stage, at most
           examples_per_grad:int=1, # examples per gradient
           damp:float=1e-5,       # added to the diagonal of the Fisher
     ):

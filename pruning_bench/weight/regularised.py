@@ -117,7 +117,7 @@ def powerprop_rule(power:float,    # exponent of the reparametrisation; 1 = none
     ): # a function (method, keep) -> Rule
     "Powerpropagation: train phi where the network uses phi |phi|^(power - 1), and prune by magnitude."
     if power < 1:
-        raise BadInput(f"power={power:g} is below 1, where small weights would move fastest: give 1 (no change) or more")
+        raise BadInput(f"power={power:g} is below 1, where small weights would move fastest: give 1 or more")
     def made(method, keep):
         require_no_stats(method)
         def begin(training):

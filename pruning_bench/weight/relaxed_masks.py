@@ -128,7 +128,7 @@ def continuous_sparsification(final_temperature:float=200., # sharpness of the s
                               steps:int=600,  # optimiser steps
                               lr:float=3e-3,  # peak learning rate
     ):
-    "Continuous sparsification: deterministic sigmoid gates that harden during training; a common shift meets the budget."
+    "Continuous sparsification: deterministic sigmoid gates that harden in training; a common shift meets the budget."
     return Method(rule=continuous_rule(final_temperature, gate_speed, start, end), recover=finetune(steps, lr))
 
 # %% ../../nbs/weight/38_relaxed_masks.ipynb #relaxex07
@@ -138,7 +138,7 @@ def edge_popup_rule(constant:bool,    # whether weights become signed constants 
     ): # a function (method, keep) -> Rule
     "Edge-popup: random scores are trained by straight-through gradients on frozen weights; the best of each layer."
     if gate_speed <= 0:
-        raise BadInput(f"gate_speed={gate_speed:g} leaves all scores as they are drawn: give a positive number, such as 30")
+        raise BadInput(f"gate_speed={gate_speed:g} leaves the scores as they are drawn: give a positive number")
     def rule(method, keep):
         def first(training):
             for n in training.names if constant else ():

@@ -13,7 +13,7 @@ from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.space import Weights
 from pruning_bench.weight.channel_permutation import (channel_permutation, kept_magnitude, permutation_search,
-                                                      permute_units, swap_gains)
+                                                      permute_units, reading_columns, swap_gains)
 
 
 def mlp(seed=0, norm=False):
@@ -128,6 +128,45 @@ def test_an_order_with_a_meaning_is_left_alone():
     before = model(x)
     prepared(model, features())
     assert torch.allclose(model(x), before, atol=1e-5)
+
+
+def test_a_permutation_that_changes_the_output_is_taken_back(monkeypatch):
+    from pruning_bench.graph.groups import dependency_groups
+    from pruning_bench.weight import channel_permutation as module
+
+    def wrong(model, batch, run=None):   # groups that have lost the rows that write the channels
+        groups = [g for g in dependency_groups(model, batch).groups if len(g) in (8, 16)]
+        for g in groups:
+            g.members = {k: v for k, v in g.members.items() if k in g.consumes}
+        return SimpleNamespace(groups=groups)
+    monkeypatch.setattr(module, "dependency_groups", wrong)
+    model = prepared(mlp(), features())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), mlp().parameters()))
+
+
+def test_every_position_of_a_kernel_is_a_row():
+    from pruning_bench.graph.groups import dependency_groups
+    model = conv(False)
+    group = next(g for g in dependency_groups(model, images()[0]).groups if ("b.weight", 1) in g.consumes)
+    assert [tuple(c.shape) for c in reading_columns(Weights(model), group, 4)] == [(8, 16)]
+    stream = next(g for g in dependency_groups(model, images()[0]).groups if ("a.weight", 1) in g.consumes)
+    shapes = sorted(tuple(c.shape) for c in reading_columns(Weights(model), stream, 4))
+    assert shapes == [(4, 8), (16 * 9, 8)]
+
+
+def test_columns_that_share_a_channel_are_left_as_they_are():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 8), nn.Linear(16, 4)
+
+        def forward(self, x):
+            h = F.relu(self.a(x))
+            return self.b(torch.cat([h, h], 1))
+    from pruning_bench.graph.groups import dependency_groups
+    model = Twice()
+    group = next(g for g in dependency_groups(model, features()[0]).groups if ("a.weight", 0) in g.members)
+    assert group.members[("b.weight", 1)].shape == (8, 2) and reading_columns(Weights(model), group, 4) == []
 
 
 def test_masks_move_with_their_weights():

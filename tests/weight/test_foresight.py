@@ -193,6 +193,11 @@ def test_convolutions_pools_and_branches():
     assert found["a.weight"][0].all() and not found["a.weight"][1].any()
 
 
+def test_a_maximum_has_paths_from_all_that_it_compares():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 4)), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(2, 2))
+    assert effective_density(masked(net), torch.randn(5, 3)) == 1.
+
+
 def test_a_dense_network_has_all_paths_and_is_left_alone():
     model = mlp().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}

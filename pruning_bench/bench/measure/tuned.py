@@ -32,10 +32,11 @@ def tuned_comparison(task, # a `Task`
                      seeds=range(3), # of the test runs
                      tuning_seed:int=100, # of the validation runs
     ): # pandas DataFrame: the learning rate of each arm, the mean and the standard deviation over seeds
-    "Compare methods at equal steps; the learning rate of each is chosen on validation data, the metric is of test data."
+    "Compare methods at equal steps, each with the learning rate that validation data prefer, on test data."
     rows = {}
     for label, (method, settings) in arms.items():
-        def score(seed, split, lr): return pruned_score(task, seed, split, method, sparsity, training(steps, lr), **settings)
+        def score(seed, split, lr):
+            return pruned_score(task, seed, split, method, sparsity, training(steps, lr), **settings)
         tried = {lr: score(tuning_seed, "validation", lr) for lr in learning_rates}
         lr = max(tried, key=tried.get) if task.higher else min(tried, key=tried.get)
         found = pd.Series([score(seed, "test", lr) for seed in seeds])
