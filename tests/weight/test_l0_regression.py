@@ -54,9 +54,10 @@ def by_hand(fisher, dense, mask):
     return ((w - dense) @ matrix @ (w - dense) / 2).item(), w, matrix
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_search_never_rises_and_stays_sparse(seed):
-    fisher, dense = problem(seed)
+@pytest.mark.parametrize("damp", [.01, .1, 1.])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_search_never_rises_and_stays_sparse(seed, damp):
+    fisher, dense = problem(seed, damp=damp)
     found = [hard_threshold(fisher, dense, top(3)(dense), top(3), t) for t in range(8)]
     losses = [regression_loss(fisher, w, dense) for w, _ in found]
     assert all(b <= a + 1e-12 for a, b in zip(losses, losses[1:]))
@@ -76,12 +77,13 @@ def test_searches_find_better_supports():
     assert better > 5
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_one_move_by_hand(seed):
-    fisher, dense = problem(seed)
+@pytest.mark.parametrize("damp", [.1, 1., 3.])
+@pytest.mark.parametrize("seed", range(12))
+def test_one_move_by_hand(seed, damp):
+    fisher, dense = problem(seed, damp=damp)
     start, w, matrix = by_hand(fisher, dense, top(3)(dense))
     slope = matrix @ (w - dense)
-    tried = [by_hand(fisher, dense, top(3)(w - slope / (.1 * 2**i)))[0] for i in range(5)]
+    tried = [by_hand(fisher, dense, top(3)(w - slope / (damp * 2**i)))[0] for i in range(5)]
     moved, _ = hard_threshold(fisher, dense, top(3)(dense), top(3), 1)
     assert regression_loss(fisher, moved, dense) == pytest.approx(min(start, *tried))
 
