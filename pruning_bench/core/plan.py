@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'pack_bits', 'plan_digest', 'request_summary', 'plan_table', 'plan_html', 'plot_plan', 'diff_plans',
            'save_plan', 'write_plan', 'load_plan', 'check_shapes', 'apply_plan', 'bake_plan', 'planned_data',
-           'kept_indices']
+           'planned_subset', 'kept_indices']
 
 # %% ../../nbs/core/10_plan.ipynb #be824fff
 import hashlib, json, os, shutil, tempfile
@@ -66,9 +66,7 @@ class Plan:
     def bake(self, model): return bake_plan(self, model)
     def kept(self, name:str="examples", row:int=0)->Tensor: return kept_indices(self, name, row)
 
-    def subset(self, dataset, row:int=0): # as for `as_dataset`; the round of a changing subset
-        "The chosen examples of a data set."
-        return torch.utils.data.Subset(planned_data(self, dataset), kept_indices(self, "examples", row).tolist())
+    def subset(self, dataset, row:int=0): return planned_subset(self, dataset, row)
 
 # %% ../../nbs/core/10_plan.ipynb #01d3bed9
 Plan.__doc__ += """
@@ -224,6 +222,7 @@ def apply_plan(plan:Plan, model)->None: # changes the model in place
         if lost: raise BadInput(f"this plan was made for another architecture: the model has no {lost!r}")
     space.restore(model, plan)
 
+# %% ../../nbs/core/10_plan.ipynb #ec1e88b3
 def bake_plan(plan:Plan, # whose zeros the model carries
               model,     # changed in place
     ):                   # the same model, with ordinary parameters
@@ -243,6 +242,10 @@ def planned_data(plan:Plan, data): # of examples; data set, loader or tensors ->
     if len(dataset) == n: return dataset
     raise BadInput(f"this plan chooses among {n} examples, but the data has {len(dataset)}: "
                    "pass the data it was made for")
+
+def planned_subset(plan:Plan, dataset, row:int=0): # as for `as_dataset`; the round of a changing subset
+    "The chosen examples of a data set."
+    return torch.utils.data.Subset(planned_data(plan, dataset), kept_indices(plan, "examples", row).tolist())
 
 def kept_indices(plan:Plan, name:str="examples", row:int=0)->Tensor: # 1-D indices
     """Indices of the kept units of one group; `row` picks the round of a changing subset.

@@ -205,6 +205,7 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
         before = snapshot(model) if model is not None else None
         return Job(record, units, keep, data, calib, bound, before, skip, given, run, notes)
 
+# %% ../../nbs/core/27_request.ipynb #71dacd50
 def check_resource(record:Method, budget:Budget)->None: # raises BadInput
     "Refuse a budget of a resource for methods that can only keep a fraction of the units."
     if record.rule and "allocate" not in record.rule.uses:

@@ -9,8 +9,7 @@ __all__ = ['components', 'component_labels', 'resolve_splits', 'Group', 'Depende
 
 # %% ../../nbs/graph/40_groups.ipynb #306c332e
 from dataclasses import dataclass, replace
-import numpy as np
-import torch
+import numpy as np, torch
 from torch import nn
 from ..core.inputs import BadInput, forward, select_forward
 from ..core.parameters import adapter_names

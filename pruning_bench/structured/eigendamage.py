@@ -15,7 +15,8 @@ from ..core.inputs import BadInput, as_loss, in_mode, size_of, slice_batch
 from ..core.method import Method, register
 from ..core.score import score
 from ..core.solve import solver
-from ..core.stats import at_least_float32, unfold_inputs, record_inputs, provider
+from ..core.layer_inputs import unfold_inputs
+from ..core.stats import at_least_float32, record_inputs, provider
 from .taylor import sample_labels
 
 # %% ../../nbs/structured/47_eigendamage.ipynb #b7cd740a

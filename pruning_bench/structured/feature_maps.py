@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core.inputs import BadInput, in_mode, select_forward, size_of
 from ..core.method import Method, register
-from ..core.stats import aten, unfold_inputs, record_inputs
+from ..core.layer_inputs import unfold_inputs
+from ..core.stats import aten, record_inputs
 from .filters import criterion, sum_rows_by_unit
 
 # %% ../../nbs/structured/47_feature_maps.ipynb #9307aa72

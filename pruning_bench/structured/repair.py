@@ -21,7 +21,8 @@ from ..core.recovery import Recovery, recovery, recalibrate_bn
 from ..core.score import magnitude, score
 from ..core.solve import solver
 from ..core.space import Layer, weight_layers, matrix_permutations
-from ..core.stats import unfold_inputs, record_inputs, provider
+from ..core.layer_inputs import unfold_inputs
+from ..core.stats import record_inputs, provider
 
 # %% ../../nbs/structured/49_repair.ipynb #0c06e9a7
 @recovery

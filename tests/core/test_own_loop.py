@@ -239,7 +239,7 @@ def exact(plan, keep=.5):
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_loop_may_say_that_it_ends(name, steps):
     net, data = OWN[RULED[name].space](), pixels()
-    read = data if RULED[name].space == "channels" else None
+    read = data if RULED[name].space in TRACED else None
     with pruning(net, name, **request(name), steps=12, data=read, loss=F.cross_entropy) as p:
         loop(net, data, steps)
         p.finish()
@@ -314,7 +314,7 @@ PICKLED = ("gradual-magnitude", "rigl", "set", "granet", "iss")   # PyTorch pick
 @pytest.mark.parametrize("name", INSIDE)
 def test_copies_from_inside_a_loop_work_after_it(name):
     net, data = OWN[RULED[name].space](), pixels()
-    read = data if RULED[name].space == "channels" else None
+    read = data if RULED[name].space in TRACED else None
     x, y = data[0]
     with pruning(net, name, **request(name), steps=6, data=read, loss=F.cross_entropy):
         loop(net, data, 3)
