@@ -109,8 +109,9 @@ def changed_values(model:nn.Module, # with a configuration
         value = getattr(config, k, None)
         said = k == "head_dim" or hasattr(config, k) and (value is None or value in [*before.get(k, ())])
         if len(values) == 1 and said and after != before and value not in values: new[k] = [*values][0]
-    # the grouped product needs rows of 16 bytes
-    odd = [m for m in fused_expert_modules(model) if expert_width(m) * m.gate_up_proj.element_size() % 16]
+    # the grouped product needs rows and columns of 16 bytes
+    def odd_rows(t): return any(n * t.element_size() % 16 for n in t.shape[1:])
+    odd = [m for m in fused_expert_modules(model) if odd_rows(m.gate_up_proj) or odd_rows(m.down_proj)]
     if odd and getattr(config, "_experts_implementation", "eager") != "eager": new["_experts_implementation"] = "eager"
     return new
 

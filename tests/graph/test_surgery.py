@@ -6,7 +6,7 @@ from torch import nn
 from pruning_bench import prune
 from pruning_bench.core.inputs import forward
 from pruning_bench.graph.groups import Channels
-from pruning_bench.graph.surgery import cut, example_outputs
+from pruning_bench.graph.surgery import cut, example_outputs, kept_slices
 
 
 def values(model):
@@ -129,3 +129,11 @@ def test_a_pruned_model_of_timm_halves_runs_and_trains(name):
     assert .5 <= prune(model, "rand-struct", {"macs": .5}, data=[batch]).budget["achieved"] < .52
     model(batch).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_experts_of_any_width_of_the_stream_run(most):
+    model, batch = qwen_moe().eval(), {"input_ids": torch.randint(3, 96, (2, 8))}
+    stream = next(g for g in Channels(model, [batch], residual=True).groups.values() if g.residual)
+    kept = torch.arange(len(stream)) >= most   # a grouped product needs rows of 16 bytes
+    cut(model, kept_slices(model, {stream.name: stream}, {stream.name: kept}))
+    assert forward(model, batch).logits.isfinite().all() and model.config.hidden_size == 64 - most
