@@ -59,7 +59,7 @@ def admm_rule(rho:float,       # weight of the quadratic penalty
     "ADMM: pull the weights towards their projection, corrected by scaled dual variables; prune; train on."
     def made(method, keep):
         require_no_stats(method)
-        target, dual = {}, {}   # Z - U in the layout of the weights, and U as matrices
+        target, dual, pruned = {}, {}, []   # Z - U in the layout of the weights, U as matrices; the step of the cut
         def last(training): return max(1, int(training.steps * prune_at + 1e-9))
         def split(training): # Z = projection of W + U; U = U + W - Z
             moved = {n: training.w(n) + dual.get(n, 0) for n in training.names}
@@ -67,13 +67,14 @@ def admm_rule(rho:float,       # weight of the quadratic penalty
                 dual[n] = moved[n] - z if n in dual else torch.zeros_like(z)
                 target[n] = training.to_weight_layout(n, z - dual[n])
         def update(training):
-            if training.step == last(training): prune_to_density(method, training, keep)
-            elif training.step < last(training) and training.step % max(1, last(training) // projections) == 0:
-                split(training)
+            if training.step >= last(training) and not pruned:
+                pruned.append(training.step)
+                prune_to_density(method, training, keep)
+            elif not pruned and training.step % max(1, last(training) // projections) == 0: split(training)
         def penalty(training):
             if training.step >= last(training) or rho == 0: return None
             return rho / 2 * sum((training.weight[n] - t).float().square().sum() for n, t in target.items())
-        return Rule(begin=split, update=update, inside=lambda training: loss_penalty(training, penalty))
+        return Rule(begin=split, update=update, inside=lambda training: loss_penalty(training, penalty), end=prune_at)
     return made
 
 # %% ../../nbs/weight/37_regularised.ipynb #regex04
