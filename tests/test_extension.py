@@ -50,7 +50,7 @@ def test_a_run_in_a_fresh_kernel_ends_on_a_board(installed, tmp_path):
     [path] = (tmp_path/"leaderboard/entries/sum-of-two").glob("*.json")
     entry = json.loads(path.read_text())
     assert [r["status"] for r in entry["runs"]] == ["ok", "ok"]
-    assert entry["method"]["recipe"]["score"] == "centred_magnitude"
+    assert entry["method"]["config"]["score"] == "centred_magnitude"
     assert all(r["quality"]["after_recover"]["accuracy"] > .9 for r in entry["runs"])
     board = json.loads(run(installed, "board", "--folder", "leaderboard", "--json", cwd=tmp_path).stdout)
     assert {(r["task"], r["method"]) for r in board} == {("sum-of-two", "centred")}

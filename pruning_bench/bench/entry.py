@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRING', 'NUMBER', 'COUNT', 'FRACTION', 'SHA', 'METRICS', 'STATUS', 'SIZE', 'COST', 'TIMES', 'SPEED', 'QUALITY',
-           'RUN_V2', 'RUN', 'DENSE', 'TASK', 'METHOD', 'PROVENANCE', 'SCHEMA', 'SCHEMAS', 'LIBRARIES', 'object_schema',
-           'nullable', 'entry_schema', 'compiled_schema', 'validate', 'notebook_digest', 'git_state', 'library_version',
-           'provenance', 'write_json', 'entry_path', 'read_entries']
+           'RUN_V2', 'RUN', 'DENSE', 'TASK', 'METHOD_V2', 'METHOD', 'PROVENANCE', 'SCHEMA', 'SCHEMAS', 'LIBRARIES',
+           'object_schema', 'nullable', 'entry_schema', 'compiled_schema', 'validate', 'notebook_digest', 'git_state',
+           'library_version', 'provenance', 'write_json', 'entry_path', 'read_entries']
 
 # %% ../../nbs/bench/94_entry.ipynb #353548a5
 import functools, hashlib, json, os, platform, subprocess, tempfile
@@ -46,23 +46,26 @@ RUN_V2 = dict(sparsity=FRACTION, seed=COUNT, status=STATUS, message=nullable(STR
 RUN = object_schema(**RUN_V2, code=nullable(SHA))
 DENSE = object_schema(seed=COUNT, quality=METRICS, size=SIZE, train_seconds=nullable(NUMBER))
 TASK = object_schema(name=STRING, digest=SHA, track=STRING, metric=STRING, higher={"type": "boolean"})
-METHOD = object_schema(name=STRING, variant=STRING, settings={"type": "object"}, recipe={"type": "object"},
-                       family=STRING, stage=STRING, paper=STRING, year=COUNT)
+METHOD_V2 = dict(name=STRING, variant=STRING, settings={"type": "object"}, family=STRING, stage=STRING, paper=STRING,
+                 year=COUNT)
+METHOD = object_schema(**METHOD_V2, config={"type": "object"})
 PROVENANCE = ("package", "notebook", "python", "libraries", "device", "threads", "date")
 
 def entry_schema(version:str,   # "entry.v3"
                  run:dict,      # schema of a run
                  provenance:tuple, # names of required fields
+                 method:dict=METHOD, # schema of the method
     )->dict: # a JSON schema
     "The schema of an entry."
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "pruning_bench entry", **object_schema(
-        schema={"const": version}, task=TASK, method=METHOD,
+        schema={"const": version}, task=TASK, method=method,
         dense={"type": "array", "items": DENSE, "minItems": 1},
         runs={"type": "array", "items": run, "minItems": 1},
         provenance={"type": "object", "required": list(provenance)})}
 
 SCHEMA = entry_schema("entry.v3", RUN, PROVENANCE)   # what is written
-SCHEMAS = {"entry.v2": entry_schema("entry.v2", object_schema(**RUN_V2), ("package", "code", *PROVENANCE[1:])),
+SCHEMAS = {"entry.v2": entry_schema("entry.v2", object_schema(**RUN_V2), ("package", "code", *PROVENANCE[1:]),
+                                    object_schema(**METHOD_V2, recipe={"type": "object"})),
            "entry.v3": SCHEMA}                       # what is read; a run of v2 has no digest of its code
 
 # %% ../../nbs/bench/94_entry.ipynb #6d8dc33d

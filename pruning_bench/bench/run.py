@@ -207,7 +207,7 @@ def data_run(task:Task, method:str, sparsity:float, seed:int, settings:dict=NO_S
         model, began, part = task.initial(seed).to(device), time.perf_counter(), task.share(plan.density)
         steps = max(1, round(task.train.steps * part))
         with seeded(seed):
-            task.train(model, subset_batches(plan, task.examples(), task.recipe["batch"], steps, seed), task.loss, part)
+            task.train(model, subset_batches(plan, task.examples(), task.config["batch"], steps, seed), task.loss, part)
     cost = cost_row(plan, time.perf_counter() - began, steps, used.joules)
     return dict(quality={"after_prune": None, "after_recover": task.evaluate(model.eval())}, cost=cost,
                 plan=plan.digest,
@@ -246,7 +246,7 @@ def make_entry(task:Task, method:str, variant:str, settings:dict,
     card, (record, _, _) = METHODS[method], resolve_method(task, method, settings)
     return validate({"schema": "entry.v3", "dense": dense, "runs": runs, "provenance": provenance(notebook, device),
         "task": dict(name=task.name, digest=task.digest, track=task.track, metric=task.metric, higher=task.higher),
-        "method": dict(name=method, variant=variant, settings=settings, recipe=record.provenance, family=card.family,
+        "method": dict(name=method, variant=variant, settings=settings, config=record.provenance, family=card.family,
                        stage=card.stage, paper=card.paper, year=card.year)})
 
 def runs_frame(entry:dict): # pandas DataFrame, one row per run

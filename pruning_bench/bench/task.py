@@ -57,7 +57,7 @@ class Task:
     smaller:Callable|None=None   # (fraction) -> untrained network with about this fraction of the parameters
     examples:Callable|None=None  # () -> data set of the training examples, in the order `keep` counts them
     share:Callable=lambda kept: 1. # part of the training steps that a kept fraction of the examples is given
-    recipe:dict=field(default_factory=dict)   # how the dense weights are made, and the budget of retraining
+    config:dict=field(default_factory=dict)   # how the dense weights are made, and the budget of retraining
     protocol:dict=field(default_factory=dict) # what the metrics depend on
     needs:tuple=()       # names of tasks whose dense model 0 this one measures with
     sources:tuple=()     # lines naming where data and weights come from, with their licences
@@ -70,7 +70,7 @@ class Task:
 
     @property
     def digest(self)->str: # two results are comparable when this agrees
-        return digest(self.name, self.version, self.fingerprint(), self.recipe, self.protocol, self.metric, self.anchor,
+        return digest(self.name, self.version, self.fingerprint(), self.config, self.protocol, self.metric, self.anchor,
                       self.varies, self.threads)
 
     @property
@@ -99,7 +99,7 @@ Task.initial, Task.trained = initial_model, train_dense
 # %% ../../nbs/bench/90_task.ipynb #856b784a
 def weights_key(task:Task, seed:int, *more)->str: # file name without ending
     "Under which name the dense weights of a seed are stored: what comes after training changes no weight."
-    recipe = {k: v for k, v in task.recipe.items() if k not in ("recover", "calibration")}
+    recipe = {k: v for k, v in task.config.items() if k not in ("recover", "calibration")}
     return f"{slug(task.name)}-s{seed}-{digest(task.version, task.fingerprint(), recipe, task.threads, *more)[:16]}"
 
 def dense_model(task:Task, seed:int=0)->tuple: # (model in evaluation mode, facts of its training)
@@ -110,7 +110,7 @@ def dense_model(task:Task, seed:int=0)->tuple: # (model in evaluation mode, fact
     if ready.exists(): return load_weights(model, ready), weights_metadata(ready)
     def train(model): model.load_state_dict(train_dense(task, seed).state_dict())
     return model, load_or_train(model, weights_key(task, s, torch.__version__), train, task=task.name, seed=s,
-                                recipe=task.recipe)
+                                config=task.config)
 
 def dense_network(task:Task, seed:int=0)->nn.Module: # in evaluation mode
     "The dense model of a seed, without the facts of its training."
@@ -175,7 +175,7 @@ def describe_task(task:Task)->dict: # {line: text}
     return {"task": task.name, "tier": f"{task.tier} (of {', '.join(tiers(task.name))})", "track": task.track,
             "about": task.about, "metric": f"{task.metric} ({'high' if task.higher else 'low'} is good)",
             f"dense {task.metric}": dense_target(task), "a seed changes": ", ".join(task.varies), **task.protocol,
-            **task.recipe, "threads": task.threads,
+            **task.config, "threads": task.threads,
             **{f"source {i}": s for i, s in enumerate(task.sources, 1)}, "data": task.fingerprint(),
             "digest": task.digest}
 

@@ -26,7 +26,7 @@ def failed(sparsity=.5, seed=0, status="diverged"):
 def make_entry(method="magnitude", runs=None, higher=True, stage="trained", variant="default"):
     return {"schema": "entry.v3", "task": {"name": "toy", "digest": "0" * 64, "track": "cnn", "metric": "accuracy",
                                            "higher": higher},
-            "method": {"name": method, "variant": variant, "settings": {}, "recipe": {}, "family": "weight",
+            "method": {"name": method, "variant": variant, "settings": {}, "config": {}, "family": "weight",
                        "stage": stage, "paper": "p", "year": 2020},
             "dense": [{"seed": 0, "quality": {"accuracy": .95}, "size": SIZE, "train_seconds": None}],
             "runs": runs or [make_run(seed=s, after=.9 + s / 100) for s in range(3)],
@@ -151,7 +151,9 @@ def test_a_readme_without_a_place_is_refused():
 def older(entry):
     "An entry as version 2 wrote it: one digest of the whole package, none per run."
     runs = [{k: v for k, v in r.items() if k != "code"} for r in entry["runs"]]
-    return {**entry, "schema": "entry.v2", "runs": runs, "provenance": {**entry["provenance"], "code": None}}
+    method = {"recipe" if k == "config" else k: v for k, v in entry["method"].items()}
+    about = {**entry["provenance"], "code": None}
+    return {**entry, "schema": "entry.v2", "method": method, "runs": runs, "provenance": about}
 
 
 def words(table):

@@ -19,7 +19,7 @@ def world():
     "digits-cnn with a short training."
     t = find_task("digits-cnn")
     return dataclasses.replace(t, name="brief", train=finetune(60, lr=4e-3), recover=finetune(6, lr=1e-3),
-                               recipe={"steps": 60})
+                               config={"steps": 60})
 
 
 def same_counts(a, b): return all(int(a.masks[n].sum()) == int(b.masks[n].sum()) for n in a.masks)

@@ -47,7 +47,7 @@ run = {"sparsity": .5, "seed": 0, "status": "ok", "message": None, "plan": None,
        "speed": None, "code": None, "quality": {"after_prune": {"accuracy": .5}, "after_recover": None}}
 entry = {"schema": "entry.v3", "runs": [run],
          "task": {"name": task, "digest": "0" * 64, "track": "cnn", "metric": "accuracy", "higher": True},
-         "method": {"name": method, "variant": variant, "settings": settings, "recipe": {}, "family": "weight",
+         "method": {"name": method, "variant": variant, "settings": settings, "config": {}, "family": "weight",
                     "stage": "trained", "paper": "p", "year": 1},
          "dense": [{"seed": 0, "quality": {"accuracy": .9}, "size": run["size"], "train_seconds": None}],
          "provenance": dict.fromkeys(["package", "notebook", "python", "libraries", "device", "threads", "date"])}

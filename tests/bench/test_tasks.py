@@ -34,7 +34,7 @@ def cold(tmp_path, monkeypatch):
 def quick():
     "digits-mlp with a training of 20 steps."
     t = find_task("digits-mlp")
-    return dataclasses.replace(t, name="quick", train=finetune(20, lr=1e-2), recipe={"steps": 20})
+    return dataclasses.replace(t, name="quick", train=finetune(20, lr=1e-2), config={"steps": 20})
 
 
 # batches
@@ -82,7 +82,7 @@ def test_a_failed_training_leaves_nothing_behind(cold):
     assert "seconds" in load_or_train(nn.Linear(2, 2), "fails", lambda model: None)
 
 def test_another_recipe_is_another_file(cold, quick):
-    longer = dataclasses.replace(quick, train=finetune(40, lr=1e-2), recipe={"steps": 40})
+    longer = dataclasses.replace(quick, train=finetune(40, lr=1e-2), config={"steps": 40})
     assert not same_weights(quick.dense(), longer.dense()) and len(list(cold.glob("*.safetensors"))) == 2
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -106,7 +106,7 @@ def test_the_callers_random_state_and_mode_survive(cold, quick):
     assert torch.equal(before, torch.get_rng_state()) and model.training
 
 def test_identity_covers_recipe_protocol_and_data(quick):
-    changed = [{"recipe": {"steps": 21}}, {"protocol": {"metrics": "other"}}, {"fingerprint": lambda: "other"},
+    changed = [{"config": {"steps": 21}}, {"protocol": {"metrics": "other"}}, {"fingerprint": lambda: "other"},
                {"version": 2}, {"metric": "loss"}]
     digests = {quick.digest, *(dataclasses.replace(quick, **c).digest for c in changed)}
     assert len(digests) == 6 and all(len(d) == 64 for d in digests)

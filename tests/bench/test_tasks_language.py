@@ -138,7 +138,7 @@ def test_the_networks_have_the_sizes_that_are_written():
 
 @pytest.mark.parametrize("name", [n for n in LANGUAGE + ENCODER if "full" not in n])
 def test_retraining_is_a_fraction_of_training(name):
-    recipe = TASKS[name].recipe
+    recipe = TASKS[name].config
     assert recipe["recover"]["steps"] <= (recipe["train"]["steps"] / 8 if "train" in recipe else 100)
 
 def test_tiers_are_tasks_of_their_own():

@@ -177,7 +177,7 @@ def cifar10_task(name:str, about:str, build, # as in `Task`
                   train=finetune(label=f"training {name}", **train),
         recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(),
                   examples=lambda: TrainingImages(normalisation),
-        recipe={"train": train, "recover": retrain, "batch": size, "augmentation": "shift by up to 4 pixels, mirror"},
+        config={"train": train, "recover": retrain, "batch": size, "augmentation": "shift by up to 4 pixels, mirror"},
         fingerprint=lambda: digest(CIFAR10_HASHES), protocol=protocol, sources=(CIFAR10_SOURCE,))
     return register_task(Task(name, **{**fields, **more}))
 

@@ -161,7 +161,7 @@ def ddpm_task(name:str, about:str, data:str, build, # as in `Task`; "mnist" or "
                               loss=noise_mse,
         train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **retrain),
         fingerprint=functools.partial(images_digest, data), varies=("calibration", "random masks", "recovery order"),
-        recipe={"network": network or build.__name__, "train": train, "recover": retrain, "batch": size,
+        config={"network": network or build.__name__, "train": train, "recover": retrain, "batch": size,
                 "times": "uniform over 1,000", "betas": "linear, 1e-4 to 0.02"},
         protocol={"eps-mse": f"first {errors:,} images of the split, one time each, times then noise from a generator "
                              "with seed 1 (test) or 2 (validation)",

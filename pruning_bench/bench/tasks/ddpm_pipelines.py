@@ -99,7 +99,7 @@ def pipeline_task(name:str, source:str, unet:nn.Module, seen_in:str, batches, ou
                 recover=finetune(100, lr=1e-4), loss=noise_mse,
         weights=lambda model: {"source": name, "sha256": weights_hash(model), "seconds": None},
                 fingerprint=lambda: digest(seen_in, weights_hash(unet)),
-        varies=("calibration", "random masks", "recovery order"), recipe={"recover": {"steps": 100, "lr": 1e-4},
+        varies=("calibration", "random masks", "recovery order"), config={"recover": {"steps": 100, "lr": 1e-4},
                                                                           "batch": 16},
         protocol={"eps-mse": "first 200 images of the split, one time each, times then noise from seed 1 (test) or 2 "
                              "(validation)", "images": source,

@@ -111,7 +111,7 @@ def digits_task(name:str, about:str, build, # as in `Task`
         train=finetune(label=f"training {name}", **train), recover=finetune(label=f"retraining {name}", **retrain)
                               if retrain else none(),
         fingerprint=lambda: digest(digits_hash(), content_hash(training_labels(labels))),
-        recipe={"train": train, "recover": retrain, "batch": 64}, **{"track": "cnn", "protocol": CLASSIFIER_PROTOCOL,
+        config={"train": train, "recover": retrain, "batch": 64}, **{"track": "cnn", "protocol": CLASSIFIER_PROTOCOL,
                                                                      **more}))
 
 # %% ../../../nbs/bench/tasks/70_digits.ipynb #9de59b93

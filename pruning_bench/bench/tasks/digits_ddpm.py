@@ -111,7 +111,7 @@ register_task(Task("digits-ddpm", "diffusion", "generating handwritten digits, a
     train=finetune(label="training digits-ddpm", **DIGITS_DDPM_TRAINING),
                    recover=finetune(label="retraining digits-ddpm", **DIGITS_DDPM_RETRAIN),
     fingerprint=digits_hash, varies=("calibration", "random masks", "recovery order"),
-    recipe={"train": DIGITS_DDPM_TRAINING, "recover": DIGITS_DDPM_RETRAIN, "batch": 32,
+    config={"train": DIGITS_DDPM_TRAINING, "recover": DIGITS_DDPM_RETRAIN, "batch": 32,
             "timesteps": "uniform over 1,000", "betas": "linear"},
     protocol={"sampler": "DDIM, eta 0, 25 steps", "samples": 400, "noise seed": "validation 1, test 2",
               "phi": "features of dense digits-cnn, seed 0, scaled",

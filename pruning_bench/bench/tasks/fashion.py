@@ -128,7 +128,7 @@ def fashion_task(name:str, about:str, train:dict, retrain:dict|None, limit:int|N
         recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(),
         examples=lambda: torch.utils.data.TensorDataset(*fashion_split("train")),
                   fingerprint=lambda: images_digest("fashion"),
-        recipe={"train": train, "recover": retrain, "batch": 128, "augmentation": "mirror"},
+        config={"train": train, "recover": retrain, "batch": 128, "augmentation": "mirror"},
         sources=("Fashion-MNIST (Xiao et al., 2017), MIT, https://github.com/zalandoresearch/fashion-mnist",))
     return register_task(Task(name, **{**fields, **more}))
 

@@ -50,7 +50,7 @@ EVALUATOR_TASKS = {n: Task(f"judge-{n}", "cnn", f"tells the ten classes of {n} a
                            train=finetune(label=f"training the judge of {n}", **EVALUATOR_TRAINING),
                            recover=finetune(1),
                   fingerprint=functools.partial(images_digest, n), loss=F.cross_entropy,
-                           recipe={"train": EVALUATOR_TRAINING, "batch": 64}, varies=("calibration",))
+                           config={"train": EVALUATOR_TRAINING, "batch": 64}, varies=("calibration",))
           for n, bound in (("mnist", .98), ("fashion", .88))}
 
 # %% ../../../nbs/bench/tasks/72_image_evaluator.ipynb #5f3f5c8c

@@ -142,7 +142,7 @@ def story_task(tier:str, windows, retrain:dict, size:int, anchor)->Task: # regis
                               sources=tuple(map(str, STORY_SOURCES.values())),
         fingerprint=lambda: digest([s.sha256 for s in STORY_SOURCES.values()]),
                               varies=("calibration", "random masks", "recovery order"),
-        recipe={"weights": STORY_SOURCES["weights"].sha256, "recover": retrain, "batch": size,
+        config={"weights": STORY_SOURCES["weights"].sha256, "recover": retrain, "batch": size,
                 "calibration": f"{16 if windows else 128} windows of 512 training tokens"},
         protocol={**STORY_PROTOCOL, "windows": f"first {windows}" if windows else "all 760"}))
 

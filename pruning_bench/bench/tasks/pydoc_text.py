@@ -92,7 +92,7 @@ register_task(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA o
                    recover=finetune(label="retraining pydoc-llama", **TEXT_RETRAINING),
     fingerprint=lambda: content_hash(*map(pydoc_tokens, ("train", "validation", "test"))),
                    varies=("calibration", "random masks", "recovery order"),
-    recipe={"train": TEXT_TRAINING, "recover": TEXT_RETRAINING, "batch": 12,
+    config={"train": TEXT_TRAINING, "recover": TEXT_RETRAINING, "batch": 12,
             "calibration": "32 windows of 128 training tokens"},
     protocol={"metrics": "exp of the mean cross-entropy per predicted token",
               "tokenizer": "byte-level BPE, 1,024 tokens, trained on the training passages",

@@ -120,7 +120,7 @@ def stable_diffusion(name:str)->Task: # sd:NAME_OR_PATH, with @smoke or @full at
         weights=lambda model: {"source": path, "sha256": world.hash, "seconds": None},
                 fingerprint=lambda: digest(PARTI_SOURCE.sha256, COCO_SOURCE.sha256, world.hash, world.rest),
         varies=("calibration", "random masks"),
-                recipe={"recover": "none",
+                config={"recover": "none",
                         "calibration": "8 captions of COCO, painted by the dense pipeline, at random times"},
         protocol={"prompts": f"{world.prompts} of PartiPrompts, even rows for test, odd for validation",
                   "ssim": "to the dense model at the same noise; window 5",

@@ -107,7 +107,7 @@ def stdlib_task(tier:str, about:str, network:dict, train:dict, retrain:dict, siz
         varies=("calibration", "random masks", "recovery order"),
                               sources=("sources of the standard library of this Python, and pydoc_data.topics "
                                        "(licence: PSF)",),
-        recipe={"network": network, "train": train, "recover": retrain, "batch": size,
+        config={"network": network, "train": train, "recover": retrain, "batch": size,
                 "calibration": f"{16 if tiny else 128} training windows"},
         protocol={**LM_PROTOCOL, "tokenizer": f"byte-level BPE, {network['vocabulary']:,} tokens, trained on the "
                                               "training files", "bos": "one token before every file, none per window",

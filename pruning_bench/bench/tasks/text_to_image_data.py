@@ -116,7 +116,7 @@ def autoencoder_task(name:str, train:dict)->Task: # not registered: nobody prune
                 split: {"mse": (again - pad_images(mnist_images("fashion", split)[0][:500])).square().mean().item()
                         / 4}, metric="mse", higher=False,
         fingerprint=functools.partial(images_digest, "fashion"), loss=autoencoder_loss,
-                recipe={"train": train, "batch": 32, "loss": "L1 + MSE + 0.001 KL"}, varies=("calibration",))
+                config={"train": train, "batch": 32, "loss": "L1 + MSE + 0.001 KL"}, varies=("calibration",))
 
 # %% ../../../nbs/bench/tasks/74_text_to_image_data.ipynb #428492f2
 AUTOENCODER_TASK = autoencoder_task("t2i-tiny-codec", dict(steps=600, lr=2e-3, weight_decay=0., warmup=.05,

@@ -146,7 +146,7 @@ def lm_family(name:str)->Task: # not listed
         fingerprint=lambda: digest(wikitext("test"), wikitext("train"), identity),
         varies=("calibration", "random masks"),
         sources=(RAW_TEXT_NOTE,) if raw else tuple(map(str, WIKITEXT_SOURCES.values())),
-        recipe={"weights": name, "recover": None,
+        config={"weights": name, "recover": None,
                 "calibration": f"{windows} windows of {articles}"},
         protocol={**LM_PROTOCOL, "text": RAW_TEXT_NOTE if raw else WORD_TEXT_NOTE,
                   "tokenizer": "the model's own, the text tokenised once",
@@ -161,7 +161,7 @@ def token_decoder(name:str): # fn(token ids) -> text, or None for a task whose m
     if base.startswith("lm:"): return load_tokenizer(base[3:]).decode
     if base == "stories-llama": return story_tokenizer().decode
     if base == "stdlib-llama":
-        return stdlib_tokenizer(TASKS[name].recipe["network"]["vocabulary"], tier == "smoke").decode
+        return stdlib_tokenizer(TASKS[name].config["network"]["vocabulary"], tier == "smoke").decode
     if base == "pydoc-llama": return pydoc_tokenizer().decode
 
 # %% ../../../nbs/bench/tasks/73_wikitext.ipynb #e73b427b

@@ -31,5 +31,5 @@ TRAIN = dict(steps=200, lr=1e-2)
 register_task(Task.from_parts(
     network, examples(512, 0), examples(256, 2), F.cross_entropy, accuracy, name="sum-of-two",
     validation=examples(256, 1), dense_training=finetune(**TRAIN), recover=finetune(steps=20, lr=1e-3), bound=.9,
-    recipe={"train": TRAIN, "recover": dict(steps=20, lr=1e-3)},
+    config={"train": TRAIN, "recover": dict(steps=20, lr=1e-3)},
     varies=("dense model", "calibration", "random masks", "recovery order")))
