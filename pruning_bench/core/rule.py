@@ -22,7 +22,7 @@ from .inputs import BadInput
 from .mask import record_gradient, set_mask
 from .part import Part, part_factory
 from .replicas import one_random_stream, replica_group, same_accumulators
-from .rule_steps import average_learned, decide, end_training, separate_copies
+from .rule_steps import average_learned, decide, end_training, finish_training, separate_copies
 from .pattern import unstructured
 from .space import Space, matrix_to_weight, weight_to_matrix
 
@@ -163,9 +163,7 @@ def apply_rule(rule:Rule,    # what happens at every step
         yield training
     check_optimizer_covers(training)
     end_training(rule, training)
-    if rule.finish:
-        final = rule.finish(training).items()
-        space.apply({n: (w, mask & training.allowed[n]) for n, (w, mask) in final})
+    if rule.finish: space.apply(finish_training(rule, training))
 
 # %% ../../nbs/core/13_rule.ipynb #abbec211
 @contextmanager

@@ -64,8 +64,8 @@ def pruned(name, rank):
 def everything(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    table = methods(space="weights").method
-    found = {f"loop {n}": trained_inside(n, rank) for n in methods().method if build(n).rule}
+    table = methods(space="weights", use="prune").method
+    found = {f"loop {n}": trained_inside(n, rank) for n in methods(use="prune").method if build(n).rule}
     found |= {f"prune {n}": pruned(n, rank) for n in [*table, "l1-filter"]}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -300,10 +300,10 @@ def test_infinite_weights_are_refused(name):
     with pytest.raises(BadInput, match="not finite"):
         with pruning(net, name, **request(name), steps=4, loss=F.cross_entropy):
             loop(net, data, 3)
+            opt, (x, y) = torch.optim.SGD(net.parameters(), 0.), data[0]
+            opt.zero_grad(); F.cross_entropy(net(x), y).backward()
             for p in net.parameters():
                 if p.dim() == 1: p.data[0] = torch.inf   # an overflow that no forward pass has seen yet
-            opt = torch.optim.SGD(net.parameters(), 0.)
-            for p in net.parameters(): p.grad = torch.zeros_like(p)
             opt.step()
     assert traces(net) == traces(plain())
 

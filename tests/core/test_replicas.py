@@ -8,8 +8,8 @@ import replica_work
 from pruning_bench import build, methods, prune
 from pruning_bench.core.replicas import unwrapped
 
-RULED = [n for n in methods().method if build(n).rule]
-ALL = list(methods(space="weights").method)
+RULED = [n for n in methods(use="prune").method if build(n).rule]
+ALL = list(methods(space="weights", use="prune").method)
 
 
 @pytest.fixture(scope="module")
