@@ -70,6 +70,7 @@ def accepts_pattern(record, # a `Method`
     "Whether a method can prune weights under a pattern."
     if record.space != "weights": return False
     pattern = as_pattern(name)
+    if getattr(record.prepare, "fixed_patterns", False) and pattern.fixed is None: return False
     if "pattern" not in record.used: return record.pattern.name == name
     if record.rule is None: return True
     try: record.rule(replace(record, pattern=pattern), pattern.fixed or .5)

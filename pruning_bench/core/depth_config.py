@@ -120,13 +120,17 @@ def is_run(part)->bool: # part of a list
     return isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[0], list) and isinstance(part[1], int)
 
 # %% ../../nbs/core/31_depth_config.ipynb #d207dffc
-def built_from(owner:nn.Module, values:Mapping): # with a configuration, its values -> a model without values, or None
+def built_from(owner:nn.Module, values:Mapping, # with a configuration, its values
+               errors:list, # gets what the class said where it refused
+    ): # a model without values, or None
     "Build a model of the same class on the meta device."
     try:
         with torch.device("meta"):
             if hasattr(owner, "register_to_config"): return type(owner).from_config(copy.deepcopy(dict(values)))
             return type(owner)(type(owner.config).from_dict(copy.deepcopy(dict(values))))
-    except Exception: return None   # the values contradict each other, or the class needs further arguments
+    except Exception as e:   # the values contradict each other, or the class needs further arguments
+        errors.append(f"{type(e).__name__}: {e}".splitlines()[0])
+        return None
 
 def entry(values:Mapping, keys): # a configuration, keys from the outermost one -> value
     "One entry of a nested configuration."
@@ -152,8 +156,8 @@ def config_owner(model:nn.Module, path:str)->tuple: # (its path, the module, its
         owner = model.get_submodule(name)
         config = getattr(owner, "config", None)
         if not (hasattr(config, "to_dict") or hasattr(owner, "register_to_config")): continue
-        if (twin := built_from(owner, config_dict(owner))) is not None: return name, owner, twin
-        if hasattr(owner, "save_pretrained"): saved = type(owner).__name__
+        if (twin := built_from(owner, config_dict(owner), errors := [])) is not None: return name, owner, twin
+        if hasattr(owner, "save_pretrained"): saved = f"{type(owner).__name__} ({errors[0]})"
     if saved is None: return None, None, None
     raise BadInput(f"{saved} cannot be built from its own configuration, so a model with fewer blocks could not be "
                    "loaded again: remove channels or weights instead")
@@ -184,12 +188,12 @@ class DepthSearch:
     def __init__(self, owner:nn.Module, twin:nn.Module, # as from `config_owner`
                  path:str, kept):                       # of the list, inside the owner; bool per block
         self.owner, self.path, self.kept, self.values = owner, path, list(map(bool, kept)), config_dict(owner)
-        dense, plain = describe(owner), describe(twin)
+        self.errors, dense, plain = [], describe(owner), describe(twin)
         self.known = {k for k in {*dense, *plain} if dense.get(k) != plain.get(k)}   # differ without our doing
 
     def differences(self, new:dict, want:dict): # {keys: value}, a description -> (keys of it, copies), or None
         "In what a model built from new entries differs from the pruned one; attributes that copy an entry stand apart."
-        if (twin := built_from(self.owner, with_entries(self.values, new))) is None: return None
+        if (twin := built_from(self.owner, with_entries(self.values, new), self.errors)) is None: return None
         have = describe(twin)
         def before(n): return want[n, "class"][1] if (n, "class") in want else n
         odd = [k for k in {*want, *have} if (want.get(k, (None,))[0] != have.get(k))
@@ -236,8 +240,9 @@ def depth_changes(model:nn.Module, path:str, # where the list of blocks is
         if rest == []: return DepthChanges(name, entries, copies, move)
     gone = ", ".join(n for n, k in zip(owner.get_submodule(inner)._modules, search.kept) if not k)
     where, what = min(rest, default=(inner, "number of blocks")) if rest is not None else (inner, "number of blocks")
+    said = f" (its class said {search.errors[0]})" if search.errors else ""
     raise BadInput(f"no configuration of {type(owner).__name__} describes it without block {gone} of {path!r}: "
-                   f"{what!r} of {where!r} depends on the position of a block; remove channels or weights instead")
+                   f"{what!r} of {where!r} depends on the position of a block{said}; remove channels or weights instead")
 
 # %% ../../nbs/core/31_depth_config.ipynb #186130e2
 def set_values(config, before:dict, after:dict)->None: # changed in place; values of the twins, dense and pruned
@@ -254,7 +259,7 @@ def write_config(model:nn.Module, changes:DepthChanges)->None: # changed in plac
     old, new = config_dict(owner), with_entries(config_dict(owner), changes.entries)
     if hasattr(owner, "register_to_config"):
         return owner.register_to_config(**{k: v for k, v in new.items() if v != old.get(k)})
-    twins = [dict(built_from(owner, values).named_modules()) for values in (old, new)]
+    twins = [dict(built_from(owner, values, []).named_modules()) for values in (old, new)]
     memo, copies = {}, {}
     for n, m in owner.named_modules():
         config, pair = vars(m).get("config"), [vars(t[n]).get("config") if n in t else None for t in twins]

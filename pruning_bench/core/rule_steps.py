@@ -17,7 +17,9 @@ from .replicas import average_existing, one_random_stream
 # %% ../../nbs/core/31_rule_steps.ipynb #e94824e2
 def require_finite(values:dict, when:str)->None: # {name: Tensor}; where in the work
     "Refuse tensors that are not finite; raises `BadInput`."
-    tensors = [t.detach() for t in values.values() if t.is_floating_point() and t.numel()]
+    values = {n: t.detach() for n, t in values.items() if t.is_floating_point() and t.numel()}
+    values = {n: t.float() if t.itemsize == 1 else t for n, t in values.items()}   # 8-bit floats have no sum
+    tensors = list(values.values())
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).double() for t in tensors]
     if not sums or torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all(): return   # one synchronisation
     name = next((n for n, t in values.items() if not torch.isfinite(t).all()), None)

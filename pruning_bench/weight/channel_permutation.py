@@ -103,6 +103,7 @@ def example_batch(space, batches, loss=None)->dict: # {layer: the first calibrat
 class TracedPreparation(Preparation):
     "A preparation that runs the network on an example."
     needs: frozenset = frozenset(["example_batch"])
+    fixed_patterns: bool = True   # whether it serves only patterns that fix the density, such as N:M
 
 def first_output(out)->Tensor: # of whatever a network returns
     "The first floating-point tensor of an output."

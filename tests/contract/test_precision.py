@@ -24,6 +24,8 @@ def removed_by_both(a, b):
 def in_dtype(batch, dtype):
     return (batch[0].to(dtype), batch[1]) if isinstance(batch, tuple) else batch
 
+ROUNDS = {"rounds": 1}   # later rounds score the networks that earlier ones left, which differ in a few weights
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [n for n in NAMES if reads_only(n)])
 def test_half_precision_decides_as_float32(name, dtype):
@@ -32,7 +34,8 @@ def test_half_precision_decides_as_float32(name, dtype):
     half = make().to(dtype).eval()
     whole = copy.deepcopy(half).float()
     batches = [in_dtype(b, dtype) for b in data(torch.float32)]
-    plans = [prune(m, name, .5, [in_dtype(b, t) for b in batches], loss, **settings_of(name))
+    settings = settings_of(name) | ({k: v for k, v in ROUNDS.items() if name in ("iterative-snip", "force")})
+    plans = [prune(m, name, .5, [in_dtype(b, t) for b in batches], loss, **settings)
              for m, t in ((half, dtype), (whole, torch.float32))]
     assert removed_by_both(*plans) > .85   # two random choices of one half share a third
 
