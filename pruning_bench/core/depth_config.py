@@ -242,7 +242,8 @@ def depth_changes(model:nn.Module, path:str, # where the list of blocks is
     where, what = min(rest, default=(inner, "number of blocks")) if rest is not None else (inner, "number of blocks")
     said = f" (its class said {search.errors[0]})" if search.errors else ""
     raise BadInput(f"no configuration of {type(owner).__name__} describes it without block {gone} of {path!r}: "
-                   f"{what!r} of {where!r} depends on the position of a block{said}; remove channels or weights instead")
+                   f"{what!r} of {where!r} depends on the position of a block{said}; remove channels or weights "
+                   "instead")
 
 # %% ../../nbs/core/31_depth_config.ipynb #186130e2
 def set_values(config, before:dict, after:dict)->None: # changed in place; values of the twins, dense and pruned
