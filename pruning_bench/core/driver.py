@@ -33,14 +33,12 @@ from .stats import collect
 # %% ../../nbs/core/21_driver.ipynb #82507884
 def run_method(method:Method, space:Space, # the record, where the units live
                keep:float,              # the fraction of units to keep at the end
-               data:Iterable,           # batches to train on, or None
-               calib:list,              # batches to calibrate on
+               data:Iterable, calib:list, # batches to train on, or None, and to calibrate on
                loss:Loss,               # `as_loss` kinds
                run:Run=Run(),           # what the stages use of the run
     )->None:
     "Prune by a method: one loop for all methods."
-    trained, group = run.replica or space.model, replica_group(run.replica)
-    train = Trainer(trained, method.recover, None if data is None else infinite_batches(data), loss)
+    train = Trainer(run.replica or space.model, method.recover, None if data is None else infinite_batches(data), loss)
     space.start = method.prepare(method, space, keep, train)
     if method.rule and train_with_rule(method, space, keep, train): return space.remove()
     bar = tqdm(pruning_steps(method.schedule, keep, space), desc="pruning", leave=False, delay=3)
@@ -48,7 +46,7 @@ def run_method(method:Method, space:Space, # the record, where the units live
         ahead = by_shapes(method.allocate, k, space) if method.stages.local else None
         with closing(method.stages.parts(space, calib if method.needs else [], run)) as parts:
             for part, batches in parts:   # a block has no loss of its own
-                with one_random_stream(group):
+                with one_random_stream(replica_group(run.replica)):
                     prune_part(method, part, k, batches, loss if part.model is space.model else None, ahead)
         if not left: space.remove()
         if not method.rule: method.between(space.model, space.start, train, bar.total, left)
