@@ -153,6 +153,9 @@ def train_inside(name, model, data, loss):
     return loop.plan
 
 
+TRIED = "channels", "heads", "blocks", "residuals"   # spaces that try several ways, and go on where one of them fails
+
+
 @functools.cache
 def whole_run(name, work):
     "How many events a run to the end has, and its plan."
@@ -176,8 +179,8 @@ def interrupt(name, work, part, parts, seed):
             plan = work(name, model, data, loss)
     except (error, BadInput) as e:   # a trial run of the model explains what went wrong
         assert "for a test" in str(e)
-    else:   # the search for groups has a second way to trace a model that raises
-        assert issubclass(error, Exception) and build(name).space in ("channels", "heads") and plan == expected
+    else:   # groups have a second way to be traced, and a configuration without some blocks has further candidates
+        assert issubclass(error, Exception) and build(name).space in TRIED and plan == expected
         return
     before.check(Picture(model))
     assert process() == around
