@@ -87,7 +87,7 @@ def oneshot_suite()->list: # jobs
 
 @suite
 def retrained_suite()->list: # jobs
-    "Two epochs for everybody, whether the cut comes before them or on the way."
+    "Two epochs for every method, whether the cut comes before them or on the way."
     return (make_jobs("cifar10-resnet20@two-epochs", ["random", "magnitude", "global-magnitude", "erk-magnitude",
             "gradual-magnitude"], (.9,))
         + make_jobs("cifar10-resnet56@two-epochs", ["magnitude", "global-magnitude"], (.9,)))

@@ -238,7 +238,7 @@ def test_momentum_of_the_dead_and_the_newborn_is_zero_and_of_no_other(optimizer)
                 assert (b[changed] == 0).all()
                 assert torch.equal(a[~changed], b[~changed])
                 assert b.abs().sum() > 0
-            # the dead and the newborn are zero, the others untouched
+            # removed and regrown weights are zero, the others untouched
             assert torch.equal(training.w(n), w * training.alive(n) * alive)
             looked.append(n)
     with apply_rule(Rule(begin=shuffle, update=look, every=4), Weights(net), .5, 12):

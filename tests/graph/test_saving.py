@@ -210,7 +210,7 @@ def test_files_that_cannot_be_meant_are_refused_and_the_base_is_untouched(tmp_pa
             path = tmp_path / name / file.replace("_", ".")
             path.write_bytes(change(path.read_bytes()))
         return tmp_path / name
-    class Louder(nn.Sequential):
+    class Scaled(nn.Sequential):
         def forward(self, x): return 2 * super().forward(x)
     smaller = cnn()
     smaller[0] = nn.Conv2d(3, 2, 3)
@@ -221,7 +221,7 @@ def test_files_that_cannot_be_meant_are_refused_and_the_base_is_untouched(tmp_pa
              (tmp_path / "nowhere", cnn(), "no pruned model at"),
              (tmp_path / "half", torchvision.models.resnet18(weights=None), "another architecture"),
              (tmp_path / "half", smaller, "the vanilla class has"),
-             (tmp_path / "half", Louder(*cnn()), "computes something else")]
+             (tmp_path / "half", Scaled(*cnn()), "computes something else")]
     for folder, base, said in tries:
         before, attributes = {n: t.clone() for n, t in base.state_dict().items()}, snapshot(base)
         with pytest.raises(BadInput, match=said) as refused: load_pruned(folder, base)

@@ -36,7 +36,7 @@ def data():
     return [(torch.rand(16, 1, 8, 8, generator=g).double(), torch.randint(0, 4, (16,), generator=g)) for _ in range(4)]
 
 
-def loud(model, rank=3):
+def nonzero_adapters(model, rank=3):
     torch.manual_seed(1)
     was = attach_adapters(model, rank)
     for m in model.modules():
@@ -59,7 +59,7 @@ def test_at_first_nothing_changes_and_only_the_small_trains():
 
 def test_fusing_is_exact_and_gives_the_vanilla_class_back():
     model, x = net(), data()[0][0]
-    was = loud(model)
+    was = nonzero_adapters(model)
     moved = model(x)
     merge_adapters(model, was)
     assert torch.allclose(model(x), moved, atol=1e-10) and not torch.allclose(net()(x), moved, atol=1e-2)
@@ -70,7 +70,7 @@ def test_fusing_is_exact_and_gives_the_vanilla_class_back():
 
 def test_a_copy_has_its_own_adapters():
     model, x = net(), data()[0][0]
-    loud(model)
+    nonzero_adapters(model)
     twin = copy.deepcopy(model)
     moved = model(x)
     merge_adapters(twin)
@@ -83,7 +83,7 @@ def test_a_copy_has_its_own_adapters():
 @pytest.mark.parametrize("seed", range(4))
 def test_cut_then_fuse_is_fuse_then_cut(seed):
     first, second, space = net(), net(), Channels(net(), data())
-    loud(first), loud(second)
+    nonzero_adapters(first), nonzero_adapters(second)
     kept = {n: torch.rand(len(g), generator=torch.Generator().manual_seed(seed)) > .4 for n, g in space.groups.items()}
     assert len(kept) == 3
     cut(merge_adapters(first), kept_slices(first, space.groups, kept))
@@ -100,7 +100,7 @@ def test_cut_then_fuse_is_fuse_then_cut(seed):
 def test_the_score_is_that_of_the_fused_filter():
     model, vanilla = net(), net()
     space = Channels(model, data())
-    loud(model), loud(vanilla)
+    nonzero_adapters(model), nonzero_adapters(vanilla)
     merge_adapters(vanilla)
     want = {n: p.detach().abs().flatten(1).sum(1) for n, p in vanilla.named_parameters() if n in space.groups}
     assert all(torch.allclose(PROVIDERS["merged_l1_norm"](space)[n], s) for n, s in want.items()) and len(want) == 3

@@ -80,11 +80,11 @@ def test_no_module_is_emptied_and_scale_does_not_matter():
     for name, mask in prune(net(), "dimap", .97).masks.items():
         kept[comparison_module(name)] = kept.get(comparison_module(name), 0) + int(mask.sum())
     assert min(kept.values()) >= 1
-    loud = net()
+    scaled = net()
     with torch.no_grad():
         for n in ("q_proj", "k_proj", "v_proj"):
-            loud[1].attn[n].weight *= 32
-    assert prune(loud, "dimap", .6) == prune(net(), "dimap", .6)
+            scaled[1].attn[n].weight *= 32
+    assert prune(scaled, "dimap", .6) == prune(net(), "dimap", .6)
 
 
 def test_what_is_pruned_stays_pruned():

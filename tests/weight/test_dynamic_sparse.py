@@ -321,7 +321,7 @@ def test_shrinking_by_nothing_is_hard_thresholding():
     assert any((sets[16][n] & ~sets[0][n]).any() for n in sets[0])   # a zero may come back
 
 
-# orderings on the digits, 600 steps for everybody
+# orderings on the digits, 600 steps for every method
 
 def world(): return find_task("digits-mlp")
 

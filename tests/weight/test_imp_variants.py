@@ -456,10 +456,10 @@ def test_averages_need_a_shared_mask_and_a_shared_start():
         plan = prune(pruned, "global-magnitude", .95)
         pots = [copy.deepcopy(pruned) for _ in range(3)]
         for i, pot in enumerate(pots): finetune(300, 3e-3)(pot, world().batches(10 * seed + i), world().loss)
-        strangers = [world().initial(100 + 10 * seed + i) for i in range(2)]
-        for i, net in enumerate(strangers): plan.apply(net); world().train(net, world().batches(i), world().loss)
+        unrelated = [world().initial(100 + 10 * seed + i) for i in range(2)]
+        for i, net in enumerate(unrelated): plan.apply(net); world().train(net, world().batches(i), world().loss)
         assert accuracy(average_models(pots)) > mean([accuracy(p) for p in pots]) - 1.5
-        assert accuracy(average_models(strangers)) < mean([accuracy(n) for n in strangers]) - 10
+        assert accuracy(average_models(unrelated)) < mean([accuracy(n) for n in unrelated]) - 10
 
 @pytest.mark.slow
 def test_cutting_unmoved_negative_weights_wakes_units():

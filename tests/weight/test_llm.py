@@ -234,7 +234,7 @@ def test_cards():
 
 @pytest.mark.slow
 def test_orderings_on_pydoc_llama():
-    "Repair wins on every draw. Wanda against magnitude is not asserted: without loud features it is a toss-up."
+    "Repair wins on every draw. Wanda against magnitude is not asserted: without large features it is a toss-up."
     from pruning_bench.bench.task import find_task
     world = find_task("pydoc-llama")
     def perplexity(method, sparsity, seed, **parts):
