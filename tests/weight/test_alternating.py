@@ -4,37 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from three_layers import TOTAL, batches, identical, mlp, trained
 from pruning_bench import BadInput, build, prune
-from pruning_bench.core.inputs import seeded
 from pruning_bench.core.recovery import finetune
 from pruning_bench.core.rule import apply_rule
 from pruning_bench.core.schedule import geometric
 from pruning_bench.core.space import Weights
 from pruning_bench.weight.alternating import (TwoMasks, alternating_rule, deviations, feedback_rule, phase_at,
                                               topkast_rule)
-
-TOTAL = 12 * 16 + 16 * 8 + 8 * 4
-
-
-def mlp(seed=0):
-    with seeded(seed):
-        return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def batches(seed=0, n=6):
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(32, 12, generator=g), torch.randint(0, 4, (32,), generator=g)) for _ in range(n)]
-
-
-def trained(name, sparsity=.75, **settings):
-    model = mlp()
-    plan = prune(model, name, sparsity, batches(), F.cross_entropy, **{"steps": 20, **settings})
-    return model, plan
-
-
-def identical(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
 def followed(rule, look, keep=.25, steps=24, lr=1e-2, optimizer="sgd"):

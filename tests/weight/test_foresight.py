@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import three_layers
+from three_layers import TOTAL, identical, mlp
 from pruning_bench import BadInput, build, prune
-from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import masks_of
 from pruning_bench.core.recovery import finetune
 from pruning_bench.core.score import snip
@@ -15,20 +16,7 @@ from pruning_bench.core.space import Weights
 from pruning_bench.weight.foresight import (DenseStart, effective_density, foresight, foresight_grad, path_connected,
                                             reopen)
 
-TOTAL = 12 * 16 + 16 * 8 + 8 * 4
-
-
-def mlp(seed=0):
-    with seeded(seed):
-        return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def batches(seed=0, n=4):
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(32, 12, generator=g), torch.randint(0, 4, (32,), generator=g)) for _ in range(n)]
-
-
-def identical(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+def batches(seed=0, n=4): return three_layers.batches(seed, n)
 
 
 # scores

@@ -4,8 +4,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+import three_layers
+from three_layers import TOTAL, mlp
 from pruning_bench import build, prune
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.score import unit_scores
@@ -15,17 +16,7 @@ from pruning_bench.core.stats import collect
 from pruning_bench.weight.l0_regression import hard_threshold, regression_loss
 from pruning_bench.weight.second_order import Fisher
 
-TOTAL = 12 * 16 + 16 * 8 + 8 * 4
-
-
-def mlp(seed=0):
-    with seeded(seed):
-        return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def batches(seed=0, n=2):
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(32, 12, generator=g), torch.randint(0, 4, (32,), generator=g)) for _ in range(n)]
+def batches(seed=0, n=2): return three_layers.batches(seed, n)
 
 
 def problem(seed, m=5, d=8, damp=.1):

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from three_layers import TOTAL, batches, mlp
 from pruning_bench import BadInput, build, prune
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.recovery import finetune
@@ -16,18 +16,7 @@ from pruning_bench.core.space import Weights
 from pruning_bench.weight.relaxed_masks import (BETA, GAMMA, ZETA, continuous_rule, edge_popup_rule, hard_concrete,
                                                 hard_concrete_rule, open_probability)
 
-TOTAL = 12 * 16 + 16 * 8 + 8 * 4
 NAMES = ["l0", "continuous-sparsification", "edge-popup"]
-
-
-def mlp(seed=0):
-    with seeded(seed):
-        return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def batches(seed=0, n=6):
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(32, 12, generator=g), torch.randint(0, 4, (32,), generator=g)) for _ in range(n)]
 
 
 def followed(rule, look, keep=.25, steps=24, lr=1e-2, model=None, optimizer="adamw"):
