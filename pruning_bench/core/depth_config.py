@@ -240,7 +240,7 @@ def depth_changes(model:nn.Module, path:str, # where the list of blocks is
         if rest == []: return DepthChanges(name, entries, copies, move)
     gone = ", ".join(n for n, k in zip(owner.get_submodule(inner)._modules, search.kept) if not k)
     where, what = min(rest, default=(inner, "number of blocks")) if rest is not None else (inner, "number of blocks")
-    said = f" (its class said {search.errors[0]})" if search.errors else ""
+    said = f" (its class said {search.errors[0]})" if rest is None and search.errors else ""   # nothing could be built
     raise BadInput(f"no configuration of {type(owner).__name__} describes it without block {gone} of {path!r}: "
                    f"{what!r} of {where!r} depends on the position of a block{said}; remove channels or weights "
                    "instead")

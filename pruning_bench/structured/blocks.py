@@ -6,7 +6,6 @@
 __all__ = ['hook_blocks', 'block_cosine', 'block_influence', 'block_influence_']
 
 # %% ../../nbs/structured/46_blocks.ipynb #78ea33c3
-from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from ..core.blocks import block_input
 from ..core.inputs import BadInput, forward, in_mode
 from ..core.method import Method, register
+from ..core.padding import without_padding
 from ..core.score import score
 from ..core.stats import provider
 
@@ -31,20 +31,17 @@ def hook_blocks(blocks, # modules, in their order
 @provider()
 def block_cosine(space, batches, loss=None)->dict: # {path of the blocks: (blocks,)}
     "Mean cosine between the residual stream before and after each block."
-    total, count, real = torch.zeros(len(space.all), dtype=torch.double), torch.zeros(len(space.all)), None
+    total, count = torch.zeros(len(space.all), dtype=torch.double), torch.zeros(len(space.all))
     def visit(i, x, y):
         if x.shape != y.shape:
             raise BadInput(f"block {i} of {space.path!r} changes the shape of its input: it cannot be left out")
         c = F.cosine_similarity(x.double(), y.double(), dim=-1)
-        weight = real.to(c) if real is not None and real.shape == c.shape else torch.ones_like(c)
-        total[i] += (c * weight).sum().item()
-        count[i] += weight.sum().item()
+        total[i] += c.sum().item()
+        count[i] += c.numel()
     handles = hook_blocks(space.all, visit)
     try:
         with in_mode(space.model, False), torch.no_grad():
-            for batch in tqdm(batches, desc="calibration", leave=False, delay=3):
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                real = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+            for batch in tqdm(without_padding(batches, space.model), desc="calibration", leave=False, delay=3):
                 forward(space.model, batch)
     finally:
         for h in handles: h.remove()

@@ -6,13 +6,13 @@
 __all__ = ['choices', 'expert_choices', 'expert_usage', 'expert_usage_']
 
 # %% ../../nbs/structured/58_experts.ipynb #796f51e6
-from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from ..core.inputs import BadInput, forward, in_mode
 from ..core.method import Method, register
+from ..core.padding import without_padding
 from ..core.score import score
 from ..core.stats import provider
 from ..graph import experts   # noqa: F401, registers the space `experts`
@@ -35,21 +35,17 @@ def choices(out,       # what a router returned
 def expert_choices(space, batches, loss=None)->dict: # {path of the layer: (experts,)} in [0, 1]
     "The share of tokens that choose each expert; padding does not count."
     total = {n: torch.zeros(l.count, dtype=torch.double) for n, l in space.all.items()}
-    tokens, real = dict.fromkeys(total, 0.), None
+    tokens = dict.fromkeys(total, 0)
     def visit(name, count):
         def hook(router, args, out):
             took = choices(out, count).cpu()
-            weight = real if real is not None and len(real) == len(took) else torch.ones(len(took)).double()
-            total[name] += weight @ took
-            tokens[name] += weight.sum().item()
+            total[name] += took.sum(0)
+            tokens[name] += len(took)
         return hook
     handles = [l.router.register_forward_hook(visit(n, l.count)) for n, l in space.all.items()]
     try:
         with in_mode(space.model, False), torch.no_grad():
-            for batch in tqdm(batches, desc="calibration", leave=False, delay=3):
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-                real = None if mask is None else mask.flatten().double().cpu()
+            for batch in tqdm(without_padding(batches, space.model), desc="calibration", leave=False, delay=3):
                 forward(space.model, batch)
     finally:
         for h in handles: h.remove()

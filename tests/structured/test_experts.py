@@ -108,15 +108,21 @@ def test_fewer_experts_than_a_token_needs_are_refused_and_the_model_is_as_it_was
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_no_choice(side):
-    model, batch = moe(), tokens(1)[0]["input_ids"]
+    batch = tokens(1)[0]["input_ids"]
     pad = torch.zeros(2, 5, dtype=torch.long)
-    parts = (pad, batch) if side == "left" else (batch, pad)
-    padded = {"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(parts, 1).ne(0).long()}
-    if side == "left":
-        padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    plain, same = (expert_choices(Experts(model), [b]) for b in ({"input_ids": batch}, padded))
-    assert all(torch.allclose(plain[n], same[n], atol=.04) for n in plain)   # one token of 32 may change its choice
-    assert all(s.sum().item() == pytest.approx(2) for s in same.values())
+    ids = torch.cat((pad, batch) if side == "left" else (batch, pad), 1)
+    padded = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+    if side == "left": padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    plain, same = (expert_choices(Experts(moe()), [b]) for b in ({"input_ids": batch}, padded))
+    assert all(torch.equal(shares, same[n]) for n, shares in plain.items())
+    plain, same = (prune(moe(), "expert-usage", .5, data=[b]) for b in ({"input_ids": batch}, padded))
+    assert plain.masks.keys() == same.masks.keys()
+    assert all(torch.equal(m, same.masks[n]) for n, m in plain.masks.items())
+
+
+def test_every_token_chooses_as_many_experts_as_it_needs():
+    shares = expert_choices(Experts(moe()), tokens())
+    assert all(s.sum().item() == pytest.approx(2) for s in shares.values())
 
 
 def test_scores_that_are_zero_for_the_others_count_as_choices():
