@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALLOCATORS', 'Allocator', 'allocator', 'allocator_factory', 'as_allocator', 'total_density', 'uniform', 'topk_mask',
-           'kth_largest', 'global_', 'erk', 'proportional_densities', 'keep_current', 'within_alive', 'round_to_units']
+           'kth_largest', 'global_', 'count_highest', 'count_within', 'erk', 'proportional_densities', 'keep_current',
+           'within_alive', 'round_to_units']
 
 # %% ../../nbs/core/05_allocate.ipynb #9d81f141
 import math
@@ -75,37 +76,60 @@ def topk_mask(flat:torch.Tensor, # 1-D scores
     if over > 0: keep[(flat == edge).nonzero().flatten()[-over:]] = False
     return keep
 
-def kth_largest(flat:torch.Tensor, # 1-D scores
-                k:int,             # from the top
-                sample:int=2**14   # size of the sample that is sorted first; changes speed only
+def kth_largest(scores,          # a 1-D tensor, or a list of them that is ranked together
+                k:int,           # from the top
+                sample:int=2**14 # size of the sample that is sorted first; changes speed only
     ): # a number
     "The k-th highest score; on the CPU a sample bounds it on both sides, and only scores in between are ranked."
-    if flat.device.type != "cpu": return flat.kthvalue(flat.numel() - k + 1).values
-    x = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).detach().numpy()
-    if len(x) > 4 * sample:
-        few = np.sort(x[::len(x) // sample])
-        at, margin = len(few) * (len(x) - k) // len(x), 2 * math.isqrt(len(few))   # four standard deviations
+    parts = [scores] if torch.is_tensor(scores) else scores
+    size = sum(p.numel() for p in parts)
+    if parts[0].device.type != "cpu": return torch.cat(parts).kthvalue(size - k + 1).values
+    x = [(p if p.dtype in (torch.float32, torch.float64) else p.float()).detach().numpy() for p in parts]
+    if size > 4 * sample:
+        few = np.sort(np.concatenate([p[::size // sample] for p in x]))
+        at, margin = len(few) * (size - k) // size, 2 * math.isqrt(len(few))   # four standard deviations
         low, high = few[max(0, at - margin)], few[min(len(few) - 1, at + margin)]
-        below = x <= high
-        near, rank = x[below & (x >= low)], k - np.count_nonzero(~below)
-        if 0 < rank <= len(near): x, k = near, rank   # else it is outside the bounds
+        below = [p <= high for p in x]
+        near = np.concatenate([p[np.flatnonzero(b & (p >= low))] for p, b in zip(x, below)])
+        rank = k - size + sum(map(np.count_nonzero, below))
+        if 0 < rank <= len(near): x, k = [near], rank   # else it is outside the bounds
+    x = x[0] if len(x) == 1 else np.concatenate(x)
     return float(np.partition(x, len(x) - k)[len(x) - k])
 
 # %% ../../nbs/core/05_allocate.ipynb #f704b7a5
 @allocator
 def global_(scores:dict, keep:float, space:Space)->dict: # {name: fraction}
     "Global pruning: one ranking over all groups; a group keeps those of its units that are within the budget."
-    cost = {n: space.cost(n) for n in scores}
-    flat = torch.cat([s.flatten().float() for s in scores.values()])
-    if len(set(cost.values())) == 1: won = topk_mask(flat, round(keep * flat.numel()))
-    else:
-        price = torch.cat([torch.full((s.numel(),), cost[n], dtype=torch.double, device=s.device)
-                           for n, s in scores.items()])
-        order = flat.sort(descending=True, stable=True).indices
-        won = torch.zeros_like(flat, dtype=torch.bool)
-        won[order] = price[order].cumsum(0) - price[order] / 2 <= keep * price.sum()
-    parts = won.split([s.numel() for s in scores.values()])
-    return {n: int(p.count_nonzero()) / p.numel() for n, p in zip(scores, parts)}
+    flat = {n: s.flatten().float() for n, s in scores.items()}
+    size, cost = {n: s.numel() for n, s in flat.items()}, {n: space.cost(n) for n in flat}
+    equal = len(set(cost.values())) == 1
+    kept = count_highest(flat, round(keep * sum(size.values()))) if equal else count_within(flat, cost, keep)
+    return {n: kept[n] / size[n] for n in flat}
+
+def count_highest(flat:dict, # {group: 1-D scores}
+                  k:int      # how many to keep of all
+    )->dict: # {group: how many of the k highest scores are in it}
+    "Divide a number of equally expensive units among groups by one ranking; ties go to the earlier group."
+    if k <= 0: return dict.fromkeys(flat, 0)
+    edge = kth_largest(list(flat.values()), min(k, sum(s.numel() for s in flat.values())))
+    found = {n: int((s > edge).count_nonzero()) for n, s in flat.items()}
+    left = k - sum(found.values())
+    for n, s in flat.items():
+        if left <= 0: break
+        ties = min(left, int((s == edge).count_nonzero()))
+        found[n], left = found[n] + ties, left - ties
+    return found
+
+def count_within(flat:dict, # {group: 1-D scores}
+                 cost:dict, # {group: cost of a unit}
+                 keep:float # share of the whole cost
+    )->dict: # {group: how many of its units are within the budget}
+    "Divide a budget among groups whose units differ in cost: the highest scores until it is spent."
+    price = torch.cat([torch.full_like(s, cost[n], dtype=torch.double) for n, s in flat.items()])
+    order = torch.cat(list(flat.values())).sort(descending=True, stable=True).indices
+    won = torch.zeros_like(price, dtype=torch.bool)
+    won[order] = price[order].cumsum(0) - price[order] / 2 <= keep * price.sum()
+    return {n: int(part.count_nonzero()) for n, part in zip(flat, won.split([s.numel() for s in flat.values()]))}
 
 # %% ../../nbs/core/05_allocate.ipynb #b5911ac5
 @allocator(shapes_only=True)
@@ -160,7 +184,7 @@ def round_to_units(fractions:dict, # {name: fraction}, from any allocator
     if len({space.cost(n) for n in size}) > 1 or space.unit != "weight":
         row = {n: s.shape[-1] for n, s in scores.items()}   # a changing subset of examples has a row per round
         return {n: max(1, math.floor(fractions[n] * row[n] + .5)) / row[n] for n in row}
-    alive = {n: int((space.alive(n) if s.is_meta else s > -torch.inf).sum()) for n, s in scores.items()}
+    alive = {n: int((space.alive(n) if s.is_meta else s > -torch.inf).count_nonzero()) for n, s in scores.items()}
     fractions = within_alive(fractions, size, alive)
     count = {n: min(alive[n], math.floor(fractions[n] * size[n] + 1e-9)) for n in size}
     left = math.floor(keep * sum(size.values()) + .5) - sum(count.values())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESOURCES', 'BOUNDS', 'Price', 'resource', 'channels', 'Budget', 'parse_fraction', 'text_budget', 'parse_percent',
            'looks_like_pattern', 'assignment', 'resource_budget', 'one_resource', 'allowed_counts', 'matching',
-           'bound_to_units', 'bisect_to_budget', 'fill_budget', 'prepare_budget', 'channels_per_unit',
+           'bound_to_units', 'bisect_to_budget', 'fill_budget', 'NotEnoughUnits', 'prepare_budget', 'channels_per_unit',
            'explain_infeasible', 'budgeted_allocator', 'budget_report']
 
 # %% ../../nbs/core/14_budget.ipynb #5ad60a27
@@ -220,6 +220,9 @@ def fill_budget(best:dict, over:dict, # {group: units}, a decision that fits and
         if best == before: return best
 
 # %% ../../nbs/core/14_budget.ipynb #9006ce97
+class NotEnoughUnits(BadInput):
+    "A request for more than the units of a space can give."
+
 def prepare_budget(space:Space, b:Budget)->SimpleNamespace: # of, requested, allowed, price, full, sizes
     "Prepare a budget for a space; raises `BadInput` when its bounds cannot meet it."
     if space.unit != "channel":
@@ -233,8 +236,8 @@ def prepare_budget(space:Space, b:Budget)->SimpleNamespace: # of, requested, all
     least, most = (price(e) / full for e in ends)
     goal = 1 - b.remove
     if least > goal * (1 + 1e-9):
-        raise BadInput(f"at most {1 - least:.4g} of the {b.of} can be removed, not {b.remove:g}: "
-                       f"{explain_infeasible(price, ends[0], space)}")
+        raise NotEnoughUnits(f"at most {1 - least:.4g} of the {b.of} can be removed, not {b.remove:g}: "
+                             f"{explain_infeasible(price, ends[0], space)}")
     if ends[1] != sizes and most < goal:
         raise BadInput(f"at_most removes {1 - most:.4g} of the {b.of} already, more than {b.remove:g}: "
                        "loosen it or raise the budget")
@@ -252,8 +255,13 @@ def explain_infeasible(price:Price, floor:dict, space:Space)->str: # the end of 
         n = max(held, key=held.get)
         return f"{n!r} keeps at least {floor[n]} units; loosen at_least or round_to, or lower the budget"
     name = price.heaviest(floor) if price.heaviest else type(space.model).__name__
-    return (f"most of what is left is in {name!r}, with one unit in every group; "
-            "lower the budget, or let more be removed (skip=, residual=True)")
+    hint = getattr(space, "budget_hint", "")
+    _, fixed = getattr(getattr(space, "coupling", None), "frozen", {}).get(name, (0, ""))
+    why = f", whose width is fixed ({fixed})" if fixed and not hint else ""
+    more = "skip=, residual=True" if getattr(space, "residual", None) is False else "skip="
+    return (f"most of what is left is in {name!r}{why}, with one unit in every group; "
+            f"lower the budget, or let more be removed ({more}){hint}")
+
 
 # %% ../../nbs/core/14_budget.ipynb #25a19270
 def budgeted_allocator(allocate:Allocator, bound)->Allocator:

@@ -245,7 +245,7 @@ def attach_mask(module:nn.Module, # owner of the parameter
 def set_mask(module:nn.Module, attr:str, mask:Tensor)->None: # of a masked parameter; bool, same shape, True = keep
     "Change a mask in place, and write its zeros; weights that are kept again start from zero."
     p = parameter_of(module, attr)
-    if mask_of(module, attr) is None: raise BadInput(f"{attr} of {type(module).__name__} has no mask: call attach_mask")
+    if type(p) is not MaskedParameter: raise BadInput(f"{attr} of {type(module).__name__} has no mask: use attach_mask")
     check_mask(module, attr, p, mask)
     keep_of(p).copy_(mask).neg_()
     write_zeros(p)

@@ -110,10 +110,11 @@ def register(title:str,  # title of the paper
              start_state:str="trained", # one of START_STATES
              replaces:bool=False, # whether a method of this name may be replaced
              aliases=(), # other names under which people look for it
+             tuned=None, # {task: {argument of its training: value}}, chosen on validation data of the task
     ): # a decorator for the function that builds the record
     "Add a method to the registry; raises `BadInput` for an incomplete card and for a taken name."
     def mark(fn):
-        card = make_card(fn, title, paper, year, family, start_state, aliases)
+        card = make_card(fn, title, paper, year, family, start_state, aliases, tuned)
         METHODS.add(card.slug, card, fn, replaces)
         return fn
     return mark
@@ -190,8 +191,8 @@ def refuse_alias(name:str)->None: # raises BadInput
         if name in card.aliases: raise BadInput(f"the method {name!r} is called {card.slug!r} here: pass this name")
 
 # %% ../../nbs/core/11_method.ipynb #656c918e
-COLUMNS = ("method", "family", "stage", "space", "needs", "data", "labels", "trains", "patterns", "own_loop", "use",
-           "year", "paper", "what")
+COLUMNS = ("method", "family", "stage", "space", "needs", "data", "labels", "trains", "patterns", "own_loop", "minutes",
+           "task", "use", "year", "paper", "what")
 
 def methods(pattern:str="*", # a name, a wildcard on names, or words of a title
             **where          # equality on other columns, e.g. family="data", labels=False
@@ -229,12 +230,14 @@ def paper_link(paper:str)->str: # markdown
     return f"[{paper}](https://doi.org/{paper[4:]})" if paper.startswith("doi:") else paper
 
 # %% ../../nbs/core/11_method.ipynb #ed8c8a30
-@register("Comparing Biases for Minimal Network Construction with Back-Propagation", "NeurIPS 1988", 1988, "weight")
+@register("Comparing Biases for Minimal Network Construction with Back-Propagation", "NeurIPS 1988", 1988, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def magnitude_():
     "Magnitude pruning: remove the smallest weights of every layer."
     return Method(score=magnitude)
 
-@register("The Unreasonable Effectiveness of Random Pruning", "arXiv:2202.02643", 2022, "weight")
+@register("The Unreasonable Effectiveness of Random Pruning", "arXiv:2202.02643", 2022, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def random():
     "Random pruning of every layer: the control that every method must beat."
     return Method(score=random_score)

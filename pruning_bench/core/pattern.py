@@ -28,7 +28,8 @@ class Pattern:
     at_most: float = 1.                # the largest fraction it can keep
 
     def __call__(self, scores:Tensor, fraction:float)->Tensor: # bool; units scored -inf are gone and stay gone
-        return self.select(scores, fraction) & (scores > -torch.inf)
+        chosen = self.select(scores, fraction)
+        return chosen if scores.numel() and scores.min() > -torch.inf else chosen & (scores > -torch.inf)
 
     def check(self, name:str, layer)->None: # raises BadInput when a layer does not divide
         rows, cols = layer.read().shape[0], layer.in_channels

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_request', 'check_weights', 'check_stored', 'check_data', 'resolve_request', 'reject_settings', 'check_whole',
-           'take_samples', 'Job', 'prepare_job', 'check_resource', 'check_module', 'architecture_delta',
+           'take_samples', 'Job', 'make_space', 'prepare_job', 'check_resource', 'check_module', 'architecture_delta',
            'schedule_length', 'request_of', 'stages_that_fit']
 
 # %% ../../nbs/core/27_request.ipynb #f51e76d2
-import warnings, weakref
+import inspect, warnings, weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .allocate import keep_current, uniform
 from .block_by_block import block_by_block
-from .budget import Budget, budget_report, budgeted_allocator, prepare_budget
+from .budget import Budget, NotEnoughUnits, budget_report, budgeted_allocator, prepare_budget
 from .checkpoint import batch_spec, compose_changes, diff_snapshots, snapshot
 from .batches import as_batches
 from .inputs import BadInput, Loss, as_loss, choose, device_of, first_batch, in_mode
@@ -157,7 +157,7 @@ class Job:
         named = self.space.model.named_parameters() if self.space.model is not None else ()
         require_finite({f"the parameter {n!r}": p for n, p in named}, "at the end")
         masks = {n: self.space.alive(n).cpu() for n in self.space.names()}
-        counts = {n: int(m.sum()) for n, m in masks.items()}
+        counts = {n: int(m.count_nonzero()) for n, m in masks.items()}
         met = budget_report(self.bound, counts) if self.bound is not None else {}
         skip = [self.skip] if isinstance(self.skip, str) else list(self.skip)
         provenance = {**self.record.provenance, "skip": skip, "settings": self.settings, **self.notes, **extra}
@@ -166,6 +166,22 @@ class Job:
         plan = Plan(self.record.space, masks, provenance, self.keep, cost, self.space.slices(), met, *origin, dense)
         if self.group: check_replicas_agree(plan.digest, self.group)
         return plan
+
+# %% ../../nbs/core/27_request.ipynb #31b3c5e1
+def make_space(record:Method, model, data, skip, loss:Loss, budget:Budget, settings:Mapping, # as for `prepare_job`
+    )->tuple: # (Space, bound of the budget or None, {entry of the provenance: text})
+    "The units of a request; residual streams are units where the budget cannot be met without them."
+    make = SPACES[record.space]
+    def made(**more):
+        units = make(model, data, skip, loss, **record.options | more)
+        check_request(record, units, data, loss)
+        return units, prepare_budget(units, budget) if budget.resource else None
+    try: return *made(), {}
+    except NotEnoughUnits as refused:
+        streams = "residual" in inspect.signature(make).parameters and not record.options.get("residual")
+        if not streams or not budget.resource or "residual" in (settings or {}): raise
+        why = str(refused).partition(":")[0]
+    return *made(residual=True), {"residual_because": f"{why}, without residual streams"}
 
 # %% ../../nbs/core/27_request.ipynb #931a943f
 def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, calibration:int, seed:int, # as for `prune`
@@ -186,9 +202,7 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
     data = as_batches(data, model=model)
     if budget.resource: check_resource(record, budget)
     with seeded(seed):
-        units = SPACES[record.space](model, data, skip, loss, **record.options)
-        check_request(record, units, data, loss)
-        bound = prepare_budget(units, budget) if budget.resource else None
+        units, bound, notes = make_space(record, model, data, skip, loss, budget, settings)
         if bound: record = replace(record, allocate=budgeted_allocator(record.allocate, bound))
         given = {k: repr(v) for k, v in (settings or {}).items()}
         samples = take_samples(data, -(-calibration // group.size()) if group else calibration)
@@ -196,11 +210,13 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
         if record.needs and not calib:
             raise BadInput(f"calibration={calibration} leaves no example, and method {record.name!r} reads "
                            f"{sorted(record.needs)[0]} from data: give a number above zero")
-        run, notes = Run(select_forward(loss), replica=replica), {}
+        run = Run(select_forward(loss), replica=replica)
         if record.stages.reads_run:
             request = request_of(record, units, keep, seed, given)
             run = replace(run, request=request, steps=schedule_length(record, keep))
-        if any_stages: record, notes = stages_that_fit(record, units, calib, run)
+        if any_stages:
+            record, because = stages_that_fit(record, units, calib, run)
+            notes |= because
         check_stages(record, units, calib if record.needs else [], run)
         before = snapshot(model) if model is not None else None
         return Job(record, units, keep, data, calib, bound, before, skip, given, run, notes)

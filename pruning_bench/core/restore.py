@@ -7,6 +7,7 @@ __all__ = ['copy_container', 'refill', 'tensor_values', 'put_back_mask', 'ModelS
 
 # %% ../../nbs/core/20_restore.ipynb #2503a488
 import copy
+from collections import OrderedDict
 from contextlib import contextmanager
 from torch import nn
 from .mask import MEMORY, Mask, MaskedParameter, bind
@@ -14,6 +15,7 @@ from .mask import MEMORY, Mask, MaskedParameter, bind
 # %% ../../nbs/core/20_restore.ipynb #954a4103
 def copy_container(v): # a container of the same entries, or the value itself
     "A shallow copy of the containers in which a module keeps its state."
+    if type(v) in (dict, list, set, OrderedDict): return v.copy()   # faster than copy.copy, which asks for its pieces
     return copy.copy(v) if isinstance(v, (dict, list, set)) else v
 
 def refill(container, content)->None: # a dict, a list or a set, and a shallow copy of it

@@ -86,7 +86,7 @@ def unit_scores(space:Space, # where the units live
     elif score.unit in (space.unit, "any"):
         scores = {n: score(at_least_float32(space.w(n)), stats[n]) for n in space.names()}
     else:
-        leaf = {n: score(at_least_float32(layer.read()), stats[n]) for n, layer in space.layers.items()}
+        leaf = {n: score(at_least_float32(layer.scored()), stats[n]) for n, layer in space.layers.items()}
         scores = {n: space.reduce(n, leaf) for n in space.names()}
     return {n: checked(score, space, n, scores[n]) for n in space.names()}
 
@@ -98,6 +98,6 @@ def checked(score:Score, space:Space, name:str, # of the group
     if not isinstance(s, Tensor) or s.shape != alive.shape:
         found = tuple(getattr(s, "shape", ())) or type(s).__name__
         raise BadInput(f"score {score.name!r} gives {found} for {name!r}, whose units are {tuple(alive.shape)}")
-    if torch.isnan(s).any():
+    if s.numel() and torch.isnan(s.amax()):   # the maximum of anything and NaN is NaN
         raise BadInput(f"score {score.name!r} is not a number in {name!r}: check the weights and the calibration data")
-    return s.masked_fill(~alive, -torch.inf)
+    return s if alive.all() else s.masked_fill(~alive, -torch.inf)

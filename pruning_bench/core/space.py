@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LEAST_SHARE', 'SPACES', 'weight_to_matrix', 'matrix_to_weight', 'Layer', 'matrix_permutations', 'name_matches',
            'weight_layers', 'prunable_layers', 'uncovered_matrices', 'warn_uncovered', 'Space', 'GatedSpace',
-           'PartedSpace', 'space', 'group_pairs', 'check_groups', 'layers_of_plan', 'Weights', 'layer_tensors',
-           'layer_decisions', 'Examples']
+           'PartedSpace', 'space', 'group_pairs', 'without_sharing', 'check_groups', 'layers_of_plan', 'Weights',
+           'layer_tensors', 'layer_decisions', 'Examples']
 
 # %% ../../nbs/core/02_space.ipynb #ec3fc6ae
-import copy, warnings
+import copy, math, warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from torch import nn, Tensor
 from .inputs import BadInput, as_dataset
 from .mask import attach_mask, check_maskable, install_hooks, mask_of
-from .parameters import adapter_ids, expert_permutations, tied_and_head_ids
+from .parameters import adapter_ids, computed_weight, expert_permutations, tied_and_head_ids
 from .registry import Registry
 
 # %% ../../nbs/core/02_space.ipynb #48d828ff
@@ -51,16 +51,20 @@ class Layer:
     def shape(self)->tuple: return tuple(self.weight.shape)
 
     @property
+    def matrix_shape(self)->tuple: # (rows, columns)
+        sizes = [self.shape[d] for d in self.perm]
+        return math.prod(sizes[:self.row_dims]), math.prod(sizes[self.row_dims:])
+
+    @property
     def in_channels(self)->int: return self.shape[self.perm[-1]]
 
     def matrix(self, x:Tensor)->Tensor: # tensor shaped like the weight -> (rows, columns)
         return weight_to_matrix(x, self.perm, self.row_dims)
-
     def tensor(self, m:Tensor)->Tensor: # (rows, columns) -> shaped like the weight
         return matrix_to_weight(m, self.shape, self.perm)
 
-    def read(self)->Tensor: # (rows, columns), detached
-        return self.matrix(self.weight.detach())
+    def read(self)->Tensor: return self.matrix(computed_weight(self.module, self.attr))
+    def scored(self)->Tensor: return self.read()   # (rows, columns), what a score sees
 
 # %% ../../nbs/core/02_space.ipynb #6d84457e
 def matrix_permutations(module:nn.Module)->dict: # {parameter name: permutation to a matrix}
@@ -179,6 +183,10 @@ def group_pairs(solved)->Iterable: # {group: (new weights, mask)}, or a generato
     "The decisions of a step as pairs of a group and its decision."
     return solved.items() if isinstance(solved, Mapping) else solved
 
+def without_sharing(w:Tensor, weight:Tensor)->Tensor: # `w`, or a copy of it
+    "A tensor that can be written to a weight: a copy where both share their memory."
+    return w.clone() if w.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() else w
+
 # %% ../../nbs/core/02_space.ipynb #25205bdc
 def check_groups(masks:dict,  # {group: mask} of a plan
                  shapes:dict, # {group: shape} of a model
@@ -219,12 +227,13 @@ class Weights:
     def alive(self, name): # bool, like `w(name)`
         layer = self.layers[name]
         mask = mask_of(layer.module, layer.attr)
-        return torch.ones_like(layer.read(), dtype=torch.bool) if mask is None else layer.matrix(mask)
+        if mask is None: return torch.ones(layer.matrix_shape, dtype=torch.bool, device=layer.weight.device)
+        return layer.matrix(mask)
 
     def apply(self, solved): # {name: (new weights, mask)}, or a generator of such pairs: one layer exists at a time
         for name, (w, mask) in group_pairs(solved):
             layer = self.layers[name]
-            new = layer.tensor(w.clone())   # `w` may be a view of the weight it is written to
+            new = layer.tensor(without_sharing(w, layer.weight))
             attach_mask(layer.module, layer.attr, layer.tensor(mask))
             with torch.no_grad(): layer.weight.copy_(new)
         install_hooks(self.model, inside=True)

@@ -7,7 +7,7 @@ __all__ = ['GENERAL_FORWARDS', 'QUERY_PARAMS', 'KEY_PARAMS', 'attention_rule', '
            'split_heads', 'projection_weights', 'multihead_forward', 'window_partition', 'window_merge',
            'shift_regions', 'shift_mask', 'window_bias', 'window_scores', 'shifted_window_forward', 'maxvit_forward',
            'class_path', 'generalised_class', 'rebuild_instance', 'generalise_heads', 'traceable_attention',
-           'tensor_shape', 'projection_shape', 'head_size', 'head_counts', 'Heads']
+           'tensor_shape', 'without_adapter', 'projection_shape', 'head_size', 'head_counts', 'Heads']
 
 # %% ../../nbs/graph/42_attention.ipynb #69627d7d
 import functools, math
@@ -42,7 +42,7 @@ def attention_rule(g, outs, a):
         if (own := axis_atoms(g, bias, -3)).any(): g.join(head_atoms[0], own)
         else: g.assume(head_atoms[0], "meets a bias of the code in attention")
     out = [place_on_axis(head_atoms[0], -3, a.query.dim()), *without_axes(g, a.query, -3, -2, -1)]
-    return [out, *[[] for _ in outs[1:]]]
+    return [out, *([] for _ in outs[1:])]
 
 # %% ../../nbs/graph/42_attention.ipynb #05d90606
 @operation_rule("_grouped_mm", "grouped_mm")
@@ -96,8 +96,7 @@ def multihead_forward(self, query, key, value, key_padding_mask=None, need_weigh
     def batch_first(t): return t.unsqueeze(0) if unbatched else t if self.batch_first else t.transpose(0, 1)
     projections = zip((query, key, value), *projection_weights(self))
     q, k, v = (split_heads(F.linear(batch_first(t), w, b), self.head_dim) for t, w, b in projections)
-    mask, p = merge_masks(attn_mask, key_padding_mask, q), self.dropout if self.training else 0.
-    weights = None
+    mask, p, weights = merge_masks(attn_mask, key_padding_mask, q), self.dropout if self.training else 0., None
     if need_weights:
         scores = q @ k.transpose(2, 3) * self.head_dim**-.5
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), p)
@@ -250,15 +249,19 @@ def tensor_shape(m:nn.Module, # any module
     ): # sizes, None without such a tensor
     "The shape of a tensor by its name."
     home, _, leaf = path.rpartition(".")
-    t = getattr(getattr(m, home, None) if home else m, leaf, None)
+    t = getattr(without_adapter(getattr(m, home, None)) if home else m, leaf, None)
     return tuple(t.shape) if isinstance(t, Tensor) else None
+
+def without_adapter(m): # a module, or None -> the same, or the layer inside
+    "The layer beside which an adapter such as LoRA stands."
+    return getattr(m, "base_layer", m)
 
 def projection_shape(m:nn.Module, # any module
                      path:str,    # of a parameter below it
     ): # (outputs, inputs), None without such a parameter
     "The shape of a projection; GPT-2 stores its matrices transposed."
     shape, home = tensor_shape(m, path), path.rpartition(".")[0]
-    return shape[::-1] if shape and type(getattr(m, home, m)).__name__ == "Conv1D" else shape
+    return shape[::-1] if shape and type(without_adapter(getattr(m, home, m))).__name__ == "Conv1D" else shape
 
 def head_size(m:nn.Module, # attention
               rows:int,    # of its query projection

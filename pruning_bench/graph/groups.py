@@ -11,10 +11,11 @@ __all__ = ['components', 'component_labels', 'resolve_splits', 'Group', 'Depende
 from dataclasses import dataclass, replace
 import numpy as np, torch
 from torch import nn
+from ..core.budget import NotEnoughUnits
 from ..core.inputs import BadInput, forward, select_forward
 from ..core.parameters import adapter_names
 from ..core.space import name_matches, group_pairs, space
-from .branches import example_batch, trace_branches
+from .branches import example_batch, note_hidden_outputs, trace_branches
 from .gates import gated
 from .group_views import draw_groups, group_tree, groups_html, groups_table, plot_groups
 from .surgery import (cut_and_compare, cut_checked, error_line, kept_slices, mask_slices,
@@ -93,9 +94,8 @@ class DependencyGroups:
     modules: list    # names, in the order of the model
     ungrouped: dict  # {parameter: reason}, for those that write no channels and are in no group
 
-    def __repr__(self):
-        found = f"{len(self.groups)} groups, {len(self.frozen)} layers fixed, {len(self.unused)} unused"
-        return f"DependencyGroups({found})"
+    def __repr__(self): return (f"DependencyGroups({len(self.groups)} groups, {len(self.frozen)} layers fixed, "
+                                f"{len(self.unused)} unused)")
     def table(self): return groups_table(self)
     def plot(self, ax=None): return plot_groups(self, ax)
     def draw(self, ax=None): return draw_groups(self, ax)
@@ -141,6 +141,7 @@ def atom_notes(g:TraceGraph, # of one forward pass
     own = {role: flags_at(g.size, vs) for role, vs in g.roles.items()}
     unit = {role: flags_at(g.size, [label[v] for v in vs])[label] for role, vs in g.roles.items()}
     remarks = [remark_indices(g.size, label, found) for found in (g.frozen, g.inexact, g.assumptions)]
+    note_hidden_outputs(g, remarks[0], unit["consumes"])
     first = np.cumsum([0] + [len(o) for o in g.owner])[1:]
     return AtomNotes(label, np.concatenate(g.owner), first, own, unit, *remarks)
 
@@ -172,9 +173,9 @@ def make_group(g:TraceGraph,    # of one forward pass
     def with_role(role): return [g.dims[d] for d in np.unique(dims[notes.role_atoms[role][atoms].any(0)])]
     def text(remarks, i): return remarks[i][1] if i >= 0 else ""
     def has_role(role): return bool(notes.unit_roles[role][unit])
-    return Group("", members, with_role("produces"), with_role("consumes"), has_role("residual"), numeric,
-                 text(g.inexact, notes.inexact[unit]), text(g.assumptions, notes.assumed[unit]),
-                 has_role("heads"))
+    heads = has_role("heads")   # an addition inside an attention makes no residual stream
+    return Group("", members, with_role("produces"), with_role("consumes"), has_role("residual") and not heads, numeric,
+                 text(g.inexact, notes.inexact[unit]), text(g.assumptions, notes.assumed[unit]), heads)
 
 # %% ../../nbs/graph/40_groups.ipynb #00b06959
 def with_producers(groups:list, # of Group, changed in place
@@ -204,8 +205,7 @@ def frozen_layers(g:TraceGraph,    # of one forward pass
     out = {}
     for (name, _), start, atoms in zip(g.dims, notes.first, g.owner[1:]):
         mine = slice(start, start + len(atoms))
-        why = notes.frozen[mine][notes.role_atoms["produces"][mine]]
-        why = why[why >= 0]
+        why = notes.frozen[mine][notes.role_atoms["produces"][mine] & (notes.frozen[mine] >= 0)]
         if len(why): out[name] = len(why), g.frozen[np.bincount(why).argmax()][1]
     return out
 
@@ -247,8 +247,8 @@ def prunable_groups(space,         # its model, coupling and example
     if found: found = verify_groups(space.model, space.example, space.run, space.coupling, found, dependency_groups)
     if not found:
         outside = "" if residual else " outside its residual streams"
-        raise BadInput(f"{type(space.model).__name__} has no channels to remove{outside}: "
-                       "dependency_groups(model, batch).table() lists the reasons")
+        raise NotEnoughUnits(f"{type(space.model).__name__} has no channels to remove{outside}: "
+                             "dependency_groups(model, batch).table() lists the reasons")
     return found
 
 # %% ../../nbs/graph/40_groups.ipynb #f9f5ef6e
@@ -258,12 +258,12 @@ class Channels:
     unit, reads_data = "channel", "an example input"
 
     def __init__(self, model, data=None, skip=(), loss=None, residual=False):
-        self.model, self.batch, self.run = model, example_batch(data), select_forward(loss)
+        self.model, self.batch, self.run, self.residual = model, example_batch(data), select_forward(loss), residual
         try: self.coupling = dependency_groups(model, self.batch, self.run)
         except Exception as e:
             if isinstance(e, BadInput) or runs_on(model, self.batch, self.run): raise   # an error of ours
             raise BadInput(f"{type(model).__name__} does not run on the first batch of data: {error_line(e)}") from e
-        self.coupling = trace_branches(self, data, skip, dependency_groups)
+        self.coupling = trace_branches(self, data, skip, dependency_groups, residual)
         self.example = subset(model, self.batch, self.run)
         self.groups = prunable_groups(self, skip, residual)
         self.kept = {n: torch.ones(len(g), dtype=torch.bool) for n, g in self.groups.items()}
@@ -275,7 +275,7 @@ class Channels:
 
     def w(self, name): # (units,) norms of the rows that write each unit
         weights = [p for p, _ in self.groups[name].produces if p in self.layers]
-        return self.reduce(name, {p: self.layers[p].read().float().square() for p in weights}).sqrt()
+        return self.reduce(name, {p: self.layers[p].scored().float().square() for p in weights}).sqrt()
 
     def reduce(self, name, leaf): # sum over the rows that write each unit
         g = self.groups[name]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Failure', 'find_failure', 'group_widths', 'size_value', 'running_calls', 'open_sizes', 'changed_sizes',
-           'repeated_numbers', 'possible_changes', 'fixed_quotients', 'divided_by', 'with_change',
+           'repeated_numbers', 'possible_changes', 'selected_arguments', 'fixed_quotients', 'divided_by', 'with_change',
            'with_change_everywhere', 'with_open_sizes', 'find_changes', 'without_numbers', 'kind_of', 'by_kind',
            'transfer_changes']
 
@@ -12,9 +12,9 @@ __all__ = ['Failure', 'find_failure', 'group_widths', 'size_value', 'running_cal
 import ast, traceback
 from dataclasses import dataclass, replace
 import numpy as np
-from torch import nn
+from torch import nn, Tensor
 from ..core.inputs import BadInput
-from .code_sizes import method_of, reshape_calls, size_arguments
+from .code_sizes import is_selection, method_of, reshape_calls, size_arguments
 
 # %% ../../nbs/graph/39_repairs.ipynb #5454827c
 @dataclass
@@ -117,7 +117,20 @@ def possible_changes(failure:Failure, group)->list: # of changes, the most likel
     sizes = open_sizes(failure, group)
     first = [c for c in sizes if c[0][0].endswith("/-1") and not c[0][0].endswith("s-1")]
     last = [c for c in sizes if c not in first]
-    return first + fixed_quotients(failure, group) + repeated_numbers(failure, group) + last
+    numbers = fixed_quotients(failure, group) + repeated_numbers(failure, group)
+    return first + numbers + last + selected_arguments(failure, group)
+
+def selected_arguments(failure:Failure, group)->list: # of changes, each one selection
+    "Tensors that the failing `forward` is given with one entry per head, made by the code: heads select their own."
+    code, units = failure.frame.f_code, len(group)
+    if code.co_name != "forward" or not group.heads: return []
+    names, values = code.co_varnames[2:code.co_argcount + code.co_kwonlyargcount], failure.frame.f_locals
+    given = {a: values[a] for a in names if isinstance(values.get(a), Tensor)}   # without the states
+    rows = [group.members[key].shape[1] for key in group.produces]
+    heads = sorted({units, units * max(rows) // min(rows)})   # of keys, of queries
+    axes = [(a, d, k, h) for a, t in given.items() for d, k in enumerate(t.shape) for h in heads]
+    # along the first axis, the heads of all examples may lie one after the other
+    return [[(f"forward/{a}/{d}/{h}", h)] for a, d, k, h in axes if k == h or d == 0 and k % h == 0]
 
 # %% ../../nbs/graph/39_repairs.ipynb #18be546c
 def fixed_quotients(failure:Failure, group)->list: # of changes: none, or one
@@ -174,7 +187,7 @@ def with_change_everywhere(group,           # a Group
 def with_open_sizes(group, others)->object: # a Group, groups with changes -> a Group
     "A group with the sizes in the code that were left open for other groups."
     for path, _, place in (key[0].partition("#") for g in others for key in g.numeric_width):
-        if place.count("/") == 3: group = with_change(group, path, [(place, 0)])
+        if place.count("/") == 3 and not is_selection(place): group = with_change(group, path, [(place, 0)])
     return group
 
 # %% ../../nbs/graph/39_repairs.ipynb #f3ba486d
@@ -186,20 +199,25 @@ def find_changes(group,       # a Group that fails a dry run
                  most:int=20, # dry runs
     ): # a Group that runs and is accepted, or None
     "A search in depth: a change is followed up when the model then runs, or fails at another place."
-    left = [most]
+    left, tried = [most], {}
+    def test(trial): # a combination of changes is reached in several orders
+        key = frozenset(trial.numeric_width)
+        if key not in tried: tried[key] = runs(trial)
+        return tried[key]
     def with_one_more(group, failure): # a size left open elsewhere may hide an attribute
         for change in repeated_numbers(failure, group):
             trial = with_change_everywhere(group, model, failure, change)
             if trial.numeric_width.keys() == group.numeric_width.keys(): continue
-            if runs(trial) is None and accepted(trial) is None: return trial
+            if test(trial) is None and accepted(trial) is None: return trial
     def search(group, error, depth):
         failure = find_failure(error, model)
         if failure is None or depth == 0: return None
         for change in possible_changes(failure, group):
+            trial = with_change_everywhere(group, model, failure, change)
+            if frozenset(trial.numeric_width) in tried: continue
             if left[0] == 0: return None
             left[0] -= 1
-            trial = with_change_everywhere(group, model, failure, change)
-            now = runs(trial)
+            now = test(trial)
             if now is None:
                 if accepted(trial) is None: return trial
                 if found := with_one_more(trial, failure): return found
@@ -238,5 +256,5 @@ def transfer_changes(model_group, # a Group with changes
         if not names: continue
         own = ".".join(names[0][1].split(".")[:len(path.split("."))]) if path else ""
         old = model_group.numeric_width[key].size // len(model_group) * len(group)
-        out = with_change(out, own, [(place, old if len(place.split("/")) < 3 else 0)])
+        out = with_change(out, own, [(place, old if place.count("/") < 2 or is_selection(place) else 0)])
     return out

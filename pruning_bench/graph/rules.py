@@ -98,7 +98,7 @@ def join_aligned(g:TraceGraph, # takes the constraints
     for s, fs in given:
         alive += [f.reshape((1,) * (n - f.ndim) + f.shape) for f in fs if f.size > 1]
         fixed |= {d for d in range(-len(s), 0) if s[d] == shape[d] > 1 and all(f.shape[d] == 1 for f in fs)}
-    for d in fixed: alive = freeze_along(g, alive, d, f"meets a constant in `{g.op}`")
+    for d in fixed: alive = freeze_along(g, alive, d, f"meets an axis of fixed length in `{g.op}`")
     guessed = {d for s in made for d in range(-len(s), 0) if s[d] == shape[d] > 1} - fixed
     for f in alive:
         if any(active_axes(f) == (d % n,) for d in guessed): g.assume(f, f"meets a tensor of the code in `{g.op}`")

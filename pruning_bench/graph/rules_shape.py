@@ -63,9 +63,10 @@ def without_kernel(g:TraceGraph, # takes the constraints
                    fs:list,      # arrays of atoms of a weight
                    axes:list,    # axes that a view merges
     )->list: # those that can still be removed
-    "A view that merges the input channels of filters with their positions: the positions stay."
-    inner = [f for f in fs if len(axes) > 1 and axes[0] <= 1 and active_axes(f) and min(active_axes(f)) > 1]
-    for f in inner: g.freeze(f, "is a position of a filter")
+    "A view that merges input channels with positions of filters, or heads with what lies in them: the latter stay."
+    merged = [(g.dims[np.concatenate(g.owner)[f.max()]][1], f) for f in fs if set(active_axes(f)) & set(axes)]
+    inner = [f for d, f in merged if d > 1 >= min(first for first, _ in merged)]   # dimensions of the parameter
+    for f in inner: g.freeze(f, "is a position of a filter, or lies inside a head")
     return [f for f in fs if not any(f is v for v in inner)]
 
 @operation_rule("view", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias")
@@ -120,7 +121,7 @@ def strided_view_rule(g, outs, a):
     x, y = a.self, outs[0]
     shift = 0 if a.storage_offset is None else a.storage_offset - x.storage_offset()
     if shift == 0 and like_a_view(x, y): return reshape_rule(g, outs, a)
-    if x.dim() != y.dim() or not nested(x): return unknown_rule(g, outs, a)
+    if x.dim() != y.dim() or not nested(x): return freeze_inputs(g, outs, [x], "is read in windows by `as_strided`")
     left = g.atoms_of(x)
     for d in range(x.dim()):
         if not passes(x, y, d, shift): left = freeze_along(g, left, d, "is read in steps")
@@ -263,8 +264,7 @@ def glu_rule(g, outs, a):
 @operation_rule("sort", "cummax", "cummin")
 def sort_rule(g, outs, a):
     "The sorted axis keeps its length."
-    left = freeze_along(g, g.atoms_of(a.self), a.dim, f"`{g.op}` runs along it")
-    return [left for _ in outs]
+    return [freeze_along(g, g.atoms_of(a.self), a.dim, f"`{g.op}` runs along it")] * len(outs)
 
 @operation_rule("view_as_real", "view_as_complex")
 def complex_view_rule(g, outs, a):

@@ -19,7 +19,7 @@ from ..core.inputs import BadInput, device_of
 from ..core.mask import attach_mask, install_hooks
 from ..core.plan import load_plan
 from .code_sizes import resize_code
-from .surgery import cut, error_line, index_dims, module_state, restore_modules
+from .surgery import cut, error_line, index_dims, module_state, restore_modules, same_layout
 
 # %% ../../nbs/graph/43_saving.ipynb #d86facb3
 def shape_delta(model:nn.Module, # of the vanilla class
@@ -122,7 +122,8 @@ def rebuild_model(model:nn.Module, # of the vanilla class, changed in place
     "Reshape, set attributes, load, tie, and compare the output on the stored example."
     if about["about"].get("space") == "blocks": load_plan(folder).apply(model)
     masks = {n: t for n, t in state.items() if n.endswith("_mask") and n not in model.state_dict()}
-    state = {n: t for n, t in state.items() if n not in masks}
+    buffers = {n: state[n] for n in about.get("buffers", ())}   # the class computes them for its own widths
+    state = {n: t for n, t in state.items() if n not in masks and n not in buffers}
     if missing := sorted({*model.state_dict()} - {*state}):
         raise BadInput(f"these weights belong to another architecture: {type(model).__name__} needs {missing[0]!r}, "
                        "and the file does not have it")
@@ -133,7 +134,12 @@ def rebuild_model(model:nn.Module, # of the vanilla class, changed in place
         owner, _, attribute = n.removesuffix("_mask").rpartition(".")
         attach_mask(model.get_submodule(owner), attribute, mask.to(device))
     if masks: install_hooks(model, inside=True)
-    model.load_state_dict({n: t.to(device) for n, t in state.items()}, strict=not masks, assign=True)
+    here = model.state_dict()   # the layout and the alignment in memory decide which kernels run
+    def placed(n, t): return same_layout(t.to(device), here.get(n, t))
+    model.load_state_dict({n: placed(n, t) for n, t in state.items()}, strict=not masks, assign=True)
+    for n, t in buffers.items():
+        owner, _, attribute = n.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = same_layout(t.to(device), t)
     for n, first in about["tied"].items(): tie_tensors(model, n, first)
     found = fingerprint(model, about["example"])
     if about["answer"] is not None and not matches(about["answer"], found, next(iter(model.parameters())).dtype):

@@ -684,7 +684,7 @@ def test_lora_merges_under_the_mask(kind, layer):
 
 
 RANK = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from test_masks import KINDS, exact, inputs, masks_of, sparse, train
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -703,6 +703,7 @@ for kind in KINDS:
             dist.all_gather(other, p.detach())
             assert torch.equal(*other)
 dist.destroy_process_group()
+os._exit(0)   # threads of gloo may abort a process while Python shuts down
 """
 
 

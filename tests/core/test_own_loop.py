@@ -46,8 +46,44 @@ def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-OWN = {"weights": plain, "ranks": plain, "channels": residual, "blocks": blocks, "residuals": blocks}
-TRACED = "channels", "residuals"   # spaces that run the model once to find their units
+class Attends(nn.Module):
+    "Attention of four heads over the pixels of a row."
+    def __init__(self):
+        super().__init__()
+        self.enter, self.head = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.q, self.v, self.out = (nn.Linear(16, 16) for _ in range(3))
+        self.k = nn.Linear(16, 16, bias=False)   # a softmax over keys does not see a bias of theirs
+
+    def forward(self, x):
+        x = self.enter(x.flatten(1, 2))
+        q, k, v = (f(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.head(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1))
+
+
+def attends():
+    torch.manual_seed(0)
+    return Attends()
+
+
+class Categories(nn.Module):
+    "The sign of each pixel, as a row of one table for every two rows of pixels."
+    def __init__(self):
+        super().__init__()
+        self.tables, self.head = nn.ModuleList(nn.Embedding(16, 4) for _ in range(2)), nn.Linear(8, 4)
+
+    def forward(self, x):
+        code = (x > 0).long().view(len(x), 2, 8) + 2 * torch.arange(8)
+        return self.head(torch.cat([t(code[:, i]).mean(1) for i, t in enumerate(self.tables)], 1))
+
+
+def categories():
+    torch.manual_seed(0)
+    return Categories()
+
+
+OWN = {"weights": plain, "ranks": plain, "channels": residual, "blocks": blocks, "residuals": blocks,
+       "heads": attends, "rows": categories, "locations": plain}
+TRACED = "channels", "residuals", "heads", "locations"   # spaces that run the model once to find their units
 RULED = {n: build(n) for n in methods(use="prune").method if build(n).rule}
 INSIDE = list(RULED)
 
@@ -90,6 +126,12 @@ def test_every_method_that_prunes_inside_a_training_prunes_inside_yours(name, dt
     if record.space == "weights":
         assert all((v[~masks_of(net)[n]] == 0).all() for n, v in net.named_parameters() if n in masks_of(net))
         assert len(masks_of(net)) == len(p.plan.masks)
+    elif record.space == "rows":
+        assert all((net.get_parameter(n)[~m] == 0).all() for n, m in p.plan.masks.items())
+    elif record.space == "locations":
+        (mask,), (x, _) = p.plan.masks.values(), data[0]
+        other = x.masked_fill(~mask.view(x.shape[-2:]), 9.)
+        assert not torch.equal(other, x) and torch.equal(net(other), net(x))
     else: assert sum(v.numel() for v in net.parameters()) < sum(v.numel() for v in OWN[record.space]().parameters())
     assert p.plan.provenance["method"] == name and p.plan.provenance["recover"] == "your loop"
     assert p.plan.provenance["rule"] == record.provenance["rule"] and p.plan.cost["backward"] >= 6

@@ -51,6 +51,9 @@ def mixtral(kernel="eager"):
                                                    num_local_experts=4, num_experts_per_tok=2))
     model.config._experts_implementation = kernel
     return model
+def xlnet():
+    return tf.XLNetLMHeadModel(tf.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48,
+                                              use_mems_eval=False, **TOKENS))
 def swin_v2():
     return SWIN.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], block=SWIN.SwinTransformerBlockV2,
                                 downsample_layer=SWIN.PatchMergingV2)
@@ -66,7 +69,7 @@ def noisy(size, width):
 
 SMALL = {"bert": (bert, IDS), "gpt2": (gpt2, IDS), "opt": (opt, IDS), "llama": (llama, IDS),
          "tied llama": (lambda: llama(tie_word_embeddings=True), IDS), "vit": (vit, {"pixel_values": IMAGE}),
-         "mixtral": (mixtral, IDS),
+         "mixtral": (mixtral, IDS), "xlnet": (xlnet, {**IDS, "token_type_ids": torch.arange(24).view(2, 12) // 5 % 2}),
          "torchvision vit": (lambda: torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64), IMAGE),
          "swin": (lambda: torchvision.models.SwinTransformer([4, 4], 16, [2], [2], [4, 4]), IMAGE)}
 LARGE = {"swin v2": (swin_v2, IMAGE), "swin of transformers": (hf_swin, {"pixel_values": IMAGE}),

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning_bench import load_plan, prune
+from pruning_bench import BadInput, batch_loss, load_plan, prune
 from pruning_bench.core.inputs import first_batch
 from pruning_bench.graph.branches import MOST_BATCHES, covering_batches
-from pruning_bench.graph.groups import Channels
+from pruning_bench.graph.groups import Channels, dependency_groups
 
 
 class Routed(nn.Module):
@@ -140,3 +140,43 @@ def test_the_order_of_a_shuffled_loader_is_not_disturbed():
     told(model, loader)
     assert torch.equal(torch.rand(2), expected) and first_batch(loader).shape == (1, 6)
     assert model(torch.rand(2, 6)).shape == model(-torch.rand(2, 6)).shape
+
+
+class Returning(nn.Module):
+    "The stream is returned beside the answer."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = self.stem(x)
+        h = h + self.block(h).relu()
+        return {"logits": self.head(h), "states": h}
+
+
+def test_a_returned_hidden_state_is_named_with_the_loss_that_frees_its_stream():
+    torch.manual_seed(0)
+    net, x = Returning(), torch.randn(5, 6)
+    found = dependency_groups(net, x)
+    assert "hidden state that the model returns" in found.frozen["stem.weight"][1] == found.frozen["block.weight"][1]
+    assert found.frozen["head.weight"][1] == "is an output of the model"   # nothing in the model reads it
+    with pytest.raises(BadInput), pytest.warns(UserWarning, match="finds no stream.*'stem.weight'.*batch"):
+        prune(net, "l1-filter", .5, [x], residual=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(net, "l1-filter", .5, [x], residual=True, loss=batch_loss(lambda m, b: m(b)["logits"].mean()))
+    assert net.stem.out_features == net.head.in_features == 8
+
+
+def test_a_budget_out_of_reach_names_the_returned_states():
+    class Deep(Returning):
+        def __init__(self):
+            super().__init__()
+            self.block, self.inner = nn.Identity(), nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16))
+        def forward(self, x):
+            h = self.stem(x)
+            h = h + self.inner(h)
+            return {"logits": self.head(h), "states": h}
+    torch.manual_seed(0)
+    with pytest.raises(BadInput, match="returns hidden states.*batch_loss"):
+        prune(Deep(), "l1-filter", {"macs": .9}, [torch.randn(5, 6)])

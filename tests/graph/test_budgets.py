@@ -294,3 +294,49 @@ def test_the_command_line_takes_a_budget():
     assert plan.budget["of"] == "macs" and plan.budget["achieved"] >= .5
     chance = random_control(world, "l1-filter", .5, 0, {"budget": "macs"}, "cpu")[1]   # the control has the same widths
     assert {n: int(m.sum()) for n, m in chance.masks.items()} == {n: int(m.sum()) for n, m in plan.masks.items()}
+
+
+class Blocks(nn.Module):
+    "Most of the work is in the residual stream; a few channels lie inside the blocks."
+    def __init__(self, inner=0):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.inner = nn.Sequential(nn.Conv2d(16, inner, 1), nn.ReLU(), nn.Conv2d(inner, 16, 1)) if inner else None
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks: x = x + block(x).relu()
+        if self.inner is not None: x = x + self.inner(x)
+        return self.head(x.mean((2, 3)))
+
+@pytest.mark.parametrize("inner", [0, 8])   # without channels outside the stream, and with too few
+def test_residual_streams_take_part_where_a_budget_needs_them_and_the_plan_says_so(inner):
+    torch.manual_seed(0)
+    model, x = Blocks(inner).eval(), torch.randn(2, 3, 8, 8)
+    plan = prune(model, "l1-filter", {"macs": .5}, data=[x])
+    assert plan.budget["achieved"] >= .5 and model.stem.out_channels < 16
+    assert plan.provenance["residual_because"].endswith("without residual streams")
+    assert "residual streams included" in repr(plan)
+    model(x).sum().backward()
+
+@pytest.mark.parametrize("inner", [0, 8])
+def test_residual_streams_stay_where_the_caller_says_so(inner):
+    model, x = Blocks(inner).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(BadInput, match="residual"): prune(model, "l1-filter", {"macs": .5}, data=[x], residual=False)
+    assert model.stem.out_channels == 16
+
+def test_residual_streams_stay_where_a_budget_is_met_without_them():
+    model, x = Blocks(64).eval(), torch.randn(2, 3, 8, 8)
+    plan = prune(model, "l1-filter", {"params": .2}, data=[x])
+    assert model.stem.out_channels == 16 and "residual_because" not in plan.provenance
+    assert "residual streams" not in repr(plan)
+
+class Returned(Blocks):
+    "Also returns the stream."
+    def forward(self, x): return self.head((y := self.blocks[0](self.stem(x))).mean((2, 3))), y + self.blocks[1](y)
+
+def test_a_stream_that_is_an_output_is_named_with_its_remedy():
+    model, x = Returned(8).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(BadInput, match=r"returns hidden states, .* loss=batch_loss"):
+        prune(model, "l1-filter", {"macs": .9}, data=[x])

@@ -341,3 +341,34 @@ def test_a_plan_travels_without_its_model(tmp_path):
         assert not (tmp_path / "decision" / "model.json").exists()
         other.save(tmp_path / "both", model)   # unless the model is passed
         assert torch.equal(out(load_pruned(tmp_path / "both", cnn), batch), out(model, batch))
+
+class Unsaved(nn.Module):
+    "Its constant for the keys has the width of a fresh layer, and is no entry of the state dict."
+    def __init__(self, width):
+        super().__init__()
+        self.layer, self.out = nn.Linear(6, width), nn.Linear(width, 3)
+        self.register_buffer("offset", torch.arange(width).float(), persistent=False)
+
+    def forward(self, x): return self.out((self.layer(x) + self.offset).relu())
+
+def test_buffers_that_a_state_dict_leaves_out_are_loaded_as_they_were_cut(tmp_path):
+    torch.manual_seed(0)
+    model, x = Unsaved(8).eval(), torch.randn(4, 6)
+    plan = prune(model, "l1-filter", .5, data=[x])
+    assert model.offset.shape == (4,) and "offset" not in model.state_dict()
+    again = load_pruned(plan.save(tmp_path / "plan", model), lambda: Unsaved(8).eval())
+    assert torch.equal(again.offset, model.offset) and torch.equal(again(x), model(x))
+    assert "offset" not in again.state_dict()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_loaded_weights_lie_in_memory_as_the_saved_ones_do(layout, tmp_path):
+    "Kernels are chosen by layout and alignment: a tensor in the middle of a file's memory gives other last bits."
+    def make(): return nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 7, 3), nn.Flatten(),
+                                     nn.Linear(7, 3)).eval().to(memory_format=layout)
+    model = make()
+    plan = prune(model, "l1-filter", .3, torch.randn(2, 3, 5, 5))
+    again = load_pruned(plan.save(tmp_path, model), make)
+    for n, p in model.named_parameters():
+        assert again.get_parameter(n).stride() == p.stride()
+        assert again.get_parameter(n).data_ptr() % 64 == 0

@@ -137,3 +137,25 @@ def test_experts_of_any_width_of_the_stream_run(most):
     kept = torch.arange(len(stream)) >= most   # a grouped product needs rows of 16 bytes
     cut(model, kept_slices(model, {stream.name: stream}, {stream.name: kept}))
     assert forward(model, batch).logits.isfinite().all() and model.config.hidden_size == 64 - most
+
+class Cached(nn.Module):
+    "Adds biases that it computes once, as attention modules of several libraries do."
+    def __init__(self, width): super().__init__(); self.bias, self.known = nn.Parameter(torch.randn(width)), {}
+
+    def forward(self, x):
+        if str(x.device) not in self.known: self.known[str(x.device)] = 2 * self.bias
+        return x + self.known[str(x.device)]
+
+def test_tensors_that_a_module_computed_for_its_old_width_are_computed_again():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), Cached(8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 6)
+    model(x)
+    assert model[1].known["cpu"].shape == (8,)
+    prune(model, "l1-filter", .5, data=x)   # compared with the masked model
+    assert model[0].out_features == 4 and model(x).shape == (3, 4) and model[1].known["cpu"].shape == (4,)
+
+def test_dictionaries_that_hold_something_else_stay():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 6)
+    model[0].names = {"a": 1}
+    prune(model, "l1-filter", .5, data=x)
+    assert model[0].names == {"a": 1} and model[0]._parameters.keys() == {"weight", "bias"}

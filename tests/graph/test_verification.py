@@ -41,3 +41,27 @@ def test_an_error_of_a_rule_is_not_blamed_on_the_model():
 
 def test_a_batch_that_does_not_fit_is_said():
     with pytest.raises(BadInput, match="does not run on the first batch"): Channels(chain(), [torch.randn(2, 5, 4, 4)])
+
+class MixedHeads(nn.Module):
+    "Attention whose scores pass a convolution over the heads: queries and values share only a number of the code."
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.heads, self.mix = heads, nn.Conv2d(heads, heads, 1)
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).reshape(len(x), -1, self.heads, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = self.mix(q @ k.transpose(-2, -1)).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+def test_groups_that_share_a_number_of_the_code_are_pruned_together():
+    torch.manual_seed(0)
+    blocks = [MixedHeads() for _ in range(3)]
+    model, x = nn.Sequential(nn.Linear(6, 16), *blocks, nn.Linear(16, 3)).eval(), torch.randn(2, 5, 6)
+    heads = [g for g in Channels(model, [x]).groups.values() if g.heads]
+    assert [len(g) for g in heads] == [4, 4, 4]
+    for i, g in enumerate(heads, 1):
+        assert {f"{i}.{n}.weight" for n in ("q", "k", "v", "mix", "proj")} == {p for p, _ in g.members if "weight" in p}
+    prune(model, "l1-filter", .5, data=[x])   # compared with the masked model
+    assert model[1].heads == 2 and len(model[1].v.weight) == len(model[1].q.weight) == 8
+    model(x).sum().backward()
