@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'NORMALISERS', 'l1_filter', 'l2_norm', 'l2_filter', 'member_sums', 'reduce_members', 'member_params',
-           'sum_rows_by_unit', 'criterion', 'group_magnitude', 'depgraph', 'fpgm', 'fpgm_', 'bn_scale', 'bn_scale_',
-           'rand_struct', 'group_signature', 'isomorphic', 'isomorphic_']
+           'member_weights', 'sum_rows_by_unit', 'criterion', 'group_magnitude', 'depgraph', 'fpgm', 'fpgm_',
+           'bn_scale', 'bn_scale_', 'rand_struct', 'group_signature', 'isomorphic', 'isomorphic_']
 
 # %% ../../nbs/structured/41_filters.ipynb #340ce78b
 from functools import wraps
@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from ..core.allocate import allocator, global_
 from ..core.inputs import BadInput, choose
 from ..core.method import Method, register
+from ..core.parameters import adapted_layers, adapter_names, computed_weight, merged_weight
 from ..core.score import SCORES, Score, magnitude, random, score
 from ..core.stats import PROVIDERS, Provider, at_least_float32
 
@@ -60,6 +61,7 @@ def reduce_members(space,             # of coupled channels
     how = choose(reduce, REDUCTIONS, "reduction")
     return {n: how(torch.stack(list(member_sums(g, leaf, members_of(g)).values()))) for n, g in space.groups.items()}
 
+# %% ../../nbs/structured/41_filters.ipynb #701afc41
 def member_params(space,                 # of coupled channels
                   exclude_suffix:str="", # parameters whose name ends in it are left out; "" = none
     )->dict: # {name: parameter}
@@ -67,6 +69,20 @@ def member_params(space,                 # of coupled channels
     mine = {p for g in space.groups.values() for p, _ in g.members}
     return {n: p for n, p in space.model.named_parameters() if n in mine
             and not (exclude_suffix and n.endswith(exclude_suffix))}
+
+def member_weights(space,                 # of coupled channels
+                   exclude_suffix:str="", # as for `member_params`
+    )->dict: # {name: tensor}, detached
+    "What the layers of the groups multiply with: computed and merged weights, without scales and adapters."
+    adapted, beside = adapted_layers(space.model), adapter_names(space.model)
+    def weight(n):
+        owner, _, attr = n.rpartition(".")
+        if owner in adapted: return merged_weight(adapted[owner], attr)
+        return computed_weight(space.model.get_submodule(owner), attr)
+    found = {n: weight(n) for n in member_params(space, exclude_suffix) if n not in beside}
+    scale_of = {"original1": "original0", "weight_v": "weight_g"}   # direction -> scale
+    scales = {n.removesuffix(v) + g for n in found for v, g in scale_of.items() if n.endswith(v)}
+    return {n: t for n, t in found.items() if n not in scales}
 
 def sum_rows_by_unit(space,     # of coupled channels
                      rows:dict, # {weight: (rows,)}, one number per output of a layer
@@ -109,7 +125,7 @@ def group_magnitude(space, batches=None, loss=None, # as for every statistic
                reduce:str="mean", # one of REDUCTIONS
     )->dict: # {group: (units,)}
     "Group magnitude: powers of the absolute weights of all members of a unit (DepGraph, Fang et al., 2023)."
-    values = {n: at_least_float32(t).abs()**p for n, t in member_params(space, exclude_suffix="bias").items()}
+    values = {n: at_least_float32(t).abs()**p for n, t in member_weights(space, exclude_suffix="bias").items()}
     return reduce_members(space, values, reduce)
 
 @register("DepGraph: Towards Any Structural Pruning", "arXiv:2301.12900", 2023, "structured")
@@ -128,10 +144,10 @@ def depgraph(p:float=2,            # power of the absolute value
 @criterion()
 def fpgm(space, batches=None, loss=None)->dict: # {group: (units,)}
     "Sum of the distances to all other filters of the group (He et al., 2019)."
-    weights, out = member_params(space), {}
+    weights, out = member_weights(space), {}
     for n, g in space.groups.items():
         rows = [(at_least_float32(weights[p]).double().movedim(d, 0).flatten(1),
-                 torch.as_tensor(g.members[p, d], device=weights[p].device)) for p, d in g.produces]
+                 torch.as_tensor(g.members[p, d], device=weights[p].device)) for p, d in g.produces if p in weights]
         f = torch.cat([r[i].flatten(1) for r, i in rows], 1)
         out[n] = torch.cdist(f, f[space.alive(n)]).sum(1)
     return out

@@ -44,7 +44,7 @@ def global_with_floor(min_per_layer:float=.0005, # weights per layer, or below 1
 
 # %% ../../nbs/weight/24_allocation.ipynb #ec19e372
 @register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning",
-          "arXiv:2209.14624", 2022, "weight")
+          "arXiv:2209.14624", 2022, "weight", tuned={"digits-mlp": {"lr": 0.03}})
 def global_mp(min_per_layer:float=.0005, # weights every layer keeps, or below 1 a share of all weights
     ):
     "Global magnitude pruning with a minimum number of weights per layer, against layer collapse."
@@ -109,13 +109,15 @@ def er(scores:dict, keep:float, space)->dict: # {name: fraction}
                                   {n: s.numel() for n, s in scores.items()}, keep)
 
 # %% ../../nbs/weight/24_allocation.ipynb #8f162759
-@register("The Unreasonable Effectiveness of Random Pruning", "arXiv:2202.02643", 2022, "weight", start_state="init")
+@register("The Unreasonable Effectiveness of Random Pruning", "arXiv:2202.02643", 2022, "weight", start_state="init",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def random_erk():
     "Random pruning at initialisation with layer densities by Erdős–Rényi-Kernel (ERK)."
     return Method(score=random, allocate=erk)
 
 # %% ../../nbs/weight/24_allocation.ipynb #52688b86
-@register("Layer-adaptive Sparsity for the Magnitude-based Pruning", "arXiv:2010.07611", 2021, "weight")
+@register("Layer-adaptive Sparsity for the Magnitude-based Pruning", "arXiv:2010.07611", 2021, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def lamp_():
     "LAMP: global pruning by squared magnitude relative to the remaining weights of the layer."
     return Method(score=lamp, allocate=global_)
@@ -207,7 +209,7 @@ def rd(points:int=24, # densities tried per layer
 
 # %% ../../nbs/weight/24_allocation.ipynb #9d88ce5f
 @register("Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks", "arXiv:2308.10438",
-          2023, "weight")
+          2023, "weight", tuned={"digits-mlp": {"lr": 0.03}})
 def rd_(points:int=24, # densities tried per layer
     ):
     "Magnitude pruning with rate-distortion allocation: layer densities minimise the measured output distortion."

@@ -28,7 +28,8 @@ def deviations(w:Tensor, # (rows, columns)
     "Magnitude in standard deviations of the layer: one global threshold is a quality parameter (Han et al., 2015)."
     return w.abs() / w.float().std(correction=0).clamp_min(1e-12).to(w.dtype)
 
-@register("Learning both Weights and Connections for Efficient Neural Networks", "arXiv:1506.02626", 2015, "weight")
+@register("Learning both Weights and Connections for Efficient Neural Networks", "arXiv:1506.02626", 2015, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def iterative_finetune(rounds:int=5,            # pruning rounds, each followed by its share of the training
                        steps:int=600,           # optimiser steps in all rounds
                        lr:float=3e-3,           # peak learning rate
@@ -71,7 +72,7 @@ def alternating_rule(warmup:float, phase:float, last_dense:float, final:float, #
 
 # %% ../../nbs/weight/39_alternating.ipynb #denseex03
 @register("AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks", "arXiv:2106.12379", 2021,
-          "weight", start_state="init")
+          "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def acdc(warmup:float=.1,      # fraction of the training before the first sparse phase
          phase:float=.05,      # length of a phase, as a fraction of the training
          last_dense:float=.75, # fraction of the training at which the last dense phase begins
@@ -140,7 +141,8 @@ def feedback_rule(every:int,   # optimiser steps between two masks
         return two_mask_rule(method, masks, every, keep)
     return made
 
-@register("Dynamic Model Pruning with Feedback", "arXiv:2006.07253", 2020, "weight", start_state="init")
+@register("Dynamic Model Pruning with Feedback", "arXiv:2006.07253", 2020, "weight", start_state="init",
+          tuned={"digits-mlp": {"lr": 0.01}})
 def dpf(every:int=16,     # optimiser steps between two masks
         start:float=0.,   # fraction of the training before the density falls
         end:float=.5,     # fraction of the training when the final density is reached
@@ -169,7 +171,8 @@ def topkast_rule(backward_density:float, # fraction of the weights that receive 
         return two_mask_rule(method, masks, every, keep)
     return made
 
-@register("Top-KAST: Top-K Always Sparse Training", "arXiv:2106.03517", 2020, "weight", start_state="init")
+@register("Top-KAST: Top-K Always Sparse Training", "arXiv:2106.03517", 2020, "weight", start_state="init",
+          tuned={"digits-mlp": {"lr": 0.01}})
 def top_kast(backward_density:float=.5, # fraction of the weights that receive gradients
              decay:float=1e-4, # L2 penalty of the weights in use; divided by the density for the others
              every:int=1,      # optimiser steps between two choices

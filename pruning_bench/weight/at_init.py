@@ -24,7 +24,7 @@ from ..core.stats import at_least_float32, loss_scales, provider, temporary_trai
 
 # %% ../../nbs/weight/21_at_init.ipynb #8bf66d90
 @register("SNIP: Single-shot Network Pruning based on Connection Sensitivity", "arXiv:1810.02340", 2019, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def snip_():
     "Pruning at initialisation: keep the weights to which the loss is most sensitive."
     return Method(score=snip, allocate=global_)
@@ -92,7 +92,7 @@ def grasp(w:Tensor, # (rows, columns)
     return w * stats.hessian_grad
 
 @register("Picking Winning Tickets Before Training by Preserving Gradient Flow", "arXiv:2002.07376", 2020, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def grasp_(temperature:float=200., # outputs are divided by it before the loss
            batch_splits:int=4,            # a batch is differentiated twice in this many pieces
     ):
@@ -138,7 +138,7 @@ def synflow(w:Tensor, # (rows, columns)
 
 # %% ../../nbs/weight/21_at_init.ipynb #517151df
 @register("Pruning neural networks without any data by iteratively conserving synaptic flow", "arXiv:2006.05467", 2020,
-          "weight", start_state="init")
+          "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def synflow_(rounds:int=100, # pruning rounds; scores are recomputed in each
     ):
     "Data-free pruning at initialisation: keep the weights with the largest synaptic flow, in many rounds."

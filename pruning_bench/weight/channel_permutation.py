@@ -132,7 +132,7 @@ def permute_for_pattern(method, space, keep:float, train)->None: # as every prep
             permute_units(space.model, group, order.argsort())
 
 # %% ../../nbs/weight/41_channel_permutation.ipynb #permex05
-@register("Channel Permutations for N:M Sparsity", "NeurIPS 2021", 2021, "weight")
+@register("Channel Permutations for N:M Sparsity", "NeurIPS 2021", 2021, "weight", tuned={"digits-mlp": {"lr": 0.03}})
 def channel_permutation():
     "2:4 magnitude pruning after a permutation of the channels, in the network itself, that keeps more magnitude."
     return Method(pattern=n_m(2, 4), prepare=TracedPreparation(permute_for_pattern, "permute_for_pattern"))

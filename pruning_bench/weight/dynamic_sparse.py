@@ -110,7 +110,8 @@ def dynamic_sparse_rule(grow,                           # (training, layer) -> g
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #8a9f2f98
 @register("Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network "
-          "science", "doi:10.1038/s41467-018-04316-3", 2018, "weight", start_state="init")
+          "science", "doi:10.1038/s41467-018-04316-3", 2018, "weight", start_state="init",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def set_(updates:int=30,          # mask updates
          drop_fraction:float=.3,          # of a layer's active weights exchanged at an update
          end:float=.75,           # fraction of the training after which the mask is fixed
@@ -124,7 +125,8 @@ def set_(updates:int=30,          # mask updates
                   rule=dynamic_sparse_rule(random_growth, updates, drop_fraction, end, anneal),
                   recover=finetune(steps, lr, weight_decay=weight_decay))
 
-@register("Rigging the Lottery: Making All Tickets Winners", "arXiv:1911.11134", 2020, "weight", start_state="init")
+@register("Rigging the Lottery: Making All Tickets Winners", "arXiv:1911.11134", 2020, "weight", start_state="init",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def rigl(updates:int=30,          # mask updates
          drop_fraction:float=.3,          # of a layer's active weights exchanged at the first update
          end:float=.75,           # fraction of the training after which the mask is fixed
@@ -168,7 +170,7 @@ def granet_rule(density:float, # at the start; 1 is dense
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #75482f38
 @register("Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", "arXiv:2106.10404", 2021, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def granet(density:float=1.,        # at the start: 1 is dense to sparse, 0.5 the paper's sparse to sparse
            updates:int=10,          # over the whole training
            drop_fraction:float=.5,  # of a layer's active weights exchanged at the start; a hundredth of it at the end
@@ -202,7 +204,7 @@ def soft_shrinkage_rule(alpha:float, # factor for weights outside the current ma
 
 # %% ../../nbs/weight/28_dynamic_sparse.ipynb #3fc67013
 @register("Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution", "arXiv:2303.09650", 2023, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def iss(alpha:float=.95,         # factor per step for weights outside the mask: 0 = hard thresholding, 1 = none
         end:float=.5,            # fraction of the training at which they are removed
         steps:int=600,           # optimiser steps

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['dirichlet_split', 'candidate_masks', 'apply_masks', 'federated_average', 'average_bn_stats', 'select_candidate',
-           'exchange_count', 'growth_gradients', 'exchange_weights', 'client_update', 'exchange_layer', 'fedtiny']
+           'exchange_count', 'growth_gradients', 'exchange_weights', 'client_update', 'exchange_layer', 'fedtiny',
+           'split_batches', 'FederatedPreparation', 'federated_rounds', 'fedtiny_']
 
 # %% ../../nbs/weight/36_fedtiny.ipynb #7cb73b79
 import copy
 import math
+from dataclasses import dataclass
+from itertools import islice
 import torch
 from torch import nn, Tensor
-from ..core.allocate import proportional_densities, round_to_units, topk_mask
-from ..core.inputs import as_loss, in_mode, size_of
+from ..core.allocate import keep_current, proportional_densities, round_to_units, topk_mask
+from ..core.inputs import BadInput, as_loss, in_mode, size_of
 from ..core.mask import remove_masks
-from ..core.recovery import recalibrate_bn
+from ..core.method import Method, register
+from ..core.recovery import Preparation, finetune, no_training, recalibrate_bn
+from ..core.replicas import gather_batches, one_random_stream, replica_group
 from ..core.space import Weights
 
 # %% ../../nbs/weight/36_fedtiny.ipynb #8d92b91d
@@ -43,10 +48,11 @@ def candidate_masks(model:nn.Module, # whose weights are ranked by magnitude
                     n:int=5,         # number of masks
                     density_noise:float=.3, # standard deviation of the logarithm of the layer densities
                     seed:int=0,      # of the noise
+                    space=None,      # the `Weights` of the model, where layers are skipped; None = all layers
     )->list: # of {parameter: mask}, all with the same number of weights
     "Magnitude masks with layer densities scattered around Erdős–Rényi-Kernel; the first is not scattered."
-    space, draw, out = Weights(model), torch.Generator().manual_seed(seed), []
-    scores = {k: space.w(k).abs() for k in space.names()}
+    space, draw, out = space or Weights(model), torch.Generator().manual_seed(seed), []
+    scores = {k: space.w(k).abs().masked_fill(~space.alive(k), -torch.inf) for k in space.names()}
     size = {k: s.numel() for k, s in scores.items()}
     want = {k: sum(space.layers[k].shape) / s.numel() for k, s in scores.items()}
     for i in range(n):
@@ -112,9 +118,10 @@ def growth_gradients(model:nn.Module, # not changed
                      name:str,        # of a layer
                      batch, loss,     # one batch, and the loss as for `prune`
                      k:int,           # gradients to send
+                     allowed=True,    # (rows, columns) bool: weights that may grow
     )->Tensor: # (rows, columns), zero elsewhere
     "The k largest gradients of pruned weights on one batch: the growth scores that a client sends."
-    dead, twin = ~Weights(model).alive(name), copy.deepcopy(model)
+    dead, twin = ~Weights(model).alive(name) & allowed, copy.deepcopy(model)
     remove_masks(twin)   # masks also silence gradients
     layer = Weights(twin).layers[name]
     with in_mode(twin, False): g = layer.matrix(torch.autograd.grad(as_loss(loss)(twin, batch), layer.weight)[0])
@@ -124,11 +131,13 @@ def exchange_weights(w:Tensor,        # (rows, columns)
                      mask:Tensor,     # like w, bool
                      gradient:Tensor, # like w: growth scores of pruned weights
                      k:int,           # weights to exchange
+                     allowed=True,    # (rows, columns) bool: weights that may grow
     )->Tensor: # the new mask, with as many weights as before
     "Prune the k smallest weights and regrow the k pruned ones with the largest gradients (RigL)."
-    k = min(k, int((~mask).sum()), int(mask.sum()))
+    free = ~mask & allowed
+    k = min(k, int(free.sum()), int(mask.sum()))
     stay = topk_mask(w.abs().masked_fill(~mask, -1.).flatten(), int(mask.sum()) - k).view_as(mask)
-    return stay | topk_mask(gradient.abs().masked_fill(mask, -1.).flatten(), k).view_as(mask)
+    return stay | topk_mask(gradient.abs().masked_fill(~free, -1.).flatten(), k).view_as(mask)
 
 # %% ../../nbs/weight/36_fedtiny.ipynb #e9e7cd85
 def client_update(model:nn.Module, # trained in place
@@ -154,13 +163,14 @@ def exchange_layer(model:nn.Module,     # changed in place
                    loss,                # as for `prune`
                    t:int,               # the round
                    k:int,               # weights to exchange
+                   allowed=True,        # (rows, columns) bool: weights that may grow
     )->None:
     "Prune and regrow weights of one layer by the averaged growth scores of all clients."
     if not k: return
     sizes = [sum(map(size_of, h)) for h in client_batches]
-    found = [growth_gradients(model, name, home[t % len(home)], loss, k) for home in client_batches]
+    found = [growth_gradients(model, name, home[t % len(home)], loss, k, allowed) for home in client_batches]
     wish = sum(g * n for g, n in zip(found, sizes))
-    masks[name] = exchange_weights(Weights(model).w(name), masks[name], wish, k)
+    masks[name] = exchange_weights(Weights(model).w(name), masks[name], wish, k, allowed)
     apply_masks(model, masks)
 
 # %% ../../nbs/weight/36_fedtiny.ipynb #e9e7cd86
@@ -175,9 +185,12 @@ def fedtiny(model:nn.Module,      # untrained; changed in place
             exchange_every:int=2, # rounds between two exchanges of weights; 0 = the mask is fixed
             exchange_until:float=.75, # fraction of the rounds after which the mask is fixed
             seed:int=0,           # of candidates and orders
+            space=None,           # the `Weights` of the model, where layers are skipped; None = all layers
     )->list: # per round: (kept weights, exchanged weights)
     "FedTiny: a selected mask, federated averaging, and exchange of weights in one layer after another."
-    candidates = candidate_masks(model, keep, num_candidates, seed=seed)
+    space = space or Weights(model)
+    allowed = {n: space.alive(n).clone() for n in space.names()}   # what was pruned before stays pruned
+    candidates = candidate_masks(model, keep, num_candidates, seed=seed, space=space)
     masks, _ = select_candidate(model, candidates, client_batches, loss)
     sizes, generator = [sum(map(size_of, h)) for h in client_batches], torch.Generator().manual_seed(seed)
     apply_masks(model, masks)
@@ -192,7 +205,69 @@ def fedtiny(model:nn.Module,      # untrained; changed in place
         if exchange_every and t % exchange_every == exchange_every - 1 and t < end:
             name, turn = names[turn % len(names)], turn + 1
             k = exchange_count(t, end, int(masks[name].sum()))
-            exchange_layer(model, masks, name, client_batches, loss, t, k)
+            exchange_layer(model, masks, name, client_batches, loss, t, k, allowed[name])
         log.append((sum(int(m.sum()) for m in masks.values()), k))
     model.zero_grad(set_to_none=True)
     return log
+
+# %% ../../nbs/weight/36_fedtiny.ipynb #8e9cec3e
+def split_batches(batches:list,       # the training batches to divide
+                  clients:int,        # number of clients
+                  concentration:float, # of the Dirichlet distribution over classes
+                  seed:int,           # of the split
+    )->list: # per client, a list of batches
+    "Divide labelled examples by class among clients; batches without class labels go to the clients in turns."
+    pairs = all(isinstance(b, (tuple, list)) and len(b) == 2 and all(isinstance(t, Tensor) for t in b)
+                and b[1].dim() == 1 and not b[1].is_floating_point() for b in batches)
+    if not pairs:
+        if len(batches) < clients:
+            raise BadInput(f"{len(batches)} batches cannot be divided among {clients} clients: give more batches=, or "
+                           "fewer clients=")
+        return [batches[i::clients] for i in range(clients)]
+    x, y, size = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]), size_of(batches[0])
+    if len(y) < clients:
+        raise BadInput(f"{len(y)} examples cannot be divided among {clients} clients: give more batches=, or fewer "
+                       "clients=")
+    parts = dirichlet_split(y.cpu(), clients, concentration, seed)
+    return [[(x[i], y[i]) for i in p.to(y.device).split(size)] for p in parts]
+
+# %% ../../nbs/weight/36_fedtiny.ipynb #bfc1d4e8
+@dataclass(frozen=True, eq=False)
+class FederatedPreparation(Preparation):
+    "A preparation that prunes and trains by simulated clients."
+    unstructured_only: bool = True   # whether it serves only unstructured masks
+
+def federated_rounds(clients:int, concentration:float, batches:int, local_steps:int, lr:float, **more, # of `fedtiny`
+    )->Preparation: # trains the network and leaves the mask on it
+    "FedTiny on clients made out of the training stream."
+    def prepare(method, space, keep, train):
+        if method.pattern.name != "unstructured":
+            raise BadInput(f"FedTiny exchanges single weights, and the request has pattern {method.pattern.name}: "
+                           "ask for a plain sparsity such as 0.5")
+        once = getattr(train.data, "data", train.data)   # not the endless stream: an example belongs to one client
+        mine, group = list(islice(once, batches)), replica_group(train.model)
+        if group: mine = gather_batches(mine, group)   # all processes simulate the same clients
+        rounds = max(1, round(train.steps / (clients * local_steps)))
+        with one_random_stream(group):
+            seed = torch.initial_seed() % 2**31
+            homes = split_batches(mine, clients, concentration, seed)
+            fedtiny(space.model, homes, train.loss, keep, rounds, local_steps, lr, space=space, seed=seed, **more)
+    settings = dict(clients=clients, concentration=concentration, batches=batches, local_steps=local_steps, lr=lr)
+    return FederatedPreparation(prepare, "federated_rounds", {**settings, **more}, trains=True)
+
+@register("Distributed Pruning Towards Tiny Neural Networks in Federated Learning", "arXiv:2212.01977", 2022, "weight",
+          start_state="init")
+def fedtiny_(clients:int=5,         # simulated clients
+             concentration:float=.5, # of the Dirichlet distribution over classes; small = clients differ more
+             batches:int=16,        # training batches that are divided among the clients
+             local_steps:int=5,     # optimiser steps of a client in a round
+             num_candidates:int=5,  # candidate masks; 1 = no selection
+             exchange_every:int=2,  # rounds between two exchanges of weights
+             exchange_until:float=.75, # fraction of the rounds after which the mask is fixed
+             client_lr:float=.05,   # learning rate of the SGD of the clients
+             steps:int=400,         # optimiser steps of all clients together
+    ):
+    "FedTiny, simulated: clients select a mask by their losses, train by averaging and exchange weights by gradients."
+    more = dict(num_candidates=num_candidates, exchange_every=exchange_every, exchange_until=exchange_until)
+    return Method(allocate=keep_current, recover=finetune(steps), between=no_training,
+                  prepare=federated_rounds(clients, concentration, batches, local_steps, client_lr, **more))

@@ -23,7 +23,7 @@ from ..core.stats import mean_gradient, provider, temporary_train_mode
 
 # %% ../../nbs/weight/40_foresight.ipynb #foresightex01
 @register("Progressive Skeletonization: Trimming more fat from a network at initialization", "arXiv:2006.09081", 2021,
-          "weight", start_state="init")
+          "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def iterative_snip(rounds:int=60, # pruning rounds; gradients are recomputed in each
     ):
     "Iterative SNIP: connection sensitivity, recomputed after every small cut; what is cut stays cut."
@@ -78,7 +78,7 @@ def reopen(model, start:DenseStart, train, n:int, left:int)->None:
     finetune_last(model, start, train, n, left)
 
 @register("Progressive Skeletonization: Trimming more fat from a network at initialization", "arXiv:2006.09081", 2021,
-          "weight", start_state="init")
+          "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def force(rounds:int=60, # rounds; gradients of the pruned network are computed in each
     ):
     "FORCE: keep the weights with the largest sensitivity of the network as it will be pruned; cuts can be taken back."

@@ -66,7 +66,7 @@ def scheduled_rule(): # a function (method, keep) -> Rule
 # %% ../../nbs/weight/22_gradual.ipynb #cb68bcf1
 @register("To prune, or not to prune: exploring the efficacy of pruning for model compression", "arXiv:1710.01878",
           2017, "weight",
-          aliases=("gmp", "zhu-gupta"))
+          aliases=("gmp", "zhu-gupta"), tuned={"digits-mlp": {"lr": 0.03}})
 def gradual_magnitude(pruning_steps:int=20,   # pruning steps of the cubic schedule
                       final_intervals:int=10,   # intervals of training after the last pruning step
                       steps:int=300, # optimiser steps in all

@@ -56,7 +56,7 @@ def retrain_and_average(members:int, # networks to average
     return retrain_copies
 
 @register("Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging", "arXiv:2306.16788", 2024, "weight",
-          aliases=("sms", "sparse-model-soups"))
+          aliases=("sms", "sparse-model-soups"), tuned={"digits-mlp": {"lr": 0.03}})
 def soup(rounds:int=1,    # pruning rounds; each is followed by a soup
          members:int=3,   # networks in a soup
          batches:int=20,  # number for re-estimating batch-norm statistics
@@ -134,7 +134,7 @@ def pq_rank(w:Tensor,         # (rows, columns); zeros are removed weights
     return ((rank - go) / torch.where(rank < go, go, d - go).clamp(min=1)).view_as(w)
 
 @register("Pruning Deep Neural Networks from a Sparsity Perspective", "arXiv:2302.05601", 2023, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def sap(scope:str="global",      # comparison group: "global", "layer" or "row"
         rounds:int=8,            # largest number of pruning rounds; each is followed by a full training
         p:float=.5, q:float=1.,  # norms of the index
@@ -204,7 +204,7 @@ def ap_solver(w:Tensor, stats, scores:Tensor, fraction:float, pattern, # as ever
 
 # %% ../../nbs/weight/30_imp_variants.ipynb #982e6cf6
 @register("AP: Selective Activation for De-sparsifying Pruned Neural Networks", "arXiv:2212.06145", 2023, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def ap(activation_fraction:float=.02, # fraction of unpruned weights removed per round as negative and least changed
        rounds:int=5,            # pruning rounds; each is followed by a full training
        steps:int=600,           # optimiser steps of one training

@@ -74,7 +74,8 @@ def l0_regression(groups:dict,       # {name: (w, stats, scores, fraction, patte
             for (n, g), p, k in zip(groups.items(), w.split(sizes), mask.split(sizes))}
 
 # %% ../../nbs/weight/42_l0_regression.ipynb #chitaex03
-@register("Fast as CHITA: Neural Network Pruning with Combinatorial Optimization", "arXiv:2302.14623", 2023, "weight")
+@register("Fast as CHITA: Neural Network Pruning with Combinatorial Optimization", "arXiv:2302.14623", 2023, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def chita(rounds:int=16,         # stages; gradients are recomputed in each (CHITA++); 1 = CHITA
           iterations:int=10,     # moves of iterative hard thresholding per stage, at most
           examples_per_grad:int=1, # examples per gradient

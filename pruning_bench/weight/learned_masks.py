@@ -65,7 +65,7 @@ def soft_mask_rule(tau:float,   # temperature, in medians of the squared weights
     return rule
 
 @register("PDP: Parameter-free Differentiable Pruning is All You Need", "arXiv:2305.11203", 2023, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def pdp(tau:float=1.,    # temperature, in medians of the squared weights of a layer
         start:float=.1,  # fraction of the training before the ramp
         end:float=.5,    # fraction of the training when the final sparsity is reached
@@ -116,7 +116,7 @@ def soft_threshold_rule(start:float, # fraction of the training before the densi
 
 # %% ../../nbs/weight/29_learned_masks.ipynb #c9a93e8c
 @register("Soft Threshold Weight Reparameterization for Learnable Sparsity", "arXiv:2002.03231", 2020, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def str_(start:float=.1,  # fraction of the training before the density falls
          end:float=.7,    # fraction of the training when the final density is reached
          steps:int=600,   # optimiser steps
@@ -165,7 +165,8 @@ def movement_rule(start:float, # fraction of the training before the density fal
         return replace(learned, end=end)
     return rule
 
-@register("Movement Pruning: Adaptive Sparsity by Fine-Tuning", "arXiv:2005.07683", 2020, "weight")
+@register("Movement Pruning: Adaptive Sparsity by Fine-Tuning", "arXiv:2005.07683", 2020, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def movement(start:float=0., # fraction of the training before the density falls
              end:float=.7,   # fraction of the training when the final density is reached
              steps:int=300,  # optimiser steps
@@ -201,7 +202,8 @@ def bilevel_rule(implicit:float, # the weight 1/gamma of the implicit term
         return learned_score_rule(lambda training: {n: training.w(n).abs() for n in training.names}, view, select)
     return rule
 
-@register("Advancing Model Pruning via Bi-level Optimization", "arXiv:2210.04092", 2022, "weight")
+@register("Advancing Model Pruning via Bi-level Optimization", "arXiv:2210.04092", 2022, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def bip(implicit:float=1e-4, # the weight 1/gamma of the implicit term
         steps:int=300,       # optimiser steps, every other one for the scores
         lr:float=3e-3,       # peak learning rate
@@ -263,7 +265,8 @@ def mask_search_rule(start:str,   # name of the score of the initial mask
         return learned_score_rule(first, view, select, train_masks_only)
     return rule
 
-@register("Lottery Jackpots Exist in Pre-trained Models", "arXiv:2104.08700", 2021, "weight")
+@register("Lottery Jackpots Exist in Pre-trained Models", "arXiv:2104.08700", 2021, "weight",
+          tuned={"digits-mlp": {"lr": 0.01}})
 def jackpot(init_score:str="magnitude", # score of the initial mask
             score_margin:float=.2,         # initial learned score of its kept weights
             power:float=4.,        # exponent of the decaying limit on swaps; 0 = no limit

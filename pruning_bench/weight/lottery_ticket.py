@@ -20,7 +20,7 @@ from ..core.score import magnitude
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #edc47814
 @register("The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", "arXiv:1803.03635", 2019,
           "weight", start_state="init",
-          aliases=("lottery-ticket", "lth"))
+          aliases=("lottery-ticket", "lth"), tuned={"digits-mlp": {"lr": 0.01}})
 def imp(rounds:int=5,            # pruning rounds; each is followed by a full training
         steps:int=600,           # optimiser steps of one training
         lr:float=3e-3,           # peak learning rate
@@ -55,7 +55,7 @@ def late_rewinding(part:float, # of the training that is not repeated
 
 # %% ../../nbs/weight/23_lottery_ticket.ipynb #8c060b0c
 @register("Stabilizing the Lottery Ticket Hypothesis", "arXiv:1903.01611", 2019, "weight", start_state="init",
-          aliases=("late-rewinding", "weight-rewinding"))
+          aliases=("late-rewinding", "weight-rewinding"), tuned={"digits-mlp": {"lr": 0.03}})
 def imp_late(rewind_to:float=.05,        # fraction of the training after which the weights to rewind to are saved
              rounds:int=5,            # pruning rounds; each is followed by the rest of a training
              steps:int=600,           # optimiser steps of one whole training
@@ -78,7 +78,7 @@ def rewind_lr(model:nn.Module, # the pruned network
     train(1.)
 
 @register("Comparing Rewinding and Fine-tuning in Neural Network Pruning", "arXiv:2003.02389", 2020, "weight",
-          start_state="init", aliases=("learning-rate-rewinding",))
+          start_state="init", aliases=("learning-rate-rewinding",), tuned={"digits-mlp": {"lr": 0.01}})
 def imp_lr(rounds:int=5,            # pruning rounds; each is followed by a full training
            steps:int=600,           # optimiser steps of one training
            lr:float=3e-3,           # peak learning rate

@@ -223,7 +223,7 @@ def energy(w:Tensor, # (k,) singular values
     return w.square() / w.square().sum().clamp_min(torch.finfo(w.dtype).tiny)
 
 @register("Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation", "arXiv:1404.0736", 2014,
-          "weight")
+          "weight", tuned={"digits-mlp": {"lr": 0.01}})
 def truncated_svd(space:str="ranks", # matrix view of convolutions: "ranks", "spatialranks" or "filterranks"
     ):
     "Truncated SVD: replace each layer by two factors with the largest singular values."
@@ -281,7 +281,7 @@ def train_projected(every:int,   # optimiser steps between two projections
 
 # %% ../../nbs/weight/32_low_rank.ipynb #76c58973
 @register("TRP: Trained Rank Pruning for Efficient Deep Neural Networks", "arXiv:2004.14566", 2020, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def trp(project_every:int=5,       # optimiser steps between two projections
         energy_kept:float=1.,    # share of the energy (squared singular values) at which a lower rank suffices
         nuclear_norm_weight:float=3e-4,   # weight of the nuclear norm (sum of singular values)

@@ -16,12 +16,13 @@ from ..core.score import magnitude
 
 # %% ../../nbs/weight/20_magnitude.ipynb #75d2905b
 @register("Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning",
-          "arXiv:2209.14624", 2022, "weight")
+          "arXiv:2209.14624", 2022, "weight", tuned={"digits-mlp": {"lr": 0.03}})
 def global_magnitude():
     "Global magnitude pruning: remove the smallest weights of the whole network (one global ranking)."
     return Method(score=magnitude, allocate=global_)
 
-@register("Rigging the Lottery: Making All Tickets Winners", "arXiv:1911.11134", 2020, "weight")
+@register("Rigging the Lottery: Making All Tickets Winners", "arXiv:1911.11134", 2020, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def erk_magnitude():
     "Magnitude pruning with layer densities by Erdős–Rényi-Kernel (ERK): the smallest weights of every layer go."
     return Method(score=magnitude, allocate=erk)

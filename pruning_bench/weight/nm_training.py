@@ -173,7 +173,7 @@ def two_masks(): # a function (method, keep) -> Rule
 
 # %% ../../nbs/weight/31_nm_training.ipynb #3558b08f
 @register("Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation",
-          "arXiv:1308.3432", 2013, "weight", start_state="init")
+          "arXiv:1308.3432", 2013, "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def nm_ste(steps:int=600, # optimiser steps
            lr:float=3e-3, # peak learning rate
     ):
@@ -181,7 +181,7 @@ def nm_ste(steps:int=600, # optimiser steps
     return nm_method(straight_through(), steps, lr)
 
 @register("Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", "arXiv:2102.04010", 2021,
-          "weight", start_state="init")
+          "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def sr_ste(sparse_decay:float=2e-4, # decay of pruned weights, added to their gradient
            steps:int=600,   # optimiser steps
            lr:float=3e-3,   # peak learning rate
@@ -190,7 +190,7 @@ def sr_ste(sparse_decay:float=2e-4, # decay of pruned weights, added to their gr
     return nm_method(straight_through(sparse_decay), steps, lr)
 
 @register("Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", "arXiv:2402.04744", 2024,
-          "weight", start_state="init")
+          "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def mdgf(decay="exponential", # of the pruned weights: "exponential", "linear", or a function of the training fraction
          steps:int=600,       # optimiser steps
          lr:float=3e-3,       # peak learning rate
@@ -200,7 +200,7 @@ def mdgf(decay="exponential", # of the pruned weights: "exponential", "linear", 
 
 # %% ../../nbs/weight/31_nm_training.ipynb #1b0ecc02
 @register("Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", "arXiv:2402.04744", 2024,
-          "weight", start_state="init")
+          "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def sdgf(steps:int=600, # optimiser steps
          lr:float=3e-3, # peak learning rate
     ):
@@ -208,7 +208,7 @@ def sdgf(steps:int=600, # optimiser steps
     return nm_method(tightening_pattern(), steps, lr)
 
 @register("Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design", "arXiv:2309.13015",
-          2023, "weight", start_state="init")
+          2023, "weight", start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def bdwp(steps:int=600, # optimiser steps
          lr:float=3e-3, # peak learning rate
     ):

@@ -79,7 +79,7 @@ def admm_rule(rho:float,       # weight of the quadratic penalty
 
 # %% ../../nbs/weight/37_regularised.ipynb #regex04
 @register("A Systematic DNN Weight Pruning Framework using Alternating Direction Method of Multipliers",
-          "arXiv:1804.03294", 2018, "weight")
+          "arXiv:1804.03294", 2018, "weight", tuned={"digits-mlp": {"lr": 0.03}})
 def admm(rho:float=.01,      # weight of the quadratic penalty
          projections:int=10, # projections and dual updates before the weights are pruned
          prune_at:float=.5,  # fraction of the training at which the weights are pruned
@@ -133,7 +133,7 @@ def powerprop_rule(power:float,    # exponent of the reparametrisation; 1 = none
 
 # %% ../../nbs/weight/37_regularised.ipynb #regex07
 @register("Powerpropagation: A sparsity inducing weight reparameterisation", "arXiv:2110.00296", 2021, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def powerprop(power:float=2.,    # exponent of the reparametrisation; 1 = none
               prune_at:float=1., # fraction of the training at which the weights are pruned
               steps:int=600,     # optimiser steps

@@ -82,7 +82,7 @@ def hard_concrete_rule(start_open:float, # probability that a gate is open at th
 
 # %% ../../nbs/weight/38_relaxed_masks.ipynb #relaxex04
 @register("Learning Sparse Neural Networks through L0 Regularization", "arXiv:1712.01312", 2018, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.03}})
 def l0(start_open:float=.9,  # probability that a gate is open at the beginning
        gate_speed:float=30., # learning rate of the gates over that of the weights, for optimisers like Adam
        dual_lr:float=1.,     # step of the Lagrange multiplier, per optimiser step
@@ -120,7 +120,7 @@ def continuous_rule(final_temperature:float, # sharpness of the sigmoid at the e
 
 # %% ../../nbs/weight/38_relaxed_masks.ipynb #relaxex06
 @register("Winning the Lottery with Continuous Sparsification", "arXiv:1912.04427", 2020, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def continuous_sparsification(final_temperature:float=200., # sharpness of the sigmoid at the end; it starts at one
                               gate_speed:float=30., # learning rate of the gates over that of the weights
                               start:float=.1, # fraction of the training before the density falls
@@ -156,7 +156,7 @@ def edge_popup_rule(constant:bool,    # whether weights become signed constants 
 
 # %% ../../nbs/weight/38_relaxed_masks.ipynb #relaxex08
 @register("What's Hidden in a Randomly Weighted Neural Network?", "arXiv:1911.13299", 2020, "weight",
-          start_state="init")
+          start_state="init", tuned={"digits-mlp": {"lr": 0.01}})
 def edge_popup(constant:bool=True,   # whether weights become signed constants before the search
                gate_speed:float=30., # learning rate of the scores over that of the optimiser, for those like Adam
                steps:int=600,        # optimiser steps, for the scores

@@ -61,7 +61,7 @@ def obd(w:Tensor, # (rows, columns)
     "OBD score: second-order increase of the loss when one weight is removed, diagonal Hessian (LeCun et al., 1989)."
     return stats.fisher_diag * w.square() / 2
 
-@register("Optimal Brain Damage", "NeurIPS 1989", 1989, "weight")
+@register("Optimal Brain Damage", "NeurIPS 1989", 1989, "weight", tuned={"digits-mlp": {"lr": 0.03}})
 def obd_(examples_per_grad:int=1, # examples per gradient
     ):
     "Optimal Brain Damage with the empirical Fisher diagonal, global."
@@ -118,7 +118,8 @@ def sequential_obs(w:Tensor, # (rows, columns)
     "Sequential OBS score: cost of a weight after all cheaper ones were removed and the others updated."
     return stats.exact_obs_costs
 
-@register("Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", "NeurIPS 1992", 1992, "weight")
+@register("Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", "NeurIPS 1992", 1992, "weight",
+          tuned={"digits-mlp": {"lr": 0.003}})
 def obs_(examples_per_grad:int=1, # examples per gradient
          damp:float=1e-5,         # added to the diagonal of the Fisher
     ):
@@ -156,7 +157,7 @@ def row_least_squares(w:Tensor, stats, scores:Tensor, fraction:float, pattern, #
     return torch.cat(new).to(w.dtype) * mask, mask
 
 @register("Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
-          "arXiv:2208.11580", 2022, "weight")
+          "arXiv:2208.11580", 2022, "weight", tuned={"digits-mlp": {"lr": 0.03}})
 def obc_():
     "Optimal Brain Compression: exact OBS per row for the squared error of each layer's output."
     return Method(score=obc, solve=row_least_squares)
@@ -278,7 +279,8 @@ def fisher_refit(groups:dict, # {name: (w, stats, scores, fraction, pattern)}
     return joint_update(groups, lambda f, w, keep: f.refit(w, keep))
 
 # %% ../../nbs/weight/27_second_order.ipynb #367e4ed0
-@register("M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", "arXiv:2107.03356", 2021, "weight")
+@register("M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", "arXiv:2107.03356", 2021, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def mfac(rounds:int=16,   # pruning rounds; gradients are recomputed in each
          examples_per_grad:int=1,      # examples per gradient
          damp:float=1e-5, # added to the diagonal of the Fisher

@@ -82,7 +82,8 @@ def obs(w:Tensor, # (rows, columns)
     inverse = inverse_factor(stats.gram, .01).square().sum(1).to(w.device)
     return (w.float().view(len(inverse), -1, w.shape[1]).square() / inverse[:, None].float()).view_as(w)
 
-@register("SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "arXiv:2301.00774", 2023, "weight")
+@register("SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "arXiv:2301.00774", 2023, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def sparsegpt_(block:int=128,  # columns per mask selection
                damp:float=.01, # added to the diagonal of the second moment, relative to its mean
     ):

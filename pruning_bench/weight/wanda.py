@@ -20,7 +20,8 @@ def wanda(w:Tensor, # (rows, columns)
     return w.abs() * stats.act_norm
 
 # %% ../../nbs/weight/25_wanda.ipynb #f7efb63e
-@register("A Simple and Effective Pruning Approach for Large Language Models", "arXiv:2306.11695", 2023, "weight")
+@register("A Simple and Effective Pruning Approach for Large Language Models", "arXiv:2306.11695", 2023, "weight",
+          tuned={"digits-mlp": {"lr": 0.03}})
 def wanda_():
     "Wanda: activation-aware magnitude pruning, weights compared within each output row."
     return Method(score=wanda, pattern=per_row())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruning_bench import BadInput, build, methods, prune, pruning
-from pruning_bench.core.catalogue import PATTERN_KINDS, RULES, hyphenated
+from pruning_bench.core.catalogue import PATTERN_KINDS, RULES, SMALL_TASKS, hyphenated, measured_minutes
 from pruning_bench.core.method import METHODS, describe_method
 from pruning_bench.core.pattern import as_pattern
 from worlds import NAMES, settings_of, world
@@ -93,3 +93,31 @@ def test_descriptions_have_every_setting_with_its_meaning(name):
     assert all(s["meaning"] and "#" not in s["meaning"] for s in card["settings"])
     if name in METHODS: build(name, **{s["setting"]: s["default"] for s in card["settings"]})
     json.dumps({k: v for k, v in card.items() if k != "settings"})
+
+
+def write_entry(folder, task, name, seconds, variant="default"):
+    "A stored entry with these seconds of pruning, as many of retraining, and a run that could not be done."
+    runs = [{"status": "ok", "cost": {"prune_seconds": s, "recover_seconds": s}} for s in seconds]
+    runs.append({"status": "infeasible", "cost": None})
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"method": {"name": name}, "runs": runs})
+    (folder / task / f"{name}--{variant}.json").write_text(text)
+
+
+def test_minutes_are_the_median_of_the_first_small_task_with_an_entry(tmp_path):
+    write_entry(tmp_path, "digits-cnn", "one", [30, 3000, 60])
+    write_entry(tmp_path, "pydoc-llama", "one", [1])
+    write_entry(tmp_path, "digits-mlp", "one", [1], variant="2of4")
+    write_entry(tmp_path, "cifar10-resnet20", "two", [1])
+    write_entry(tmp_path, "digits-mlp", "three", [])
+    assert measured_minutes(tmp_path) == {"one": (2., "digits-cnn")}
+    assert measured_minutes(tmp_path / "nowhere") == {}
+
+
+def test_minutes_in_the_table_are_those_of_the_stored_entries():
+    table, stored = rows(), measured_minutes()
+    assert {n for n, row in table.items() if row["task"]} == set(stored) & set(table) and set(stored) <= set(table)
+    for name, row in table.items():
+        if not row["task"]: assert row["minutes"] != row["minutes"]   # not a number: nothing was measured
+        else: assert row["task"] in SMALL_TASKS and (row["minutes"], row["task"]) == stored[name]
+    assert describe_method("sft")["minutes"] is None or "sft" in stored

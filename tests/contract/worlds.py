@@ -37,6 +37,18 @@ def mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
+class Categories(nn.Module):
+    "Four levels of brightness at 64 pixels: a table of 32 rows for every two columns of pixels."
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(32, 4) for _ in range(4))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        code = (4 * x).long().clamp(0, 3).flatten(1).view(len(x), 4, 16) + 4 * (torch.arange(16) % 8)
+        return self.head(torch.cat([t(code[:, i]).mean(1) for i, t in enumerate(self.tables)], 1))
+
+
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
@@ -75,6 +87,7 @@ def dataset(dtype):
 WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "ranks": (mlp, labelled, F.cross_entropy),
           "channels": (Residual, labelled, F.cross_entropy), "heads": (llama, ids, None),
           "blocks": (llama, ids, None), "residuals": (llama, ids, None), "experts": (mixtral, ids, None),
+          "rows": (Categories, labelled, F.cross_entropy), "locations": (mlp, labelled, F.cross_entropy),
           "examples": (mlp, dataset, F.cross_entropy)}
 NAMES = list(methods(use="prune").method)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from pruning_bench import BadInput, prune
 from pruning_bench.core.allocate import ALLOCATORS
@@ -532,3 +533,30 @@ def test_norms_beat_the_lottery_and_the_lottery_beats_the_worst():
     mean = {n: sum(v) / len(v) for n, v in reached.items()}
     assert min(mean["l1"], mean["l2"]) > mean["random"] + 5, mean
     assert mean["random"] > mean["worst"] and mean["fpgm"] > mean["worst"] + 8, mean
+
+
+def tanh_weight(layer):
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    return layer
+
+@pytest.mark.parametrize("method", ["l1-filter", "l2-filter", "depgraph", "fpgm"])
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm,
+                                  nn.utils.spectral_norm, tanh_weight])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_computed_weight_is_scored_as_what_it_computes(wrap, method):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(wrap(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n.endswith(("original0", "weight_g")): p.copy_(torch.rand_like(p) + .2)
+            if n.endswith(("original1", "weight_v", "original", "weight_orig")):
+                p.mul_(1 + 5 * torch.rand(16, 1, 1, 1))
+        model(x)
+        plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), copy.deepcopy(model[2])).eval()
+        plain[0].weight.copy_(model[0].weight)
+        plain[0].bias.copy_(model[0].bias)
+        expected = [*prune(plain, method, .5, data=[x]).masks.values()]
+        found = [*prune(model, method, .5, data=[x]).masks.values()]
+    assert [m.tolist() for m in found] == [m.tolist() for m in expected]
+    if wrap is not parametrizations.spectral_norm and wrap is not nn.utils.spectral_norm:   # its norm is another one
+        assert torch.allclose(model(x), plain(x), atol=1e-5)

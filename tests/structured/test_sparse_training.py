@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning_bench import BadInput, prune
-from pruning_bench.core.allocate import global_, uniform
+from pruning_bench import BadInput, build, prune
+from pruning_bench.core.allocate import Allocator, global_, uniform
 from pruning_bench.core.rule import TrainingState, Rule, apply_rule
 from pruning_bench.core.recovery import finetune, none
 from pruning_bench.graph.groups import Channels
@@ -316,3 +316,15 @@ def test_a_cut_after_group_sparse_training_survives_and_a_plain_one_does_not():
     mean = {n: sum(v) / 3 for n, v in found.items()}
     assert min(mean["group-lasso"], mean["growing-reg"]) > max(mean["l1-filter"], mean["trained l1-filter"],
                                                                mean["slimming"]) + .3, mean
+
+@pytest.mark.parametrize("name", ["slimming", "masksparsity", "growing-reg", "group-lasso", "resrep"])
+def test_an_allocation_that_reads_data_is_refused_before_the_training(name):
+    "Its statistics would be those of the network before the training, and channels are selected inside it."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    reads = Allocator(lambda scores, keep, space: dict.fromkeys(scores, keep), "reading", needs=frozenset({"act_norm"}))
+    data = [(torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,)))] * 3
+    with pytest.raises(BadInput, match="'reading' reads 'act_norm'.*without statistics"):
+        prune(net, build(name, steps=3), .5, data=data, loss=F.cross_entropy, allocate=reads)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())

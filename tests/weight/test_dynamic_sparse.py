@@ -1,4 +1,5 @@
 "Dynamic sparse training and soft shrinkage: counts, births, schedules and limits exactly, orderings over three seeds."
+import inspect
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from pruning_bench.core.allocate import erk, global_, topk_mask
 from pruning_bench.core.rule import Rule, optimizer_buffers, apply_rule
 from pruning_bench.core.inputs import seeded
 from pruning_bench.core.mask import masks_of
+from pruning_bench.core.method import METHODS
 from pruning_bench.core.pattern import as_pattern
 from pruning_bench.core.recovery import finetune
 from pruning_bench.core.score import random
@@ -107,6 +109,15 @@ def test_shares_end_where_the_paper_says():
     assert update_interval(method(600), 30, .75) == 15
     assert update_interval(method(3), 30, .75) == 1
     assert update_interval(method(600), 40) == 15
+    assert update_interval(method(200), 29, .29) == 2   # 200 * .29 is a little less than 58 in floating point
+    assert ANNEALS["cosine"](1.5) == 0 and ANNEALS["constant"](1.5) == 0   # after the last update
+
+def test_the_defaults_are_those_of_the_papers():
+    def defaults(name): return {n: p.default for n, p in inspect.signature(METHODS[name].build).parameters.items()}
+    assert defaults("set").items() >= dict(drop_fraction=.3, anneal="constant").items()
+    assert defaults("rigl").items() >= dict(drop_fraction=.3, anneal="cosine", end=.75).items()
+    assert defaults("granet").items() >= dict(drop_fraction=.5, density=1.).items()
+    assert defaults("iss").items() >= dict(alpha=.95, end=.5).items()
 
 @pytest.mark.parametrize("bad",
                          [dict(updates=0), dict(end=0.), dict(end=1.5), dict(drop_fraction=2.), dict(anneal="cosin")])
@@ -120,7 +131,8 @@ def test_settings_without_a_meaning_are_refused(name, bad):
 
 @pytest.mark.parametrize("name, bad, said", [
     ("granet", dict(density=.3), "density=0.3 .* 0.5, and 1"), ("granet", dict(density=2.), "density=2.0"),
-    ("granet", dict(drop_fraction=-1.), "drop_fraction=-1.0"), ("granet", dict(updates=0), "updates=0"),
+    ("granet", dict(drop_fraction=-1.), "drop_fraction=-1.0"), ("iss", dict(end=0.), "end=0.0"),
+    ("granet", dict(updates=0), "updates=0"),
     ("iss", dict(alpha=2.), "alpha=2.0"), ("iss", dict(end=1.), "end=1.0"),
     ("rigl", dict(score="wanda"), "'act_norm' is read from data"),
     ("gradual-magnitude", dict(score="snip"), "is read from data"),
@@ -184,6 +196,12 @@ def test_without_exchange_both_are_a_lottery():
                                  .items()):
         prune(net, name, .8, batches(), F.cross_entropy, recover=finetune(12, 1e-2), **more)
     assert same(nets[0], nets[1]) and same(nets[1], nets[2])
+
+def test_the_ends_of_every_range_are_allowed():
+    for name, settings in (("rigl", dict(drop_fraction=1.)), ("set", dict(end=1.)), ("granet", dict(density=.2)),
+                           ("granet", dict(drop_fraction=1.)), ("iss", dict(alpha=0.))):
+        plan = prune(mlp(), name, .8, batches(), F.cross_entropy, steps=12, **settings)
+        assert plan.density == pytest.approx(.2, abs=1e-3), name
 
 def test_another_allocation_and_a_pattern():
     plan = prune(mlp(), "rigl", .75, batches(), F.cross_entropy, allocate="uniform", steps=12, updates=6)

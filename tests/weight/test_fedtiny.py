@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pruning_bench import BadInput, prune
 from pruning_bench.core.mask import masks_of
+from pruning_bench.core.method import describe_method
 from pruning_bench.core.space import Weights
 from pruning_bench.weight.fedtiny import (average_bn_stats, candidate_masks, dirichlet_split, exchange_count,
                                           exchange_weights, federated_average, fedtiny, growth_gradients,
-                                          select_candidate)
+                                          select_candidate, split_batches)
 
 
 def data():
@@ -115,3 +117,48 @@ def test_a_federation_keeps_its_number_of_weights_and_learns():
 def test_parts_of_the_federation_can_be_left_out(more, moved):
     log = fedtiny(copy.deepcopy(small()), homes(), F.cross_entropy, keep=.3, rounds=4, local_steps=1, **more)
     assert moved is None or sum(k for _, k in log) == moved
+
+
+def test_what_was_pruned_stays_pruned_and_skipped_layers_stay_dense():
+    model = small()
+    mask = torch.rand(4, 216, generator=torch.Generator().manual_seed(5)) > .5
+    space = Weights(model)
+    space.apply({"4.weight": (space.w("4.weight") * mask, mask)})
+    skip_first = Weights(model, skip=("0.*",))
+    fedtiny(model, homes(), F.cross_entropy, keep=.2, rounds=6, local_steps=2, space=skip_first, lr=.1)
+    after = masks_of(model)["4.weight"]
+    assert int(after.sum()) == round(.2 * 864) and not (after & ~mask).any() and "0.weight" not in masks_of(model)
+
+
+def test_registered_with_the_share_and_the_clients_of_the_request():
+    data = [(x.float(), y) for x, y in data_of(6)]
+    for more in ({}, dict(skip="0.*"), dict(clients=2, exchange_every=1)):
+        model = small()
+        plan = prune(model, "fedtiny", .7, data, F.cross_entropy, steps=20, seed=3, **more)
+        size = sum(m.numel() for m in plan.masks.values())
+        assert sum(int(m.sum()) for m in plan.masks.values()) == round(.3 * size)
+        assert ("0.weight" in plan.masks) == ("skip" not in more)
+    with pytest.raises(BadInput, match="exchanges single weights.*2:4"):
+        prune(small(), "fedtiny", "2:4", data, F.cross_entropy, steps=20, skip="0.*")
+    with pytest.raises(BadInput, match="cannot be divided among 50 clients"):
+        prune(small(), "fedtiny", .5, data[:1], F.cross_entropy, steps=20, clients=50)
+
+
+def data_of(n):
+    g = torch.Generator().manual_seed(1)
+    return [(torch.rand(16, 1, 8, 8, generator=g), torch.randint(0, 4, (16,), generator=g)) for _ in range(n)]
+
+
+def test_examples_with_class_labels_are_divided_and_other_batches_go_in_turns():
+    labelled = data_of(4)
+    parts = split_batches(labelled, 3, .5, 0)
+    found, given = (torch.cat([y for _, y in b]).sort().values for b in (sum(parts, []), labelled))
+    assert torch.equal(found, given)
+    texts = [{"input_ids": torch.full((2, 3), i)} for i in range(5)]
+    assert split_batches(texts, 2, .5, 0) == [texts[0::2], texts[1::2]]
+    with pytest.raises(BadInput, match="1 batches cannot be divided among 2 clients"):
+        split_batches(texts[:1], 2, .5, 0)
+
+
+def test_only_plain_sparsity_is_listed():
+    assert describe_method("fedtiny")["patterns"] == "unstructured" and describe_method("fedtiny")["labels"]
