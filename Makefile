@@ -3,9 +3,12 @@
 #   make test          everything that must hold: export and clean in sync, every notebook, pytest
 #   make lab           JupyterLab on the notebooks
 #   make slow          the slow notebook cells and the slow tests
+#   make mutants       change constants and operators of some modules, and list the changes that no test notices
 #   make bench         time the library itself
 #   make docs          the chapters as web pages, in _docs
 #   make fix           after editing notebooks: export, clean, export
+#   make check-entries, make check-board: every entry obeys the rules; the tables follow from the entries
+#   make check-submission SUBMISSION=folder OUT=folder: check another checkout by the code of this one
 #   make lint, make hooks, make clean (build output and caches), make distclean (.venv too)
 # Another environment: make VENV=path ...      Another interpreter for a new one: make PYTHON=python3.12 ...
 VENV    ?= .venv
@@ -23,7 +26,13 @@ CALM += HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PRUNING_BENCH_OFFLINE=1 PYTHONUNB
 DATA := $(if $(PRUNING_BENCH_DATA),data)
 heading = @printf '\n== %s\n' "$(1)"
 
-.PHONY: leaderboard test lab slow bench docs fix lint hooks env clean distclean
+MODULES ?= core/allocate core/score core/schedule core/pattern weight/dynamic_sparse
+
+ENTRIES ?= leaderboard/entries
+DEVICE  ?= cpu
+
+.PHONY: leaderboard test lab slow mutants bench docs fix lint hooks env versions clean distclean
+.PHONY: check-entries check-board check-submission comment shards reproduce commit-receipts wheel check-wheel check-tag
 .DEFAULT_GOAL := leaderboard
 
 env:
@@ -49,6 +58,9 @@ slow: env
 	$(call heading,slow tests)
 	@$(CALM) $(PY) -m pytest -q -m slow
 
+mutants: env
+	@$(CALM) $(PY) tests/mutants.py $(MODULES)
+
 bench: env
 	@$(PY) -m pytest -q -s --tb=short tests/benchmarks
 
@@ -64,6 +76,41 @@ lint: env
 hooks: env
 	@git config --local include.path ../.gitconfig
 	@"$(BIN)/pre-commit" install
+
+versions: env
+	@$(PY) -m pip freeze
+
+# what the workflows run (.github/workflows)
+
+check-entries: env
+	@$(PB) check $(ENTRIES)
+
+check-board: env
+	@$(PB) board --check
+
+check-submission: env
+	@$(CALM) $(PY) .ci/submission.py "$$SUBMISSION" "$$OUT"
+
+comment:
+	@$(PYTHON) .ci/comment.py "$$COMPARISON"
+
+shards:
+	@$(PYTHON) .ci/nightly.py shards
+
+reproduce: env
+	@$(PY) .ci/nightly.py reproduce "$$TASK" "$$OUT" "$(DEVICE)"
+
+commit-receipts: env
+	@$(CALM) $(PY) .ci/nightly.py commit "$$RECEIPTS"
+
+wheel:
+	@$(PYTHON) -m pip wheel . --no-deps -w dist
+
+check-wheel:
+	@$(PYTHON) .ci/wheel.py dist
+
+check-tag:
+	@$(PYTHON) .ci/wheel.py dist --tag "$$TAG"
 
 clean:
 	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pip._vendor.packaging.requirements import Requirement
 def absent(text):
     want = Requirement(text)
+    if want.marker and not want.marker.evaluate(): return False
     try: return not want.specifier.contains(version(want.name), prereleases=True)
     except PackageNotFoundError: return True
 print("\\n".join(r for r in sys.argv[1:] if absent(r)))
