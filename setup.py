@@ -1,6 +1,6 @@
 """Everything comes from settings.ini; an extra `x` is a line `x_requirements = ...` there.
 
-The benchmark notebooks travel inside the package.
+The benchmark notebooks and the suite files travel inside the package.
 
 The extra `dev` contains `bench`, and `all` contains every extra but `dev`.
 """
@@ -32,9 +32,10 @@ setup(
     ],
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
-    packages=[*find_packages(include=[package, f"{package}.*"]), f"{package}.benchmarks"],
-    package_dir={f"{package}.benchmarks": "nbs/benchmarks"},
-    package_data={f"{package}.benchmarks": ["*.ipynb"], package: ["py.typed"]},
+    packages=[*find_packages(include=[package, f"{package}.*"]), f"{package}.benchmarks", f"{package}.suites"],
+    package_dir={f"{package}.benchmarks": "nbs/benchmarks", f"{package}.suites": "leaderboard/suites"},
+    package_data={f"{package}.benchmarks": ["*.ipynb"], f"{package}.suites": ["*.toml"],
+                  package: ["py.typed", "bench/site_templates/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -94,6 +94,13 @@ def test_what_a_slow_cell_shows_is_kept(notebook):
         if c["cell_type"] == "code" and re.match(r"(#\|.*\n)*#\| slow", source(c)) and "#| gpu" not in source(c)]
     assert not [source(c) for c in slow if not c["outputs"] and isinstance(ast.parse(source(c)).body[-1], ast.Expr)]
 
+@each_notebook
+def test_a_figure_that_a_lesson_draws_is_kept(notebook):
+    "GitHub and the web pages show the stored figure; a notebook that was run without an inline backend loses it."
+    drawn = [c for c in cells(notebook) if c["cell_type"] == "code" and not exported(c) and notebook not in TEMPLATES
+             and re.search(r"^\S.*plt\.subplots\(", source(c), re.M)]
+    for cell in drawn: assert any("image/png" in out.get("data", {}) for out in cell["outputs"]), cell["id"]
+
 @each_template
 def test_template_has_a_parameters_cell_and_no_outputs(notebook):
     tags = [c["metadata"].get("tags", []) for c in cells(notebook)]
@@ -174,6 +181,13 @@ def test_library_needs_little_at_import(module):
 def test_the_linter_is_content():
     ruff = Path(sys.executable).parent/"ruff"
     ran = subprocess.run([ruff, "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-2000:]
+
+def test_names_in_notebooks_are_defined():
+    "Cells that are slow or not run are read as well: nothing else notices a name that they miss."
+    ruff = Path(sys.executable).parent/"ruff"
+    check = [ruff, "check", "--no-cache", "--isolated", "--select", "F821", "--output-format", "concise", "nbs"]
+    ran = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-2000:]
 
 def test_no_tracked_file_names_a_machine():

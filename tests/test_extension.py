@@ -29,8 +29,8 @@ def installed(tmp_path_factory):
             "PRUNING_BENCH_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
-def run(env, *args, cwd=None):
-    done = subprocess.run([*COMMAND, *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=250)
+def run(env, *args, cwd=None, limit=250):
+    done = subprocess.run([*COMMAND, *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=limit)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -44,13 +44,53 @@ def test_the_method_and_the_task_are_listed_and_the_broken_package_is_named(inst
     assert "'broken_pruner' of group pruning_bench.tasks" in tasks.stderr
 
 
+@pytest.fixture
+def home(installed, tmp_path):
+    """A copy of this package, which is no checkout: the state of the one under test is not part of its entries. Beside
+    it, a repository with a leaderboard."""
+    shutil.copytree(ROOT/"pruning_bench", tmp_path/"lib/pruning_bench", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT/"nbs/benchmarks", tmp_path/"lib/pruning_bench/benchmarks")
+    site, *rest = installed["PYTHONPATH"].split(os.pathsep)
+    paths = [site, str(tmp_path/"lib"), *(p for p in rest if Path(p) != ROOT)]
+    env = {k: v for k, v in installed.items() if not k.startswith("GIT_")}
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "PRUNING_BENCH_CACHE": str(tmp_path/"cache"),
+            "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    (tmp_path/"work").mkdir()
+    return env, tmp_path/"work"
+
+
 @pytest.mark.slow
-def test_a_run_in_a_fresh_kernel_ends_on_a_board(installed, tmp_path):
-    run(installed, "run", "sum-of-two", "centred", "--seeds", "2", "--out", "leaderboard/entries", cwd=tmp_path)
-    [path] = (tmp_path/"leaderboard/entries/sum-of-two").glob("*.json")
-    entry = json.loads(path.read_text())
-    assert [r["status"] for r in entry["runs"]] == ["ok", "ok"]
+@pytest.mark.timeout(3600)
+def test_a_method_and_a_task_of_a_package_go_the_whole_way(home):
+    "Run, freeze, check, measure again, make again, submit, and a row of the board where the branch is merged."
+    env, work = home
+    def go(*arguments): return run(env, *arguments, cwd=work, limit=1200)
+    def git(*arguments): return subprocess.run(["git", *arguments], cwd=work, env=env, check=True,
+                                               capture_output=True, text=True).stdout
+    def rows(): return json.loads(go("board", "--folder", "leaderboard", "--json").stdout)
+    go("run", "sum-of-two", "centred", "--control", "random", "--out", "leaderboard/entries")
+    control, mine = sorted((work/"leaderboard/entries/sum-of-two").glob("*.json"))
+    entry = json.loads(mine.read_text())
+    assert [r["status"] for r in entry["runs"]] == ["ok"] * 3 and control.name == "centred--controlof-random.json"
     assert entry["method"]["config"]["score"] == "centred_magnitude"
     assert all(r["quality"]["after_recover"]["accuracy"] > .9 for r in entry["runs"])
-    board = json.loads(run(installed, "board", "--folder", "leaderboard", "--json", cwd=tmp_path).stdout)
-    assert {(r["task"], r["method"]) for r in board} == {("sum-of-two", "centred")}
+
+    go("freeze", "sum-of-two")
+    assert "every entry is accepted" in go("check", "leaderboard/entries").stdout
+    assert {r["badge"] for r in rows()} == {"checked"}
+    go("verify", str(mine))
+    go("verify", str(control), "--reproduce")
+    assert {r["variant"]: r["badge"] for r in rows() if r["board"] == "retrained"} == {
+        "default": "re-evaluated", "control: random": "reproduced"}
+
+    mine.unlink()   # it comes back by a pull request
+    for f in (work/"leaderboard/artefacts").iterdir(): f.unlink()
+    for command in ("init -q -b main", "config user.name A", "config user.email a@example.org",
+                    "add leaderboard/entries leaderboard/tasks leaderboard/receipts", "commit -q -m board"):
+        git(*command.split())
+    said = go("submit", "sum-of-two/centred--default").stdout
+    assert "git push origin submit/sum-of-two/centred--default" in said
+    git("merge", "-q", "submit/sum-of-two/centred--default")
+    assert json.loads(mine.read_text()) == entry and list((work/"leaderboard/artefacts").iterdir())
+    go("check", "leaderboard/entries")
+    assert {r["badge"] for r in rows() if r["variant"] == "default" and r["board"] == "retrained"} == {"re-evaluated"}

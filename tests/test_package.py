@@ -21,6 +21,7 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT/"pruning_bench", source/"pruning_bench", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT/"nbs"/"benchmarks", source/"nbs"/"benchmarks", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(ROOT/"leaderboard"/"suites", source/"leaderboard"/"suites")
     shutil.copytree(ROOT/"tests", source/"tests", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source], check=True
@@ -43,6 +44,16 @@ def test_every_module_is_in_the_wheel_and_nothing_else(wheel):
 def test_benchmark_notebooks_travel_with_the_package(wheel):
     templates = {p.name for p in (ROOT/"nbs"/"benchmarks").glob("*.ipynb")}
     assert templates and {p.name for p in (wheel/"pruning_bench"/"benchmarks").iterdir()} == templates
+
+def test_suite_files_travel_with_the_package(wheel):
+    files = {p.name for p in (ROOT/"leaderboard"/"suites").glob("*.toml")}
+    assert files and {p.name for p in (wheel/"pruning_bench"/"suites").iterdir()} == files
+
+
+def test_the_files_of_the_site_travel_with_the_package(wheel):
+    here = ROOT/"pruning_bench"/"bench"/"site_templates"
+    packed = {p.name for p in (wheel/"pruning_bench"/"bench"/"site_templates").iterdir()}
+    assert packed == {p.name for p in here.iterdir()} and {"base.html", "site.js", "site.css"} <= packed
 
 def test_requirements_come_from_settings_and_none_is_a_development_tool(metadata):
     cfg = settings()

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['prune_half', 'masking_error', 'random_keep', 'output_difference', 'permutation_error', 'affects_output',
-           'double_precision_error', 'can_train', 'coverage_row', 'cached_row', 'coverage']
+           'double_precision_error', 'can_train', 'LogitsOnly', 'coverage_row', 'send_row', 'wait_for_row',
+           'in_own_process', 'cached_row', 'coverage', 'matching_builders']
 
 # %% ../../nbs/bench/45_coverage.ipynb #fd9c0408
-import copy, gc, json, time
+import copy, json, multiprocessing, os, time
+from contextlib import suppress
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +17,14 @@ import torch
 from torch import nn
 from ..core.inputs import BadInput, forward, in_mode
 from ..core.driver import prune
+from ..graph.branches import OUTPUT, RETURNED
 from ..graph.groups import Channels
 from ..graph.surgery import (cut, removed_indices, kept_slices, example_outputs, restore_modules,
                                          error_line, module_state)
 from ..graph.trace import tensors_in
 from .model_builders import (diffusers_transformer, diffusers_unet, model_builders,
                                                 timm_builders, transformers_model)
+from .worker import exit_with_parent
 
 # %% ../../nbs/bench/45_coverage.ipynb #ff24263e
 def prune_half(model:nn.Module, batch)->dict: # {"macs": share} or {"params": share} that is gone
@@ -100,11 +104,22 @@ def can_train(model:nn.Module, batch)->bool:
                                                                         for p in model.parameters()
                                                                         if p.grad is not None)
 
+class LogitsOnly(nn.Module):
+    "A model of which nothing but the logits is read."
+    def __init__(self, model): super().__init__(); self.model = model
+
+    def forward(self, **batch):
+        out = self.model(**batch)
+        return out.logits_per_text if hasattr(out, "logits_per_text") else out.logits
+
 def coverage_row(name:str, make)->dict: # one row
     "Analyse, test every group, prune half of the multiplications, run and train one model."
     model, batch = make(name)
     total, began = sum(p.numel() for p in model.parameters()), time.process_time()
-    space = Channels(model, [batch], residual=True)
+    space, reads = Channels(model, [batch], residual=True), []
+    if RETURNED in [why for _, why in space.coupling.frozen.values()]:
+        model, reads = LogitsOnly(model), ["only the logits are read"]
+        space = Channels(model, [batch], residual=True)
     seconds, groups = time.process_time() - began, space.groups
     inside, exact = {p for g in groups.values() for p, _ in g.members}, {n: g for n, g in groups.items() if g.exact}
     row = dict(model=name, parameters=total, groups=len(groups),
@@ -113,20 +128,62 @@ def coverage_row(name:str, make)->dict: # one row
                 error=double_precision_error(masking_error, model, batch, exact), not_exact=len(groups) - len(exact),
                 permuted=double_precision_error(permutation_error, model, batch, groups))
     [(of, removed)] = prune_half(model, batch).items()
-    left, note = sum(p.numel() for p in model.parameters()) / total, sorted(
-        {why for _, why in space.coupling.frozen.values()} - {"is an output of the model"})
+    left, note = sum(p.numel() for p in model.parameters()) / total, reads + sorted(
+        {why for _, why in space.coupling.frozen.values()} - {OUTPUT})
     return row | dict(runs=can_train(model.eval(), batch), of=of, removed=removed, left=left, seconds=seconds,
                       note="; ".join(note))
 
+# %% ../../nbs/bench/45_coverage.ipynb #1806c02a
+def send_row(pipe, make_row, *args)->None: # through the pipe: True, then (None, row) or (class of an error, its text)
+    "Body of the process that makes one row; it ends when its parent does."
+    exit_with_parent(os.getppid())
+    pipe.send(True)
+    try: pipe.send((None, make_row(*args)))
+    except BadInput as e: pipe.send((BadInput, str(e)))
+    except Exception as e: pipe.send((ChildProcessError, error_line(e)))
+
+def wait_for_row(pipe, pid:int, limit:float)->None:
+    "Wait until a process has sent something or ended; raises `TimeoutError` at its limit."
+    import psutil
+    process, began = psutil.Process(pid), time.monotonic()
+    while not pipe.poll(.1):
+        with suppress(psutil.Error):   # it ends just now
+            if sum(process.cpu_times()[:2]) > limit: raise TimeoutError(f"timed out after {limit:g} processor seconds")
+        if time.monotonic() - began > 8 * limit:
+            raise TimeoutError(f"timed out after waiting for {8 * limit:g} seconds")
+
+def in_own_process(make_row,    # a function of a module -> a row
+                   *args,       # for it
+                   limit:float, # seconds of processor time; by the clock eight times as many
+    ): # the row
+    "Make a row in a process that is ended at a limit of time; raises what it refuses, and why there is no row."
+    context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    context.set_forkserver_preload([__name__, "timm"])   # imported once; to fork a process that ran torch may hang
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=send_row, args=(theirs, make_row, *args), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        ours.recv()   # the process has started
+        wait_for_row(ours, child.pid, limit)
+        error, row = ours.recv()
+    except EOFError:
+        child.join()
+        raise ChildProcessError(f"its process ended with exit code {child.exitcode}") from None
+    finally:
+        child.kill()
+        child.join()
+    if error is not None: raise error(row)
+    return row
+
 # %% ../../nbs/bench/45_coverage.ipynb #0a2de9ee
-def cached_row(name:str, make, folder=None)->dict:
+def cached_row(name:str, make, folder=None, limit:float=120)->dict:
     "A row, read from a folder of rows or written there; a model that fails is a row with its reason."
     libraries = "torch", "torchvision", "transformers", "diffusers", *(("timm",) if name.startswith("timm:") else ())
     path = folder and Path(folder) / "-".join(map(version, libraries)) / f"{name.replace(':', '-')}.json"
     if path and path.exists(): return json.loads(path.read_text())
-    try: row = coverage_row(name, make)
-    except Exception as e: return dict(model=name, runs=False, note=error_line(e))
-    finally: gc.collect()
+    try: row = in_own_process(coverage_row, name, make, limit=limit)
+    except (BadInput, OSError) as e: return dict(model=name, runs=False, note=str(e))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         (whole := path.with_suffix(".part")).write_text(json.dumps(row))
@@ -135,9 +192,15 @@ def cached_row(name:str, make, folder=None)->dict:
 
 def coverage(pattern:str="*", # wildcard on names
              folder=None,     # where rows are kept, so that an interrupted table goes on; nowhere if not given
+             limit:float=120, # processor seconds for one model
     ): # pandas DataFrame, one row per model
     "The table."
     import pandas as pd
+    return pd.DataFrame([cached_row(n, make, folder, limit) for n, make in matching_builders(pattern).items()])
+
+def matching_builders(pattern:str, # wildcard on names
+    )->dict: # {name: function -> (model, batch)}
+    "The models that a pattern names; raises `BadInput` where there is none."
     library, _, own = pattern.partition(":")
     known = timm_builders() if library == "timm" else model_builders()
     if library == "transformers": known, pattern = {n: f for n, f in known.items() if f is transformers_model}, own
@@ -147,4 +210,4 @@ def coverage(pattern:str="*", # wildcard on names
         others = ", ".join(n for n, f in model_builders().items() if f in makers)
         raise BadInput(f"no model is called {pattern!r}: names are those of torchvision.models.list_models(), "
                        f"{others}, 'transformers:*' and 'timm:*'")
-    return pd.DataFrame([cached_row(n, make, folder) for n, make in names.items()])
+    return names

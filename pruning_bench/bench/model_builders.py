@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SIZES', 'BASE_CONFIG', 'VOCAB_CONFIG', 'IMAGE_CONFIG', 'MODEL_CONFIGS', 'SMALL_CONFIG', 'GQA_CONFIG',
-           'SMALL_MODEL_CONFIGS', 'DIT_CONFIG', 'JOINT_CONFIG', 'DIFFUSERS_CONFIGS', 'TIMM_MODELS', 'random_images',
-           'torchvision_classifier', 'randomise', 'DetectorHeads', 'dense_predictor', 'diffusers_unet',
-           'transformers_model', 'diffusers_transformer', 'timm_model', 'timm_builders', 'model_builders']
+           'SMALL_MODEL_CONFIGS', 'WIDTHS', 'LAYERS', 'HEADS_AND_FFN', 'TOWERS', 'RECURRENT_CONFIG', 'DIT_CONFIG',
+           'JOINT_CONFIG', 'DIFFUSERS_CONFIGS', 'TIMM_MODELS', 'random_images', 'torchvision_classifier', 'randomise',
+           'DetectorHeads', 'dense_predictor', 'diffusers_unet', 'transformers_model', 'inputs_of_family',
+           'diffusers_transformer', 'timm_model', 'timm_builders', 'model_builders']
 
 # %% ../../nbs/bench/43_model_builders.ipynb #f42f484d
 from fnmatch import fnmatch
@@ -105,9 +106,10 @@ def transformers_model(name:str)->tuple: # (model, batch)
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**{**MODEL_CONFIGS, **SMALL_MODEL_CONFIGS}[name])).eval()
-    return randomise(model), {"pixel_values": torch.randn(2, 3, 32,
-                                                          32)} if "Image" in name or "Segmentation" in name else {
-                                                              "input_ids": torch.randint(3, 1000, (2, 12))}
+    randomise(model)
+    if "Image" in name or "Segmentation" in name: return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
+    words = {"input_ids": torch.randint(3, 1000, (2, 12))}
+    return model, inputs_of_family(name, words, {"pixel_values": torch.randn(2, 3, 32, 32)})
 
 # %% ../../nbs/bench/43_model_builders.ipynb #b60e82d6
 SMALL_CONFIG = dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=2, intermediate_size=256, pad_token_id=0,
@@ -126,12 +128,46 @@ SMALL_MODEL_CONFIGS = {"DistilBertForSequenceClassification": {**VOCAB_CONFIG, "
                        "Dinov2ForImageClassification": {**SMALL_CONFIG, **IMAGE_CONFIG},
            "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
                        "PoolFormerForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
+           "Qwen2MoeForCausalLM": {**GQA_CONFIG, "num_experts": 4, "num_experts_per_tok": 2,
+                                    "moe_intermediate_size": 64,
+                                   "shared_expert_intermediate_size": 64},
+           "GptOssForCausalLM": {**GQA_CONFIG, "num_local_experts": 4, "num_experts_per_tok": 2},
+           "Llama4ForCausalLM": {**GQA_CONFIG, "intermediate_size_mlp": 256, "num_local_experts": 4,
+                                 "attention_chunk_size": 8},
            "DeepseekV3ForCausalLM": {**SMALL_CONFIG, "num_key_value_heads": 4, "moe_intermediate_size": 32,
                                      "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
                                      "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24,
                                      "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
            "SegformerForSemanticSegmentation": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1],
                                                 "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 32}}
+
+# %% ../../nbs/bench/43_model_builders.ipynb #f00d0a02
+WIDTHS, LAYERS = dict(d_model=128, vocab_size=1000), dict(encoder_layers=2, decoder_layers=2)
+HEADS_AND_FFN = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256)
+TOWERS = dict(text_config={**SMALL_CONFIG, "max_position_embeddings": 32},
+              vision_config={**SMALL_CONFIG, "image_size": 32, "patch_size": 8})
+RECURRENT_CONFIG = dict(hidden_size=128, num_hidden_layers=2, **VOCAB_CONFIG)
+SMALL_MODEL_CONFIGS |= {
+    "T5ForConditionalGeneration": {**WIDTHS, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4},
+    "BartForConditionalGeneration": {**WIDTHS, **LAYERS, **HEADS_AND_FFN, "max_position_embeddings": 64},
+    "WhisperForConditionalGeneration": {**WIDTHS, **LAYERS, **HEADS_AND_FFN, "max_source_positions": 16,
+                                        "max_target_positions": 32, "num_mel_bins": 8, "pad_token_id": 0},
+    "CLIPModel": {**TOWERS, "projection_dim": 64}, "SiglipModel": TOWERS,
+    "MptForCausalLM": {**WIDTHS, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "XLNetLMHeadModel": {**WIDTHS, "n_layer": 2, "n_head": 4, "d_inner": 256},
+    "LongformerForMaskedLM": {**SMALL_CONFIG, "attention_window": [4, 4], "max_position_embeddings": 64},
+    "RwkvForCausalLM": {**RECURRENT_CONFIG, "context_length": 64},
+    "MambaForCausalLM": {**RECURRENT_CONFIG, "state_size": 8},
+    "Mamba2ForCausalLM": {**RECURRENT_CONFIG, "state_size": 8, "num_heads": 8, "head_dim": 32, "n_groups": 1,
+                          "chunk_size": 8}}
+
+def inputs_of_family(name:str, words:dict, images:dict)->dict: # the arguments of one forward pass
+    "What models of several inputs take; a recurrent model that returns its state keeps the width of its stream."
+    if name.startswith(("CLIP", "Siglip")): return words | images
+    if name.startswith("Rwkv"): return words | {"use_cache": False}
+    if "ConditionalGeneration" not in name: return words
+    sounds = {"input_features": torch.randn(2, 8, 32)}
+    return (sounds if name.startswith("Whisper") else words) | {"decoder_input_ids": words["input_ids"][:, :8]}
 
 # %% ../../nbs/bench/43_model_builders.ipynb #352fc92b
 DIT_CONFIG = dict(num_attention_heads=4, attention_head_dim=32, num_layers=2, in_channels=4)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'TASKS', 'TASK_FAMILIES', 'MODULES', 'OWN', 'as_training', 'Task', 'model_seed', 'initial_model',
            'train_dense', 'weights_key', 'dense_model', 'dense_network', 'training_record', 'bundle_weights',
-           'task_outputs', 'dense_outputs', 'evaluate', 'accepts_dense', 'dense_target', 'tiers', 'describe_task',
-           'from_parts', 'definition', 'import_tasks', 'register_task', 'task_family', 'find_task', 'tasks_table']
+           'task_outputs', 'dense_outputs', 'evaluate_examples', 'evaluate', 'accepts_dense', 'dense_target', 'tiers',
+           'describe_task', 'from_parts', 'definition', 'import_tasks', 'register_task', 'task_family', 'find_task',
+           'tasks_table']
 
 # %% ../../nbs/bench/90_task.ipynb #4e03536a
 import copy, functools, importlib, json
@@ -51,6 +52,7 @@ class Task:
     fingerprint:Callable # () -> content hash of the data
     bound:float|None=None   # what a trained dense model must reach on the test split
     anchor:tuple|None=None  # (value, tolerance) of a published dense model on the test split
+    outcomes:Callable|None=None  # (outputs, split) -> {"correct" or "nll": one value per example}, or None
     behaviour:Callable|None=None # (outputs, outputs of the dense model) -> {name: number}
     weights:Callable|None=None   # (model) -> facts; loads published weights in place of a training
     loss:Callable|None=None      # criterion, `batch_loss`, or None for the model's own
@@ -145,13 +147,17 @@ def dense_outputs(task:Task, seed:int, split:str, device:str="cpu"): # as `task_
     "What the dense model of a seed makes of a split, computed once."
     return task_outputs(task, dense_model(task, seed)[0].to(device), split)
 
-def evaluate(task:Task, model:nn.Module, split:str="test",
-             dense=None, # `dense_outputs`: adds the comparison with them
-    )->dict:             # {metric: number}
-    "Measure a model by the task's protocol."
+def evaluate_examples(task:Task, model:nn.Module, split:str="test",
+                      dense=None, # `dense_outputs`: adds the comparison with them
+    )->tuple:                     # ({metric: number}, {"correct" or "nll": one value per example})
+    "Measure a model by the task's protocol, with the outcome of every example; none where the task has no examples."
     made = task_outputs(task, model, split)
     compared = task.behaviour(made, dense) if task.behaviour and dense is not None else {}
-    return {**task.metrics(made, split), **compared}
+    return {**task.metrics(made, split), **compared}, task.outcomes(made, split) if task.outcomes else {}
+
+def evaluate(task:Task, model:nn.Module, split:str="test", dense=None)->dict: # {metric: number}
+    "Measure a model by the task's protocol; arguments as for `evaluate_examples`."
+    return evaluate_examples(task, model, split, dense)[0]
 
 Task.evaluate = evaluate
 
@@ -238,7 +244,8 @@ def definition(x): # comparable by ==
 TASKS = Registry("task", "pruning_bench.tasks")                # name -> Task
 TASK_FAMILIES = Registry("family of tasks", "pruning_bench.tasks")  # prefix -> function (rest of the name) -> Task
 MODULES = ("digits", "pydoc_text", "digits_ddpm", "digits_data", "cifar10", "language", "stdlib_text", "wikitext",
-           "ddpm", "ddpm_pipelines", "text_to_image", "sd_pipelines", "encoder", "fashion")
+           "ddpm", "ddpm_pipelines", "text_to_image", "sd_pipelines", "encoder", "fashion", "imagenet_lite0",
+           "vit_tiny")
 OWN = tuple(f"pruning_bench.bench.tasks.{m}" for m in MODULES)
 
 def import_tasks()->None:

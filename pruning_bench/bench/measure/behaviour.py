@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_same_shape', 'flips', 'prediction_changes', 'kl_divergence', 'worst_class', 'reliability_bins', 'ece',
-           'classification_metrics', 'dense_comparison']
+           'classification_metrics', 'correct_answers', 'dense_comparison']
 
 # %% ../../../nbs/bench/measure/88_behaviour.ipynb #208528d2
 import torch
@@ -68,6 +68,10 @@ def classification_metrics(logits:Tensor, labels:Tensor)->dict: # {"accuracy", "
     return {"accuracy": (logits.argmax(-1) == labels).float().mean().item(),
             "loss": F.cross_entropy(logits.float(), labels).item(),
             "worst_class": worst_class(logits, labels), "ece": ece(logits, labels)}
+
+def correct_answers(logits:Tensor, labels:Tensor)->dict: # {"correct": (n,) uint8, 1 = right}
+    "Which examples a classifier answers right, in their order: what two models are compared by."
+    return {"correct": (logits.argmax(-1) == labels).to(torch.uint8).cpu()}
 
 def dense_comparison(logits:Tensor, dense:Tensor)->dict: # {"flips", "kl"}
     "How far a model is from the dense one it was made from, whatever is right."

@@ -7,7 +7,7 @@ __all__ = ['CIFAR10_HASHES', 'CIFAR10_SOURCE', 'CIFAR10_CLASSES', 'NORMALISATION
            'DENSE_TRAINING', 'RETRAINING_BY_TIER', 'DISTILLER_WEIGHTS', 'ADAMW_SETTINGS', 'DATA_TIERS',
            'DATA_PROTOCOLS', 'cifar10_images', 'download_cifar10', 'cifar10_split', 'normalise_images',
            'augment_images', 'PadShortcut', 'BasicBlock', 'ResNet', 'published_weights', 'cifar10_batches',
-           'cifar10_outputs', 'cifar10_metrics', 'cifar10_task', 'TrainingImages', 'published_task',
+           'cifar10_outputs', 'cifar10_metrics', 'cifar10_outcomes', 'cifar10_task', 'TrainingImages', 'published_task',
            'distiller_resnet20', 'vgg', 'vit', 'epoch_training', 'register_tiers']
 
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #837f0dc7
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ...core.inputs import BadInput, device_of
 from ...core.recovery import finetune, none
 from ...graph.saving import reshape_model
-from ..measure.behaviour import classification_metrics, dense_comparison
+from ..measure.behaviour import classification_metrics, correct_answers, dense_comparison
 from ..sources import Source, data_folder, fetch, check_content, read_image_strips
 from ..task import Batches, Task, cache_folder, digest, register_task
 
@@ -150,6 +150,10 @@ def cifar10_outputs(normalisation:str="imagenet", limit:int|None=None): # fn(mod
 def cifar10_metrics(logits:Tensor, split:str)->dict:
     return classification_metrics(logits, cifar10_split(split)[1][:len(logits)])
 
+def cifar10_outcomes(logits:Tensor, split:str)->dict: # {"correct": (n,) uint8}
+    "Which pictures a classifier answers right."
+    return correct_answers(logits, cifar10_split(split)[1][:len(logits)])
+
 # %% ../../../nbs/bench/tasks/71_cifar10.ipynb #37b4265a
 def cifar10_task(name:str, about:str, build, # as in `Task`
                train:dict,                 # arguments of `finetune`: the dense training
@@ -172,7 +176,7 @@ def cifar10_task(name:str, about:str, build, # as in `Task`
     fields = dict(track="cnn", about=about, build=build,
                   batches=cifar10_batches(normalisation=normalisation, size=size, steps=train["steps"]),
         calibration=lambda seed: list(calm(1000 + seed)), outputs=cifar10_outputs(normalisation, limit),
-                  metrics=cifar10_metrics, behaviour=dense_comparison,
+                  metrics=cifar10_metrics, outcomes=cifar10_outcomes, behaviour=dense_comparison,
         metric="accuracy", higher=True, loss=F.cross_entropy, threads=2,
                   train=finetune(label=f"training {name}", **train),
         recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(),

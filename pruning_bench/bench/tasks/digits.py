@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIER_PROTOCOL', 'digits', 'digits_hash', 'mlp', 'ResidualBlock', 'DigitsCNN', 'training_labels',
-           'training_examples', 'digits_batches', 'digits_logits', 'digits_metrics', 'digits_task']
+           'training_examples', 'digits_batches', 'digits_logits', 'digits_metrics', 'digits_outcomes', 'digits_task']
 
 # %% ../../../nbs/bench/tasks/70_digits.ipynb #5e742b58
 import functools, itertools
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ...core.recovery import finetune, none
-from ..measure.behaviour import classification_metrics, dense_comparison
+from ..measure.behaviour import classification_metrics, correct_answers, dense_comparison
 from ..measure.size import logits_of
 from ..task import Batches, Task, content_hash, digest, narrower_network, register_task
 
@@ -92,6 +92,10 @@ def digits_metrics(logits:Tensor, split:str)->dict: # {"accuracy", "loss", ...}
     "Metrics of a classifier of digits."
     return classification_metrics(logits, digits(split)[1])
 
+def digits_outcomes(logits:Tensor, split:str)->dict: # {"correct": (n,) uint8}
+    "Which digits a classifier reads right."
+    return correct_answers(logits, digits(split)[1])
+
 # %% ../../../nbs/bench/tasks/70_digits.ipynb #257ecb48
 CLASSIFIER_PROTOCOL = {"metrics": "accuracy, cross-entropy, worst class, calibration error; true labels",
                        "split": "1197 / 200 / 400, stratified, random_state 0"}
@@ -104,7 +108,8 @@ def digits_task(name:str, about:str, build, # as in `Task`
     "A task of classifying digits."
     batches = digits_batches(labels, steps=train["steps"])
     return register_task(Task(name, about=about, build=build, batches=batches, outputs=digits_logits,
-                              metrics=digits_metrics, behaviour=dense_comparison, metric="accuracy", higher=True,
+                              metrics=digits_metrics, outcomes=digits_outcomes, behaviour=dense_comparison,
+                              metric="accuracy", higher=True,
                               bound=bound,
         calibration=lambda seed: list(itertools.islice(batches(1000 + seed), 4)), loss=F.cross_entropy,
                               examples=training_examples(labels),

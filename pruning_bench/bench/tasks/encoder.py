@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from safetensors.torch import load_file
 from ...core.inputs import BadInput, device_of, in_mode
 from ...core.recovery import finetune, none
-from ..measure.behaviour import classification_metrics, dense_comparison
+from ..measure.behaviour import classification_metrics, correct_answers, dense_comparison
 from ..sources import Source, fetch, file_sha256
 from ..task import Batches, Task, load_or_train, digest, register_task
 
@@ -186,6 +186,7 @@ def sst2_task(tier:str, limit, retrain:dict, anchor)->Task: # registered
         batches=functools.partial(sst2_batches, steps=retrain["steps"]), calibration=sst2_calibration,
                               outputs=functools.partial(sst2_outputs, limit=limit),
         metrics=lambda logits, split: classification_metrics(logits, sst2_tokens(split)[1][:limit]),
+                              outcomes=lambda logits, split: correct_answers(logits, sst2_tokens(split)[1][:limit]),
                               behaviour=dense_comparison,
         metric="accuracy", higher=True, anchor=anchor, loss=F.cross_entropy, train=none(),
                               recover=finetune(label=f"retraining encoder-sst2{tier}", **retrain),

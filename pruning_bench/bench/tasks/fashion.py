@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FASHION_REPOSITORY', 'IMAGE_SOURCES', 'FASHION_CLASSES', 'SPLIT_FILES', 'LONG', 'SHORT', 'PART', 'mnist_sources',
            'mnist_images', 'scale_pixels', 'images_digest', 'fashion_split', 'FashionCNN', 'fashion_batches',
-           'fashion_outputs', 'fashion_metrics', 'fashion_task']
+           'fashion_outputs', 'fashion_metrics', 'fashion_outcomes', 'fashion_task']
 
 # %% ../../../nbs/bench/tasks/72_fashion.ipynb #19b51ad6
 import functools
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ...core.inputs import choose, device_of
 from ...core.recovery import finetune, none
-from ..measure.behaviour import classification_metrics, dense_comparison
+from ..measure.behaviour import classification_metrics, correct_answers, dense_comparison
 from .digits import ResidualBlock
 from ..sources import Source, fetch, read_idx
 from ..task import Batches, Task, digest, narrower_network, register_task
@@ -108,6 +108,10 @@ def fashion_outputs(limit:int|None=None): # fn(model, split) -> (n, 10) logits o
 def fashion_metrics(logits:Tensor, split:str)->dict:
     return classification_metrics(logits, fashion_split(split)[1][:len(logits)])
 
+def fashion_outcomes(logits:Tensor, split:str)->dict: # {"correct": (n,) uint8}
+    "Which garments a classifier answers right."
+    return correct_answers(logits, fashion_split(split)[1][:len(logits)])
+
 # %% ../../../nbs/bench/tasks/72_fashion.ipynb #98c7eb40
 def fashion_task(name:str, about:str, train:dict, retrain:dict|None, limit:int|None=None, # as `classifier` of CIFAR-10
                  budget:str="", **more)->Task:
@@ -122,7 +126,8 @@ def fashion_task(name:str, about:str, train:dict, retrain:dict|None, limit:int|N
     fields = dict(track="cnn", about=about, build=FashionCNN, smaller=narrower_network(FashionCNN, 16),
                   loss=F.cross_entropy,
         batches=fashion_batches(steps=train["steps"]), calibration=lambda seed: list(calm(1000 + seed)),
-        outputs=fashion_outputs(limit), metrics=fashion_metrics, behaviour=dense_comparison, metric="accuracy",
+        outputs=fashion_outputs(limit), metrics=fashion_metrics, outcomes=fashion_outcomes,
+                  behaviour=dense_comparison, metric="accuracy",
                   higher=True, protocol=protocol,
         train=finetune(label=f"training {name}", **train),
         recover=finetune(label=f"retraining {name}", **retrain) if retrain else none(),

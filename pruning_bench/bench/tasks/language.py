@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORY_SOURCES', 'LM_PROTOCOL', 'STORY_PROTOCOL', 'STORY_RETRAINING', 'token_losses', 'perplexity_metrics',
-           'divergence_from_dense', 'story_llama', 'load_story_weights', 'story_tokenizer', 'story_text',
-           'story_windows', 'text_bytes', 'story_outputs', 'story_batches', 'story_task']
+           'window_losses', 'divergence_from_dense', 'story_llama', 'load_story_weights', 'story_tokenizer',
+           'story_text', 'story_windows', 'text_bytes', 'story_outputs', 'story_batches', 'story_task']
 
 # %% ../../../nbs/bench/tasks/73_language.ipynb #713aec56
 import functools, gzip, math
@@ -42,6 +42,10 @@ def perplexity_metrics(made:dict, split:str)->dict: # {"perplexity", "nll", "bit
     nll = made["nll"].double()
     return {"perplexity": nll.mean().exp().item(), "nll": nll.mean().item(),
             "bits_per_byte": nll.sum().item() / math.log(2) / made["bytes"]}
+
+def window_losses(made:dict, split:str)->dict: # {"nll": (windows,) float32}
+    "The mean loss of every window, whose mean is the loss of the split: what two models are compared by."
+    return {"nll": made["nll"].double().mean(1).float()}
 
 def divergence_from_dense(made:dict, dense:dict)->dict: # {"flips", "kl", "worse"}
     "Changed predictions, divergence from the dense model in nats, and the share of tokens with a higher loss."
@@ -137,6 +141,7 @@ def story_task(tier:str, windows, retrain:dict, size:int, anchor)->Task: # regis
                               calibration=lambda seed: list(story_batches(1000 + seed, size=8,
                                                                           steps=2 if windows else 16)),
         outputs=functools.partial(story_outputs, limit=windows), metrics=perplexity_metrics,
+                              outcomes=window_losses,
                               behaviour=divergence_from_dense, metric="perplexity", higher=False, anchor=anchor,
         train=none(), recover=finetune(label=f"retraining stories-llama{tier}", **retrain),
                               sources=tuple(map(str, STORY_SOURCES.values())),

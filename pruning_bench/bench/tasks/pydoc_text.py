@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TEXT_TRAINING', 'TEXT_RETRAINING', 'passages', 'pydoc_tokenizer', 'pydoc_tokens', 'pydoc_windows',
-           'unigram_perplexity', 'pydoc_llama', 'pydoc_batches', 'pydoc_nll', 'nll_metrics', 'generate_text']
+           'unigram_perplexity', 'pydoc_llama', 'pydoc_batches', 'pydoc_nll', 'nll_metrics', 'window_outcomes',
+           'generate_text']
 
 # %% ../../../nbs/bench/tasks/70_pydoc_text.ipynb #5e742b58
-import functools, math
+import functools
 import torch
 from torch import nn, Tensor
 from ...core.inputs import in_mode
 from ...core.recovery import finetune
-from ..measure.size import token_nll
+from ..measure.size import window_nll
 from ..task import Batches, Task, content_hash, register_task
 
 # %% ../../../nbs/bench/tasks/70_pydoc_text.ipynb #fa7ea6a4
@@ -72,20 +73,24 @@ def pydoc_batches(seed:int, keep=None, size:int=12, steps:int=600)->Batches: # b
     return Batches(lambda ids, generator: {"input_ids": t[ids[:, None] + torch.arange(128)]},
                    range(len(t) - 127) if keep is None else keep, size, steps, seed)
 
-def pydoc_nll(model:nn.Module, split:str)->float: # nats per token
-    "Held-out negative log-likelihood."
-    return token_nll(model, pydoc_windows(split))
+def pydoc_nll(model:nn.Module, split:str)->Tensor: # (windows,) nats per token
+    "Held-out negative log-likelihood of every window."
+    return window_nll(model, pydoc_windows(split))
 
-def nll_metrics(nll:float, split:str)->dict: # {"perplexity", "nll"}
+def nll_metrics(nll:Tensor, split:str)->dict: # {"perplexity", "nll"}
     "Perplexity, the exponential of the loss per token: the number of equally likely tokens that would cost as much."
-    return {"perplexity": math.exp(nll), "nll": nll}
+    return {"perplexity": nll.mean().exp().item(), "nll": nll.mean().item()}
+
+def window_outcomes(nll:Tensor, split:str)->dict: # {"nll": (windows,) float32}
+    "The loss of every window: what two models are compared by."
+    return {"nll": nll.float()}
 
 # %% ../../../nbs/bench/tasks/70_pydoc_text.ipynb #39ef1ef9
 TEXT_TRAINING = dict(steps=600, lr=4e-3, weight_decay=.05, clip=1., warmup=.1)
 TEXT_RETRAINING = dict(steps=25, lr=1e-3, weight_decay=.05, clip=1., warmup=.1)
 
 register_task(Task("pydoc-llama", "llm", "Python's language reference, a LLaMA of 1.0M parameters", build=pydoc_llama,
-                   batches=pydoc_batches, outputs=pydoc_nll, metrics=nll_metrics,
+                   batches=pydoc_batches, outputs=pydoc_nll, metrics=nll_metrics, outcomes=window_outcomes,
     metric="perplexity", higher=False, bound=80.,
                    calibration=lambda seed: list(pydoc_batches(1000 + seed, size=8, steps=4)),
     train=finetune(label="training pydoc-llama", **TEXT_TRAINING),

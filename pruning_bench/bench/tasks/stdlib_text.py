@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from ...core.inputs import BadInput
 from ...core.recovery import finetune
 from .language import (
-    LM_PROTOCOL, divergence_from_dense, perplexity_metrics, text_bytes, token_losses)
+    LM_PROTOCOL, divergence_from_dense, perplexity_metrics, text_bytes, token_losses, window_losses)
 from .pydoc_text import passages
 from ..task import Batches, Task, digest, register_task
 
@@ -99,7 +99,8 @@ def stdlib_task(tier:str, about:str, network:dict, train:dict, retrain:dict, siz
                               build=functools.partial(code_llama, **network), batches=batches,
         calibration=lambda seed: list(batches(1000 + seed, size=8, steps=2 if tiny else 16)), outputs=lambda model,
                               split: stdlib_outputs(model, split, *text),
-        metrics=perplexity_metrics, behaviour=divergence_from_dense, metric="perplexity", higher=False, bound=bound,
+        metrics=perplexity_metrics, outcomes=window_losses, behaviour=divergence_from_dense, metric="perplexity",
+                              higher=False, bound=bound,
                               train=finetune(label=f"training stdlib-llama{tier}", **train),
         recover=finetune(label=f"retraining stdlib-llama{tier}", **retrain),
                               fingerprint=lambda: digest([stdlib_documents(s, tiny)

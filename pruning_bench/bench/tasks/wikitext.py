@@ -15,7 +15,7 @@ from ...core.inputs import BadInput
 from ...core.recovery import none
 from ...core.request import check_weights
 from .language import (
-    LM_PROTOCOL, divergence_from_dense, perplexity_metrics, story_tokenizer, text_bytes, token_losses)
+    LM_PROTOCOL, divergence_from_dense, perplexity_metrics, story_tokenizer, text_bytes, token_losses, window_losses)
 from .pydoc_text import pydoc_tokenizer
 from .stdlib_text import stdlib_tokenizer
 from ..cache import folder_cache, folder_digest, folders_in
@@ -141,7 +141,7 @@ def lm_family(name:str)->Task: # not listed
         batches=functools.partial(draw, size=size),
         metric="perplexity", higher=False, train=none(), recover=none(),
         calibration=lambda seed: list(draw(1000 + seed, size=size, steps=windows // size)),
-        metrics=perplexity_metrics, behaviour=divergence_from_dense,
+        metrics=perplexity_metrics, outcomes=window_losses, behaviour=divergence_from_dense,
         outputs=functools.partial(wikitext_outputs, name=name, context=context, limit=limit),
         fingerprint=lambda: digest(wikitext("test"), wikitext("train"), identity),
         varies=("calibration", "random masks"),
