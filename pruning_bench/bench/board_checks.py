@@ -8,13 +8,13 @@ __all__ = ['RECEIPT_FILE', 'dense_models_agree', 'is_control_file', 'controls_ar
            'stored_patterns_hold', 'artefacts_fit', 'stray_files', 'board_findings']
 
 # %% ../../nbs/bench/94_board_checks.ipynb #6b04a8ea
-import hashlib, json, re
+import re
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
 from .artefacts import artefact_path
 from .check_registry import BOARD_CHECKS, Finding, check, ok_runs
-from .entry import entry_path, validate
+from .entry import entry_digest, entry_path, validate
 from .protocol_checks import SAME
 from .stored_runs import artefact_problems, committed_names, read_plan, unreferenced
 from .strict_json import read_strict
@@ -65,7 +65,7 @@ def numbers_in(value)->set: # any value of JSON
 
 def receipt_problems(receipt:dict, entry:dict)->Iterator: # of (place, problem)
     "Where a receipt contradicts itself, or claims what its entry does not say."
-    mine = receipt["entry"] == hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    mine = receipt["entry"] == entry_digest(entry)
     claimed = numbers_in(entry)
     for i, cell in enumerate(receipt["cells"]):
         if not cell_follows(cell): yield f"receipt/cells/{i}", "its outcome does not follow from its numbers"

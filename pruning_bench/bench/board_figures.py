@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['BEST', 'PLAIN', 'CONTROL', 'PANEL_COLUMNS', 'SIZE_LABELS', 'plot_dots', 'dot_panel', 'front_groups', 'plot_fronts',
-           'front_panel', 'board_figures', 'figure_svg', 'figure_file']
+           'front_panel', 'label_front', 'board_figures', 'figure_svg', 'figure_file']
 
 # %% ../../nbs/bench/92_board_figures.ipynb #c6735838
 import io, math, re
-import matplotlib
+import matplotlib, matplotlib.ticker
 import pandas as pd
 from .board_rows import COMPARABLE
 from .board_text import format_rank, method_label
-from .curves import PALETTE, curves, label_end, plot_curves
+from .curves import PALETTE, curves, plot_curves
 from .measure.statistics import pareto_front
 
 # %% ../../nbs/bench/92_board_figures.ipynb #aecdec77
@@ -72,6 +72,7 @@ def plot_fronts(rows:pd.DataFrame): # a matplotlib figure, or None where no size
     for ax, part in zip(axes.flat, groups): front_panel(ax, part)
     return fig
 
+# %% ../../nbs/bench/92_board_figures.ipynb #frontex1
 def front_panel(ax, part:pd.DataFrame)->None: # comparable rows
     "One panel: dots are rows, the steps are the front, from the smallest to the largest."
     higher, kind = bool(part.higher.iloc[0]), part.kind.iloc[0]
@@ -81,15 +82,34 @@ def front_panel(ax, part:pd.DataFrame)->None: # comparable rows
     line = part.iloc[pareto_front(list(zip(part.left, part.value)), higher)]
     ax.step(line.left, line.value, where="post", color=BEST, lw=1)
     ax.scatter(line.left, line.value, s=18, color=BEST, zorder=5)
-    ax.set(xscale="log")
-    if not higher and (part.value > 0).all() and part.value.max() > 10 * part.value.min(): ax.set_yscale("log")
-    for row in line.itertuples():
-        label_end(ax, row.left, row.value, f"{method_label(row).strip('*')}, {row.sparsity:.2g}", BEST)
+    if part.left.max() > 4 * part.left.min(): ax.set_xscale("log")
+    else: ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    if not higher and (part.value > 0).all() and part.value.max() > 5 * part.value.min(): ax.set_yscale("log")
     ax.axhline(part.dense.iloc[0], color=CONTROL, ls=":", lw=1)
     steps = f", {part.steps.iloc[0]:,.0f} training steps" if part.steps.iloc[0] else ""
     ax.set(xlabel=SIZE_LABELS.get(kind, "parameters that are not zero"), ylabel=part.metric.iloc[0],
            title=f"{kind}{steps}")
     ax.title.set_size(9); ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(y=.12)
+    label_front(ax, [(r.left, r.value, f"{method_label(r).strip('*')}, {r.sparsity:.2g}") for r in line.itertuples()],
+                higher)
+
+# %% ../../nbs/bench/92_board_figures.ipynb #frontex2
+def label_front(ax, points:list, # (size, quality, text)
+                higher:bool      # whether more is better
+    )->None:
+    "Write names beyond the front, where no row can be, each clear of the ones before it."
+    from matplotlib.patheffects import withStroke
+    ax.autoscale_view()
+    ax.figure.draw_without_rendering()
+    taken, way, halo = [], 1 if higher else -1, withStroke(linewidth=2.5, foreground="w")
+    for x, y, text in sorted(points):
+        note = ax.annotate(text, (x, y), (-4, 4 * way), textcoords="offset points", color=BEST, fontsize=8, zorder=6,
+                           path_effects=[halo], ha="right", va="bottom" if higher else "top")
+        if note.get_window_extent().x0 < ax.bbox.x0: note.set(ha="left", position=(0, 6 * way))
+        while any(note.get_window_extent().overlaps(box) for box in taken):
+            note.set_position((note.get_position()[0], note.get_position()[1] + way))
+        taken.append(note.get_window_extent().expanded(1., 1.1))
 
 # %% ../../nbs/bench/92_board_figures.ipynb #ebc659c8
 def board_figures(rows:pd.DataFrame # one task and board

@@ -7,7 +7,7 @@ __all__ = ['STRING', 'NUMBER', 'COUNT', 'FRACTION', 'SHA', 'METRICS', 'STATUS_V2
            'SPEED', 'QUALITY', 'RUN_V2', 'RUN_V3', 'RUN', 'DENSE', 'TASK', 'METHOD_V2', 'METHOD', 'PROVENANCE',
            'SCHEMA', 'SCHEMAS', 'LIBRARIES', 'object_schema', 'nullable', 'entry_schema', 'compiled_schema', 'validate',
            'notebook_digest', 'git_state', 'library_version', 'processor_name', 'provenance', 'write_json',
-           'entry_path', 'read_entries', 'runs_frame']
+           'entry_path', 'entry_digest', 'read_entries', 'runs_frame']
 
 # %% ../../nbs/bench/94_entry.ipynb #353548a5
 import functools, hashlib, json, os, platform, re, subprocess, tempfile
@@ -158,6 +158,10 @@ def entry_path(folder, entry:dict)->Path: # where an entry belongs
     "`<folder>/<task>/<method>--<variant>.json`."
     m = entry["method"]
     return Path(folder) / slug(entry["task"]["name"]) / f"{m['name']}--{slug(m['variant'].replace(':', 'of'))}.json"
+
+def entry_digest(entry:dict)->str: # 64 hexadecimal digits
+    "SHA-256 of the content of an entry, however its file is laid out."
+    return hashlib.sha256(json.dumps(entry, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 def read_entries(folder)->list: # validated entries, sorted by path
     "All entries below a folder; a broken one raises `BadInput` naming its file."

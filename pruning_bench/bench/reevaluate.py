@@ -10,11 +10,11 @@ __all__ = ['COUNTED', 'NO_WEIGHTS', 'find_file', 'stored_plan', 'rebuilt', 'coun
 from collections.abc import Iterator
 from pathlib import Path
 from .artefacts import artefact_path, get
-from .entry import provenance
+from .entry import entry_digest, provenance
 from .run import dense_digest, size_row
 from .stored_runs import read_plan, rebuild
 from .task import Task, find_task
-from .verify import (STAGES, compare_numbers, entry_digest, found_elsewhere, job_of, machine_of,
+from .verify import (STAGES, compare_numbers, found_elsewhere, job_of, machine_of,
                                         make_receipt, metric_values, read_receipts, reproduce, write_down,
                                         write_receipt)
 from ..core.inputs import BadInput, first_batch

@@ -21,12 +21,12 @@ from .board import badges, folder_rows
 from .board_rows import BOARD_NAMES, TRACK_TITLES, split_boards
 from .board_text import BOARD_NOTE, COLUMNS, format_number
 from .curves import area_lines
-from .entry import read_entries
+from .entry import entry_digest, read_entries
 from .protocol_files import read_protocols
 from .row_results import nothing_stored, stored_reader
 from .site_data import board_records, dense_facts, entry_key, page_name, paired_records
 from .site_entry import SITE_FILES, entry_page, paper_address, plain_facts, render
-from .verify import entry_digest, read_receipts
+from .verify import read_receipts
 
 # %% ../../nbs/bench/96_site.ipynb #92587199
 def package_file(package:str, path:str)->Path: # exists

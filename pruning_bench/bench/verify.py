@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARE', 'DEVIATIONS', 'EXACT', 'STAGES', 'ENVIRONMENT', 'CELL', 'KINDS', 'RECEIPTS', 'RECEIPT', 'READERS',
            'metric_values', 'machine_of', 'environment', 'found_elsewhere', 'tolerance', 'compare_numbers',
-           'compare_entries', 'empty_cache', 'job_of', 'reproduce', 'receipt_schema', 'valid_receipt', 'entry_digest',
-           'write_down', 'same_dense_models', 'make_receipt', 'read_receipts', 'badge', 'dense_word', 'receipt_path',
-           'write_receipt', 'receipts_table']
+           'compare_entries', 'empty_cache', 'job_of', 'reproduce', 'receipt_schema', 'valid_receipt', 'write_down',
+           'same_dense_models', 'make_receipt', 'read_receipts', 'badge', 'dense_word', 'receipt_path', 'write_receipt',
+           'receipts_table']
 
 # %% ../../nbs/bench/95_verify.ipynb #9ec2a4c4
 import hashlib, json, os, statistics, tempfile
@@ -17,7 +17,7 @@ from pathlib import Path
 import fastjsonschema
 import pandas as pd
 from . import runner
-from .entry import (COUNT, FRACTION, NUMBER, SHA, STRING, entry_path, git_state, library_version,
+from .entry import (COUNT, FRACTION, NUMBER, SHA, STRING, entry_digest, entry_path, git_state, library_version,
                                        nullable, object_schema, write_json)
 from .strict_json import read_strict
 from ..core.inputs import BadInput
@@ -152,10 +152,6 @@ def valid_receipt(receipt:dict)->dict: # the same receipt
     return READERS[version if version in [*READERS] else "receipt.v2"](receipt)
 
 # %% ../../nbs/bench/95_verify.ipynb #2dd0b879
-def entry_digest(entry:dict)->str: # 64 hexadecimal digits
-    "SHA-256 of the content of an entry, however its file is laid out."
-    return hashlib.sha256(json.dumps(entry, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
 def write_down(entry:dict, kind:str, cells:list, machine:dict, message=None, same_dense=None)->dict: # a receipt
     "The outcome of a comparison as a receipt: all of it follows from the cells."
     method = entry["method"]

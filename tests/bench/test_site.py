@@ -14,10 +14,10 @@ from entries import COST, SIZE, SPEED, TIMES
 from pruning_bench import BadInput
 from pruning_bench.bench import site
 from pruning_bench.bench.board_rows import entry_rows
-from pruning_bench.bench.entry import PROVENANCE, entry_path, validate, write_json
+from pruning_bench.bench.entry import PROVENANCE, entry_digest, entry_path, validate, write_json
 from pruning_bench.bench.measure.statistics import paired_interval
 from pruning_bench.bench.site_data import board_records, page_name
-from pruning_bench.bench.verify import entry_digest, make_receipt, write_receipt
+from pruning_bench.bench.verify import make_receipt, write_receipt
 
 
 def make_run(sparsity, seed, before, after, latency=1., steps=60):

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 from pruning_bench import BadInput
 from pruning_bench.bench import board
 from pruning_bench.bench.cli import app
-from pruning_bench.bench.entry import entry_path, write_json
+from pruning_bench.bench.entry import entry_digest, entry_path, write_json
 from pruning_bench.bench.protocol_files import freeze_tasks
 from pruning_bench.bench.task import find_task
-from pruning_bench.bench.verify import (badge, compare_entries, empty_cache, entry_digest, job_of, make_receipt,
+from pruning_bench.bench.verify import (badge, compare_entries, empty_cache, job_of, make_receipt,
                                         read_receipts, reproduce, tolerance, write_receipt)
 
 
