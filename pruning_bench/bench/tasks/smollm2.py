@@ -85,7 +85,7 @@ def smollm2_batches(seed:int, keep=None, context:int=512, size:int=4, windows:in
                    windows // size, seed)
 
 # %% ../../../nbs/bench/tasks/73_smollm2.ipynb #smolex03
-SMOLLM2_TIERS = {   # tier -> test windows, their tokens, calibration windows, their tokens, perplexity of the dense model
+SMOLLM2_TIERS = {   # test windows, their tokens, calibration windows, their tokens, dense perplexity
     "@smoke": (4, 256, 4, 256, (25.090, .01)), "": (16, 1024, 32, 512, (19.887, .01)),
     "@full": (None, 2048, 128, 2048, None)}
 
