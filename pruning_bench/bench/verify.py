@@ -17,8 +17,8 @@ from pathlib import Path
 import fastjsonschema
 import pandas as pd
 from . import runner
-from .entry import (COUNT, FRACTION, NUMBER, SHA, STRING, entry_digest, entry_path, git_state, library_version,
-                                       nullable, object_schema, write_json)
+from .entry import (COUNT, FRACTION, NUMBER, SHA, STRING, entry_digest, entry_path, git_state,
+                                       library_version, nullable, object_schema, write_json)
 from .strict_json import read_strict
 from ..core.inputs import BadInput
 
