@@ -54,6 +54,13 @@ def test_a_long_context_loses_its_oldest_tokens(stories):
     assert abs(long - logp.gather(1, torch.tensor(last)[:, None]).sum().item()) < 1e-4
 
 
+@needs_data
+def test_the_context_is_that_of_the_model(stories):
+    pair = ("Once upon a time. " * 200, " there")
+    assert stories[0].config.max_position_embeddings == 512
+    assert ending_scores(*stories, [pair]) == ending_scores(*stories, [pair], longest=512)
+
+
 def test_the_better_answer_is_chosen_for_the_reason_that_is_named():
     q = Question(("x",) * 3, (" a", " bb", " cccc"), 2)
     assert answer_scores([q], [(-1., 0), (-3., 0), (-3.9, 0)])[0] | {"logp": 0} == {"acc": 0, "acc_norm": 1, "logp": 0}
@@ -93,7 +100,7 @@ def test_fifty_questions_are_scored_as_by_the_harness(name, stories, tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     questions = zero_shot_questions(name, 50)
-    there = simple_evaluate(HFLM(pretrained=stories[0], tokenizer=stories[1], max_length=2048),
+    there = simple_evaluate(HFLM(pretrained=stories[0], tokenizer=stories[1]),
                             tasks=[harness_task(name, questions, tmp_path)], bootstrap_iters=0, log_samples=True)
     theirs = sorted(there["samples"][f"local_{name}"], key=lambda s: s["doc_id"])
     ours = answer_scores(questions, ending_scores(*stories, [p for q in questions for p in zip(q.contexts, q.endings)]))
