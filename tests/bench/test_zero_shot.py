@@ -19,7 +19,8 @@ needs_data = pytest.mark.skipif(not HERE, reason="the questions or stories260K a
 @pytest.fixture(scope="module")
 def stories():
     from transformers import PreTrainedTokenizerFast
-    return find_task("stories-llama").dense(), PreTrainedTokenizerFast(tokenizer_object=story_tokenizer())
+    words = PreTrainedTokenizerFast(tokenizer_object=story_tokenizer(), eos_token=story_tokenizer().id_to_token(2))
+    return find_task("stories-llama").dense(), words
 
 
 @needs_data
@@ -84,7 +85,8 @@ def harness_task(name, questions, folder):
     task = {"task": f"local_{name}", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
             "test_split": "test", "target_delimiter": " ", "metric_list": [{"metric": "acc"}]}
     if len(questions[0].endings) == 1:
-        return task | {"output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": "{{endings[0]}}"}
+        return task | {"output_type": "loglikelihood", "doc_to_text": "{{context}}",
+                       "doc_to_target": "{{' ' + endings[0]}}"}   # as in its task `lambada_openai`
     if len(set(questions[0].contexts)) > 1:   # the choices are the beginnings
         return task | {"output_type": "multiple_choice", "doc_to_text": lambda d: d["gold"],
                        "doc_to_choice": lambda d: d["contexts"], "doc_to_target": lambda d: d["endings"][0]}
