@@ -32,7 +32,7 @@ def relative_importance(w:Tensor, # (rows, columns)
     return share * stats.act_norm ** power
 
 @register("Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", "ICLR 2024", 2024,
-          "weight", tuned={"digits-mlp": {"lr": 0.03}})
+          "weight")
 def ria(power:float=.5, # of the norm of an input
     ):
     "RIA: relative importance and activations, weights compared within a layer."
@@ -60,7 +60,7 @@ def gradient_and_activation(w:Tensor, # (rows, columns)
     return w.abs() * (stats.act_norm + alpha * stats.grad_norm)
 
 @register("Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", "arXiv:2311.04902", 2023,
-          "weight", tuned={"digits-mlp": {"lr": 0.03}})
+          "weight")
 def gblm(alpha:float=100., # weight of the gradients
     ):
     "GBLM-Pruner: activations and gradients, weights compared within each output row."
