@@ -9,7 +9,7 @@ from torch import nn
 from pruning_bench import BadInput, prune
 from pruning_bench.core.space import Weights
 from pruning_bench.core.stats import Stats, collect
-from pruning_bench.weight.language_scores import blocks_of_layers, outlier_shares, owl, relative_importance
+from pruning_bench.weight.language_scores import blocks_of_layers, outlier_shares, owl, ria
 
 
 def llama(layers=4):
@@ -29,7 +29,7 @@ def words(n=3):
 @pytest.mark.parametrize("shape", [(5, 7), (1, 9), (12, 1)])
 def test_shares_of_rows_and_columns_add_up(shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    s = relative_importance(w, Stats(act_norm=torch.ones(1, shape[1])))
+    s = ria(w, Stats(act_norm=torch.ones(1, shape[1])))
     assert torch.isclose(s.sum(), torch.tensor(float(sum(shape))), rtol=1e-5)
 
 
@@ -37,7 +37,7 @@ def test_an_input_that_is_louder_by_four_counts_twice():
     w = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
     loud = torch.ones(1, 8)
     loud[:, 3] = 4
-    ratio = relative_importance(w, Stats(act_norm=loud)) / relative_importance(w, Stats(act_norm=torch.ones(1, 8)))
+    ratio = ria(w, Stats(act_norm=loud)) / ria(w, Stats(act_norm=torch.ones(1, 8)))
     assert torch.allclose(ratio, loud.sqrt().expand_as(w))
 
 
@@ -89,7 +89,7 @@ def test_owl_meets_the_budget_and_its_span(half):
 
 def test_owl_works_with_every_score_and_where_there_are_no_blocks():
     data = words()
-    for score in ("magnitude", "wanda", "relative_importance"):
+    for score in ("magnitude", "wanda", "ria"):
         assert abs(prune(llama(), score=score, allocate="owl", sparsity=.7, data=data).density - .3) < 1e-3
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
