@@ -103,21 +103,16 @@ def test_a_variant_is_no_markdown(board, capsys, text):   # noqa: F811
     assert code == 2
 
 
-@pytest.mark.parametrize("name", ["../magnitude", "..", "/etc/passwd", "a/b", "a\\b", "", "-x", "a.b", "magnitude\n",
-    "MAGNITUDE", "m\u0430gnitude", "magnitude\u200b", "\uff4dagnitude", "wand\u0251", "magnltude", "magnitude ", CODE,
-    "a" * 300])
-def test_names_that_are_paths_or_look_alike_are_refused(board, capsys, name):   # noqa: F811
-    folder, path, entry = board
-    entry["method"]["name"] = name
-    path.write_text(json.dumps(entry))
-    is_refused(capsys, folder, path)
+METHODS = ["../magnitude", "..", "/etc/passwd", "a/b", "a\\b", "", "-x", "a.b", "magnitude\n", "MAGNITUDE",
+           "m\u0430gnitude", "magnitude\u200b", "\uff4dagnitude", "wand\u0251", "magnltude", "magnitude ", CODE,
+           "a" * 300]
+TASKS = ["../../x", "/etc", "digits-mlp/../x", "module:os", "digits-m\u217cp", CODE, "a" * 300]
 
 
-@pytest.mark.parametrize("task", ["../../x", "/etc", "digits-mlp/../x", "module:os", "digits-m\u217cp", CODE,
-                                  "a" * 300])
-def test_tasks_that_are_paths_or_look_alike_are_refused(board, capsys, task):   # noqa: F811
+@pytest.mark.parametrize("part, name", [("method", n) for n in METHODS] + [("task", n) for n in TASKS])
+def test_names_that_are_paths_or_look_alike_are_refused(board, capsys, part, name):   # noqa: F811
     folder, path, entry = board
-    entry["task"]["name"] = task
+    entry[part]["name"] = name
     path.write_text(json.dumps(entry))
     is_refused(capsys, folder, path)
 

@@ -33,12 +33,12 @@ def test_shares_of_rows_and_columns_add_up(shape):
     assert torch.isclose(s.sum(), torch.tensor(float(sum(shape))), rtol=1e-5)
 
 
-def test_an_input_that_is_louder_by_four_counts_twice():
+def test_an_input_with_four_times_the_norm_counts_twice():
     w = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
-    loud = torch.ones(1, 8)
-    loud[:, 3] = 4
-    ratio = ria(w, Stats(act_norm=loud)) / ria(w, Stats(act_norm=torch.ones(1, 8)))
-    assert torch.allclose(ratio, loud.sqrt().expand_as(w))
+    large = torch.ones(1, 8)
+    large[:, 3] = 4
+    ratio = ria(w, Stats(act_norm=large)) / ria(w, Stats(act_norm=torch.ones(1, 8)))
+    assert torch.allclose(ratio, large.sqrt().expand_as(w))
 
 
 def test_a_scale_of_the_matrix_changes_no_mask_of_ria():
