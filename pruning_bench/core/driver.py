@@ -24,7 +24,7 @@ from .request import prepare_job, resolve_request
 from .restore import restore_on_error
 from .rule import train_with_rule
 from .schedule import pruning_steps
-from .score import unit_scores
+from .score import unit_scores, unranked
 from .solve import solve_groups
 from .space import Space
 from .stages import Run
@@ -58,7 +58,7 @@ def prune_part(method:Method, part:Space, # the record, the units of one part of
     )->None:
     "Collect statistics, score, allocate, update the weights and apply the masks of one part of a network."
     stats = collect(part, batches, method.needs, loss, method.readings)
-    scores = unit_scores(part, method.score, stats)
+    scores = unit_scores(part, method.score if "score" in method.used else unranked, stats)
     fractions = ahead or round_to_units(method.allocate.shares(scores, keep, part, stats), keep, scores, part)
     groups = {n: (part.w(n), stats[n], scores[n], fractions[n], method.pattern) for n in scores}
     part.apply(solve_groups(method.solve, groups))

@@ -53,9 +53,10 @@ class Method:
 
     @property
     def used(self)->tuple: # names of fields
-        "The parts that decide: those that the rule reads, or all but the rule."
-        if self.rule is None: return tuple(p for p in PARTS if p != "rule")
-        return "rule", *self.rule.uses, "recover"
+        "The parts that decide: those that the rule reads, or all but the rule and a score that nothing reads."
+        if self.rule is not None: return "rule", *self.rule.uses, "recover"
+        scored = not (self.solve.ranks_by and self.allocate.shapes_only)
+        return tuple(p for p in PARTS if p != "rule" and (p != "score" or scored))
 
     @property
     def needs(self)->frozenset: # names of statistics

@@ -110,7 +110,12 @@ def resolve_request(method,        # a registered name, a `Method`, or None
         elif record.rule and part not in ("rule", "recover", *record.rule.uses):
             raise BadInput(f"method {record.name!r} decides by its rule {record.rule.name!r}, "
                            f"which does not read {part}=: leave {part} out")
-    return replace(record, **parts), budget
+    record = replace(record, **parts)
+    unread = not record.rule and "score" not in record.used and record.score.name != record.solve.ranks_by
+    if unread and "score" in parts:
+        raise BadInput(f"solver {record.solve.name!r} ranks by its own score {record.solve.ranks_by!r} and does not "
+                       "read score=: leave score out, or choose a solver that takes a mask: 'compensate_columns'")
+    return record, budget
 
 def reject_settings(settings:dict)->None: # raises BadInput
     "Refuse settings without a method, and name the nearest argument."

@@ -19,17 +19,19 @@ class Solver(Part):
     needs: frozenset = frozenset()   # statistics it reads, from `core.stats.PROVIDERS`
     unit: str = "any"                # the only unit it can solve for
     joint: bool = False              # whether it takes all groups in one call
+    ranks_by: str = None   # the score that it computes itself: of those it is given it reads only which are -inf
 
 SOLVERS = Registry("solver")   # name -> Solver
 
 def solver(needs=(),          # statistics it reads, from `core.stats.PROVIDERS`
            unit:str="any",    # the only unit it can solve for, e.g. "weight"
            joint:bool=False,  # whether it takes all groups in one call: {group: arguments} -> {group: (new w, mask)}
+           ranks_by:str=None, # the score that it computes itself: of those it is given it reads only which are -inf
            replaces:bool=False, # whether a solver of this name may be replaced
     ): # a decorator
     "Register a solver under the function's name; raises `BadInput` for a taken name."
     def mark(fn):
-        made = Solver(fn, fn.__name__, needs=frozenset(needs), unit=unit, joint=joint)
+        made = Solver(fn, fn.__name__, needs=frozenset(needs), unit=unit, joint=joint, ranks_by=ranks_by)
         return SOLVERS.add(fn.__name__, made, fn, replaces)
     return mark
 

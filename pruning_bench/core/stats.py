@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from .inputs import (BadInput, BatchLoss, Loss, as_loss, in_mode, select_forward, size_of,
                                        slice_batch, target_count, unfrozen)
-from .layer_inputs import unfold_inputs
+from .layer_inputs import RunningSums, add_products
 from .mask import mask_gradients
 from .part import Part
 from .registry import Registry
@@ -63,7 +63,7 @@ class MatmulRecorder(TorchDispatchMode):
         layer, first = self.layers[found[0]], found[1]
         rows = count_rows(layer)
         n = w.numel() * rows // layer.weight.numel()
-        self.visit(found[0], layer, x.detach(), args or (Rows(first, first + n) if first or n < rows else ()))
+        self.visit(found[0], layer, x, args or (Rows(first, first + n) if first or n < rows else ()))
 
 # %% ../../nbs/core/03_stats.ipynb #48eff8ee
 @dataclass(frozen=True, eq=False)
@@ -121,25 +121,22 @@ def record_inputs(space:Space, # whose layers are recorded
 
 # %% ../../nbs/core/03_stats.ipynb #3c0be39d
 def sum_inputs(space:Space, batches:Iterable, loss:Loss, # as for `record_inputs`
-               of:Callable, # (groups, samples, columns) -> (groups, ...), a sum over samples
-    )->dict: # {layer: ((groups, ...) sums, (groups,) numbers of samples)}, groups of consecutive rows
-    "Sum a function of the inputs of every layer, apart for rows that have inputs of their own."
-    total = {}
-    def visit(name, layer, x, args):
-        f = unfold_inputs(layer, x, args)
-        value, n = of(f), torch.full((len(f),), f.shape[1], device=f.device)
-        parts = total.setdefault(name, {})
-        rows = args if isinstance(args, Rows) else Rows(0, count_rows(layer))
-        parts[rows] = (parts[rows][0].add_(value), parts[rows][1] + n) if rows in parts else (value, n)
-    record_inputs(space, batches, visit, loss)
-    return {name: join_rows(parts, count_rows(space.layers[name])) for name, parts in total.items()}
+               plus:Callable, # (sums so far or 0, (groups, samples, columns)) -> (groups, ...), a new tensor
+               then:Callable, # (sums, numbers of samples) -> the statistic
+    )->dict: # {layer: the statistic}, one tensor for all layers that read the same inputs
+    "Sum a function of the inputs of every layer, apart for consecutive rows that have inputs of their own."
+    sums = RunningSums(plus)
+    record_inputs(space, batches, sums.add, loss)
+    total = {name: join_rows(parts, count_rows(space.layers[name])) for name, parts in sums.parts.items()}
+    made = {id(t[0]): then(*t) for t in {id(t[0]): t for t in total.values()}.values()}
+    return {name: made[id(t[0])] for name, t in total.items()}
 
 # %% ../../nbs/core/03_stats.ipynb #ee178028
 @provider(layerwise=True)
 def act_norm(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (1 or rows, columns)}
     "L2 norm of every input feature over the calibration samples."
-    sums = sum_inputs(space, batches, loss, lambda f: f.square().sum(1))
-    total = {n: fill_unseen(*s).sqrt() for n, s in sums.items()}
+    def plus(total, f): return total + f.square().sum(1)
+    total = sum_inputs(space, batches, loss, plus, lambda t, n: fill_unseen(t, n).sqrt())
     rows = {n: count_rows(l) for n, l in space.layers.items()}
     return {n: t.repeat_interleave(rows[n] // len(t), 0) if len(t) > 1 else t for n, t in total.items()}
 
@@ -151,8 +148,10 @@ def gram_size(layer:Layer)->int: # numbers, at most
 @provider(layerwise=True, size=gram_size)
 def gram(space:Space, batches:Iterable, loss:Loss=None)->dict: # {layer: (groups, columns, columns)}
     "Second moment of the inputs, the Hessian of the layer's squared output error up to a factor."
-    sums = sum_inputs(space, batches, loss, lambda f: f.transpose(1, 2) @ f)
-    return {n: fill_unseen(t.div_(count.clamp(min=1)[:, None, None]), count) for n, (t, count) in sums.items()}
+    def mean(total, count):
+        upper = total.triu().div_(count.clamp(min=1)[:, None, None])
+        return fill_unseen(upper + upper.triu(1).mT, count)
+    return sum_inputs(space, batches, loss, add_products, mean)
 
 # %% ../../nbs/core/03_stats.ipynb #ebebba5f
 def at_least_float32(t:Tensor)->Tensor: # detached, float32 or wider

@@ -29,6 +29,18 @@ def test_ties_of_a_row_go_to_the_lower_index():
     assert not topk_per_row(torch.ones(2, 4), 0).any()
 
 
+@pytest.mark.parametrize("shape", [(7, 2), (5, 4), (3, 6, 4), (9, 8), (6, 9), (4, 33), (2, 3, 50)])
+@pytest.mark.parametrize("values", [2, 5, 10_000])   # few values: many ties
+def test_the_best_of_a_row_are_those_of_a_stable_sort(shape, values):
+    g = torch.Generator().manual_seed(values)
+    for k in range(shape[-1] + 1):
+        scores = torch.randint(-values, values, shape, generator=g).float()
+        scores = scores.masked_fill(torch.rand(shape, generator=g) < .1, -torch.inf)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        assert torch.equal(topk_per_row(scores, k), torch.zeros(shape, dtype=torch.bool).scatter_(-1, order, True))
+        assert torch.equal(topk_per_row(scores.bfloat16(), k), topk_per_row(scores.bfloat16().float(), k))
+
+
 def test_removed_units_stay_removed_and_count_nothing_in_a_tile():
     gone = torch.tensor([[-torch.inf, 5., 3., 3.]])
     assert block(1, 2)(gone, .5).int().tolist() == [[0, 0, 1, 1]]      # 5 against 6: the removed one is worth nothing

@@ -73,12 +73,53 @@ def test_sweep_error_identity_for_any_mask_and_block(block):
     assert torch.allclose((d @ h[0] * d).sum(1), e.square().sum(1))
 
 
+@pytest.mark.parametrize("columns, width, groups", [(24, 4, 1), (24, 7, 2), (23, 5, 1), (24, 128, 3), (1, 4, 1)])
+def test_the_sweep_is_the_one_of_the_paper(columns, width, groups):
+    w, stats, _ = world(r=12, c=columns, groups=groups)
+    u, swept, e = inverse_factor(stats.gram, .01), w.clone().view(groups, -1, columns), torch.zeros_like(w)
+    keep, asked = torch.ones_like(w, dtype=torch.bool), []
+    def half(scores, a, b):
+        asked.append((a, b))
+        return per_row()(scores, .5) if b > a + 1 else scores > scores.median()
+    new, mask = column_sweep(w, u, half, width)
+    for a in range(0, columns, width):
+        b = min(a + width, columns)
+        scores = (swept[..., a:b] / u.diagonal(dim1=1, dim2=2)[:, None, a:b]).square().view(len(w), -1)
+        keep[:, a:b] = per_row()(scores, .5) if b > a + 1 else scores > scores.median()
+        for i in range(a, b):
+            e = swept[..., i] * ~keep.view_as(swept)[..., i] / u[:, i, i, None]
+            swept[..., i:] -= e[..., None] * u[:, i, None, i:]
+    assert asked == [(a, min(a + width, columns)) for a in range(0, columns, width)]
+    assert torch.equal(mask, keep) and torch.allclose(new, swept.view_as(w) * keep)
+
+
+def test_one_factorisation_for_layers_that_share_an_input(monkeypatch):
+    w, stats, h = world()
+    u = inverse_factor(stats.gram, .01)
+    assert inverse_factor(stats.gram, .01) is u and inverse_factor(stats.gram.clone(), .01) is not u
+    assert torch.allclose(u.mT @ u, h.inverse()) and torch.equal(u, u.triu())
+    again = inverse_factor(stats.gram, .02)
+    assert not torch.allclose(again, u)
+    stats.gram.mul_(4)
+    assert torch.allclose(inverse_factor(stats.gram, .02), again / 2)   # a changed tensor is factorised again
+
+
+def test_single_precision_and_where_it_does_not_do():
+    _, stats, _ = world()
+    exact, single = inverse_factor(stats.gram, .01), inverse_factor(stats.gram.float(), .01)
+    assert single.dtype == torch.float32 and ((single - exact).norm() / exact.norm()).item() < 1e-4
+    flat = torch.ones(1, 24, 24)   # of rank one
+    assert inverse_factor(flat, 1e-2).dtype == torch.float32 and inverse_factor(flat, 1e-6).dtype == torch.float64
+    for damp in (1e-2, 1e-9):
+        with pytest.raises(BadInput, match="too few or too dependent"): inverse_factor(-flat, damp)
+
+
 def test_sweep_over_first_columns_is_the_refit_and_over_last_leaves_the_rest():
     w, stats, h = world()
     u, first, last = inverse_factor(stats.gram, .01), torch.arange(24) < 7, torch.arange(24) >= 17
-    new = column_sweep(w, u, lambda s, a, b, m: (~first)[a:b].expand(len(w), -1), 5)[0]
+    new = column_sweep(w, u, lambda s, a, b: (~first)[a:b].expand(len(w), -1), 5)[0]
     assert torch.allclose(new, torch.stack([refit(v, h[0], ~first) for v in w]))
-    new = column_sweep(w, u, lambda s, a, b, m: (~last)[a:b].expand(len(w), -1), 5)[0]
+    new = column_sweep(w, u, lambda s, a, b: (~last)[a:b].expand(len(w), -1), 5)[0]
     assert torch.equal(new[:, ~last], w[:, ~last])
 
 
