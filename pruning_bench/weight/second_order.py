@@ -141,7 +141,7 @@ def obc(w:Tensor, # (rows, columns)
         stats,    # gram: (groups, columns, columns)
     )->Tensor: # like w, double
     "OBC score: increase of the squared output error at sequential removal within a row (Frantar et al., 2022)."
-    u = inverse_factor(stats.gram, .01)
+    u = inverse_factor(stats.gram.double(), .01)
     return torch.cat([sequential_obs_costs(a.expand(len(w[rows]), -1, -1), w[rows])
                       for rows, a in row_chunks(w, u.mT @ u)])
 
@@ -149,7 +149,7 @@ def obc(w:Tensor, # (rows, columns)
 def row_least_squares(w:Tensor, stats, scores:Tensor, fraction:float, pattern, # as every solver
     )->tuple: # (new w, mask)
     "Least-squares reconstruction: the kept weights of each row are refitted to its dense output."
-    mask, new, u = pattern(scores, fraction), [], inverse_factor(stats.gram, .01)
+    mask, new, u = pattern(scores, fraction), [], inverse_factor(stats.gram.double(), .01)
     for rows, a in row_chunks(w, u.mT @ u):
         gone = ~mask[rows]
         inside = torch.where(gone[:, :, None] & gone[:, None], a, torch.eye(len(a), dtype=a.dtype, device=a.device))
