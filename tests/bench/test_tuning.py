@@ -92,7 +92,7 @@ def test_every_weight_method_has_a_job_and_a_rate_of_its_own():
 
 
 def test_every_kind_of_row_has_its_random_control():
-    jobs = [j for j in SUITES["embedded"]() if j.task == "digits-mlp" and "control" not in j.settings]
+    jobs = [j for j in SUITES["weight"]() if j.task == "digits-mlp" and "control" not in j.settings]
     kinds = {}
     for j in jobs:
         kind = (j.settings.get("pattern"), str(j.settings.get("skip")), METHODS[j.method].build().space
