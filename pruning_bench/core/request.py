@@ -204,6 +204,7 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
     check_whole(-2**63, 2**63 - 1, seed=seed)
     check_weights(model)
     keep = 1 - budget.remove if budget.resource else budget.keep(record.pattern)
+    text = {"calibration_text": data.drawn} if isinstance(getattr(data, "drawn", None), str) else {}
     data = as_batches(data, model=model)
     if budget.resource: check_resource(record, budget)
     with seeded(seed):
@@ -224,7 +225,7 @@ def prepare_job(record:Method, model, budget:Budget, data, loss:Loss, skip, cali
             notes |= because
         check_stages(record, units, calib if record.needs else [], run)
         before = snapshot(model) if model is not None else None
-        return Job(record, units, keep, data, calib, bound, before, skip, given, run, notes)
+        return Job(record, units, keep, data, calib, bound, before, skip, given, run, {**notes, **text})
 
 # %% ../../nbs/core/27_request.ipynb #71dacd50
 def check_resource(record:Method, budget:Budget)->None: # raises BadInput
