@@ -27,7 +27,7 @@ def test_documents_that_are_too_short_are_never_drawn_and_windows_stay_inside_on
 
 def test_joined_windows_are_drawn_once_and_start_takes_the_first():
     joined = calibration_windows(DOCUMENTS, windows=14, length=12, mode="joined").ids
-    assert torch.equal(joined, calibration_windows(DOCUMENTS, windows=14, length=12, mode="start").ids)   # all there are
+    assert torch.equal(joined, calibration_windows(DOCUMENTS, windows=14, length=12, mode="start").ids)
     few = calibration_windows(DOCUMENTS, windows=5, length=12, mode="joined").ids
     assert len(few.unique(dim=0)) == 5
 
