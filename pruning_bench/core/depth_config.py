@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['describe', 'counting_attributes', 'names_after', 'unique_parts', 'moved_parts', 'describe_pruned', 'config_entries',
-           'with_entries', 'entry_options', 'is_run', 'built_from', 'entry', 'as_lists', 'config_dict', 'config_owner',
-           'count_sets', 'copies_entry', 'DepthSearch', 'DepthChanges', 'depth_changes', 'set_values', 'write_config',
-           'check_depth']
+           'with_entries', 'entry_options', 'is_run', 'build_twin', 'built_from', 'entry', 'as_lists', 'config_dict',
+           'config_owner', 'count_sets', 'copies_entry', 'DepthSearch', 'DepthChanges', 'depth_changes', 'set_values',
+           'write_config', 'check_depth']
 
 # %% ../../nbs/core/31_depth_config.ipynb #7c0408f7
 import copy
@@ -120,14 +120,18 @@ def is_run(part)->bool: # part of a list
     return isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[0], list) and isinstance(part[1], int)
 
 # %% ../../nbs/core/31_depth_config.ipynb #d207dffc
+def build_twin(owner:nn.Module, values:Mapping, # with a configuration, its values
+    )->nn.Module: # without values
+    "Build a model of the same class on the meta device; raises what the class raises."
+    with torch.device("meta"):
+        if hasattr(owner, "register_to_config"): return type(owner).from_config(copy.deepcopy(dict(values)))
+        return type(owner)(type(owner.config).from_dict(copy.deepcopy(dict(values))))
+
 def built_from(owner:nn.Module, values:Mapping, # with a configuration, its values
                errors:list, # gets what the class said where it refused
     ): # a model without values, or None
-    "Build a model of the same class on the meta device."
-    try:
-        with torch.device("meta"):
-            if hasattr(owner, "register_to_config"): return type(owner).from_config(copy.deepcopy(dict(values)))
-            return type(owner)(type(owner.config).from_dict(copy.deepcopy(dict(values))))
+    "Build a model of the same class on the meta device, where its class accepts the values."
+    try: return build_twin(owner, values)
     except Exception as e:   # the values contradict each other, or the class needs further arguments
         errors.append(f"{type(e).__name__}: {e}".splitlines()[0])
         return None
@@ -260,7 +264,7 @@ def write_config(model:nn.Module, changes:DepthChanges)->None: # changed in plac
     old, new = config_dict(owner), with_entries(config_dict(owner), changes.entries)
     if hasattr(owner, "register_to_config"):
         return owner.register_to_config(**{k: v for k, v in new.items() if v != old.get(k)})
-    twins = [dict(built_from(owner, values, []).named_modules()) for values in (old, new)]
+    twins = [dict(build_twin(owner, values).named_modules()) for values in (old, new)]
     memo, copies = {}, {}
     for n, m in owner.named_modules():
         config, pair = vars(m).get("config"), [vars(t[n]).get("config") if n in t else None for t in twins]
