@@ -177,7 +177,8 @@ def interrupt(name, work, part, parts, seed):
     try:
         with events(at, error):
             plan = work(name, model, data, loss)
-    except (error, BadInput) as e:   # a trial run of the model explains what went wrong
+    # a trial run of the model explains what went wrong, and so does `load_state_dict` of torch
+    except (error, BadInput, RuntimeError) as e:
         assert "for a test" in str(e)
     else:   # groups have a second way to be traced, and a configuration without some blocks has further candidates
         assert issubclass(error, Exception) and build(name).space in TRIED and plan == expected
