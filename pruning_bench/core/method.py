@@ -129,7 +129,7 @@ RANGES = {**dict.fromkeys(("start", "end", "ramp_end", "select_at", "shrink_end"
           **dict.fromkeys(("tau", "temperature"), (1e-3, 1e4)), **dict.fromkeys(("p", "q"), (0, 10)),
           "prune_at": (1e-3, 1), "relax_after": (0, .999), "lr": (0, 100), "weight_decay": (0, 100),
           "exponent": (-1, 1), "steps": (1, 10_000_000), "final_intervals": (0, 10_000), "label_samples": (0, 10_000),
-          "block": (1, 1_000_000)}
+          **dict.fromkeys(("protected_first", "protected_last"), (0, 10_000)), "block": (1, 1_000_000)}
 ORDERED = (("start", "end"), ("start", "ramp_end"), ("ramp_end", "prune_at"), ("select_at", "prune_at"))
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}

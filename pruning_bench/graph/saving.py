@@ -120,7 +120,7 @@ def rebuild_model(model:nn.Module, # of the vanilla class, changed in place
                   folder,          # for messages, and for the plan of removed blocks
     )->None:
     "Reshape, set attributes, load, tie, and compare the output on the stored example."
-    if about["about"].get("space") == "blocks": load_plan(folder).apply(model)
+    if about["about"].get("space") in ("blocks", "sublayers"): load_plan(folder).apply(model)
     masks = {n: t for n, t in state.items() if n.endswith("_mask") and n not in model.state_dict()}
     buffers = {n: state[n] for n in about.get("buffers", ())}   # the class computes them for its own widths
     state = {n: t for n, t in state.items() if n not in masks and n not in buffers}

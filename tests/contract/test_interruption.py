@@ -153,7 +153,8 @@ def train_inside(name, model, data, loss):
     return loop.plan
 
 
-TRIED = "channels", "heads", "blocks", "residuals"   # spaces that try several ways, and go on where one of them fails
+# spaces that try several ways, and go on where one of them fails
+TRIED = "channels", "heads", "blocks", "residuals", "sublayers"
 
 
 @functools.cache

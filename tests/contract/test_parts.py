@@ -31,7 +31,7 @@ REGISTRIES = [r for r, _, _ in READERS.values()] + [SPACES, PROVIDERS, RUNTIME_S
 REGISTERED = [(r, n) for r in REGISTRIES for n in r]
 PARTS = [(slot, n) for slot, (r, _, _) in READERS.items() for n in r]
 UNITS = ("weight", "channel", "head", "block", "residual", "expert", "rank", "row", "location", "example", "token",
-         "any")
+         "sub-layer", "any")
 
 
 def label(x):

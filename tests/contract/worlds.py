@@ -87,6 +87,7 @@ def dataset(dtype):
 WORLDS = {"weights": (mlp, labelled, F.cross_entropy), "ranks": (mlp, labelled, F.cross_entropy),
           "channels": (Residual, labelled, F.cross_entropy), "heads": (llama, ids, None),
           "blocks": (llama, ids, None), "residuals": (llama, ids, None), "experts": (mixtral, ids, None),
+          "sublayers": (llama, ids, None),
           "rows": (Categories, labelled, F.cross_entropy), "locations": (mlp, labelled, F.cross_entropy),
           "examples": (mlp, dataset, F.cross_entropy)}
 NAMES = list(methods(use="prune").method)
