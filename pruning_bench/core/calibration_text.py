@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .inputs import BadInput, choose
+from .request import check_whole
 
 # %% ../../nbs/core/32_calibration_text.ipynb #caltxt06
 @dataclass(frozen=True, eq=False)
@@ -66,14 +67,14 @@ RUN = 32   # tokens in a row that two texts share only where one was copied
 
 def token_runs(ids, n:int)->set: # (tokens,) or (windows, tokens) -> all runs of n tokens, as bytes
     "Every run of n tokens of a text."
-    rows = np.atleast_2d(np.asarray(ids, dtype=np.int64))
+    rows = np.atleast_2d(torch.as_tensor(ids).cpu().numpy().astype(np.int64))
     if rows.shape[1] < n: return set()
     return {run.tobytes() for row in rows for run in np.lib.stride_tricks.sliding_window_view(row, n)}
 
 def refuse_overlap(ids:Tensor, evaluation, # (windows, length); (windows, tokens) or (tokens,), what is evaluated
     )->None: # raises BadInput
     "Refuse calibration text of which a run of tokens is part of the evaluation."
-    n = min(RUN, ids.shape[1])
+    n = min(RUN, ids.shape[1], torch.as_tensor(evaluation).shape[-1])   # windows may be shorter than a run
     known = token_runs(evaluation, n)
     for i, row in enumerate(ids):
         if not known.isdisjoint(token_runs(row, n)):
@@ -110,8 +111,8 @@ def calibration_windows(documents,          # texts, or arrays of token ids
                         model=None,         # whose context and vocabulary the windows must fit
     )->TextWindows: # batches for `data=` of `prune`
     "Draw calibration text; raises `BadInput` for too little text, wrong sizes and text of the evaluation."
-    for name, value in (("windows", windows), ("length", length), ("size", size)):
-        if not isinstance(value, int) or value < 1: raise BadInput(f"{name}={value!r} is no whole number above zero")
+    check_whole(1, 2**31, windows=windows, length=length, size=size)
+    check_whole(0, 2**63 - 1, seed=seed)
     draw = choose(mode, MODES, "mode")
     found = tokenised(documents, tokenizer)
     ids = torch.from_numpy(np.stack(draw(found, windows, length, np.random.default_rng(seed))))

@@ -36,7 +36,8 @@ def test_joined_windows_are_drawn_once_and_start_takes_the_first():
     (dict(length=91), "no document has 91 tokens (the longest has 90)"),
     (dict(mode="joined", windows=15, length=12), "need 180 tokens and the text has 170"),
     (dict(mode="start", windows=171, length=1), "need 171 tokens"), (dict(mode="document"), "did you mean documents"),
-    (dict(windows=0), "windows=0"), (dict(length=2.5), "length=2.5"), (dict(size="4"), "size='4'")])
+    (dict(windows=0), "windows=0"), (dict(length=2.5), "length=2.5"), (dict(size="4"), "size='4'"),
+    (dict(windows=True), "windows=True"), (dict(seed=-1), "seed=-1")])
 def test_refusals(settings, words):
     with pytest.raises(BadInput) as refused: calibration_windows(DOCUMENTS, **{"windows": 2, "length": 12, **settings})
     assert words in str(refused.value) and "\n" not in str(refused.value)
@@ -55,6 +56,13 @@ def test_text_of_the_evaluation_is_refused_wherever_it_stands():
         with pytest.raises(BadInput, match="shares 32 tokens"):
             calibration_windows([copied], windows=1, length=42, evaluation=evaluation)
     calibration_windows(DOCUMENTS, windows=4, length=33, evaluation=evaluation)
+
+
+def test_short_windows_of_the_evaluation_are_found_too():
+    for short in (torch.arange(200, 216).view(2, 8), [[205, 206, 207, 208]]):
+        with pytest.raises(BadInput, match="tokens in a row"):
+            calibration_windows(DOCUMENTS[2:3], windows=1, length=90, evaluation=short)
+    calibration_windows(DOCUMENTS, windows=1, length=33, evaluation=torch.arange(900, 916).view(2, 8))
 
 
 def test_the_model_must_have_room_and_the_tokens():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import transformer
 from torch import nn
 
 from pruning_bench import BadInput, prune
@@ -23,17 +24,6 @@ from pruning_bench.weight.deltas_and_sharing import swap_patch
 def mlp(dtype=torch.float32):
     with seeded(0):
         return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).to(dtype)
-
-def transformer(kind, dtype=torch.float32):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-    made = {"llama": lambda: LlamaForCausalLM(LlamaConfig(
-                vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True)),
-            "opt": lambda: OPTForCausalLM(OPTConfig(
-                vocab_size=48, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, word_embed_proj_dim=16)),
-            "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=4, n_positions=32))}
-    with seeded(0): return made[kind]().to(dtype).eval()
 
 def moved(base, size=.1, seed=1):
     model, g = copy.deepcopy(base), torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import transformer
 from torch import nn
 
 from pruning_bench import BadInput, prune
@@ -27,17 +28,6 @@ def cnn(dtype=torch.float32):
 def pictures(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     return [(torch.randn(16, 2, 6, 6, generator=g).to(dtype), torch.randint(0, 4, (16,), generator=g))]
-
-def transformer(kind, dtype=torch.float32):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-    made = {"llama": lambda: LlamaForCausalLM(LlamaConfig(
-                vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True)),
-            "opt": lambda: OPTForCausalLM(OPTConfig(
-                vocab_size=48, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, word_embed_proj_dim=16)),
-            "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=4, n_positions=32))}
-    with seeded(0): return made[kind]().to(dtype).eval()
 
 def words():
     ids = torch.randint(0, 48, (4, 16), generator=torch.Generator().manual_seed(0))
